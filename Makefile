@@ -1,0 +1,64 @@
+# Every target sets itself up: `make test` on a fresh clone is enough. Needs Python 3.10-3.12 and pip.
+PYTHON ?= python3
+CONFIG ?= quick.yaml
+DATASET ?=
+
+VENV := .venv
+STAMP := $(VENV)/.stamp
+PY := $(VENV)/bin/python
+PAPERS := $(patsubst %/train.py,%,$(wildcard */train.py))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint bench compare clean $(PAPERS:%=reproduce-%)
+
+help:
+	@echo "make setup              make $(VENV) and install the pinned packages (the others do it too)"
+	@echo "make test               run every test"
+	@echo "make lint               ruff"
+	@echo "make reproduce-PAPER    train, code the 24 Kodak images, table and plot; PAPER is one of:"
+	@echo "                            $(PAPERS)"
+	@echo "                        CONFIG=config.yaml DATASET=/path runs the paper's own recipe"
+	@echo "make compare            all papers' results in one table and one plot"
+	@echo "make bench              measure training and coding speed"
+	@echo "make clean              remove $(VENV) and caches"
+	@echo "PYTHON=python3.11 chooses the interpreter that $(VENV) is made with."
+
+setup: $(STAMP)
+
+# The stamp is written last, so an interrupted installation is taken up again. A .venv that cannot
+# start (its Python is gone, the folder was moved) is made anew.
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null || \
+	    { echo "error: '$(PYTHON)' is not Python 3.10, 3.11 or 3.12; name one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
+	    { echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "Installing the pinned packages into $(VENV); this takes a minute or two ..."
+	@$(PY) -m pip install -qq --disable-pip-version-check -r requirements.txt
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+test: $(STAMP)
+	$(PY) -m pytest tests -q --durations=10
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+
+bench: $(STAMP)
+	$(PY) -m common.bench
+
+compare: $(STAMP)
+	$(PY) -m common.compare
+
+# --resume takes up a run that was interrupted; --reproduce codes Kodak with the weights just trained
+# and with the bundled ones, and prints both beside the published numbers.
+$(PAPERS:%=reproduce-%): reproduce-%: $(STAMP)
+	$(if $(DATASET),data=$$(realpath "$(DATASET)") && )cd $* && \
+	    ../$(PY) train.py --config $(CONFIG) --resume $(if $(DATASET),--dataset "$$data")
+	cd $* && ../$(PY) eval.py --reproduce --config $(CONFIG)
+
+reproduce-%:
+	@echo "error: no paper '$*'; choose from: $(PAPERS)" >&2; exit 2
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,26 @@
+"""Settings and small images shared by the tests."""
+
+import common  # noqa: F401  (first: prepares torchvision for CompressAI)
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, torch.get_num_threads()))  # tensors here are too small for more
+
+
+def pytest_collection_modifyitems(items):
+    """Skip the tests marked `gpu` where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def tiny_image():
+    """A 48x64 uint8 photograph-like image (3, H, W): smooth colours, an edge and a little noise."""
+    rows, columns = torch.meshgrid(torch.linspace(0, 1, 48), torch.linspace(0, 1, 64), indexing="ij")
+    image = torch.stack([rows, columns, (rows + columns) / 2])
+    image[:, 16:32, 20:44] = 1 - image[:, 16:32, 20:44]
+    image += 0.02 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    return (255 * image.clamp(0, 1)).round().to(torch.uint8)
