@@ -1,0 +1,186 @@
+"""Integer symbols and CDF tables to bytes and back, by CompressAI's rANS coder (`compressai.ans`).
+
+The bytes are those of CompressAI's `EntropyModel.compress`; what differs is the road to them. Tables become Python
+lists once, each row cut to its length, and not at every call; symbols pass through arrays and not tensors. The coder's
+faults are kept away from the caller: it writes outside its buffer for fewer than three symbols, never returns for
+symbols beyond +-2^27, and reads past the end of a truncated string.
+
+    tables = Tables.of(model.gaussian_conditional)
+    strings = encode(symbols, indexes, tables)
+    symbols = decode(strings, indexes, tables)
+"""
+
+import weakref
+from array import array
+
+import numpy as np
+import torch
+from compressai.ans import BufferedRansEncoder, RansDecoder
+from torch import Tensor, nn
+
+from . import UserError
+
+PRECISION = 16  # probabilities are multiples of 2^-16
+CHUNK = 2**20  # symbols that exist as Python integers at a time
+SYMBOL_LIMIT = 2**26  # the coder stores at most 28 bits of an out-of-table symbol, one of them the sign
+MIN_SYMBOLS = 3  # below, the coder's output buffer is shorter than its final state: filled up with free symbols
+BYTE_BIAS = 128  # the coder works on symbols + 128: nearly all fit a byte, for which Python keeps ready-made integers
+
+# Behind every string stands this text. After the last symbol a decoder is in its initial state and at the end of the
+# string; symbols decoded from there on must therefore be those that the initial state and this text give.
+_TRAILER = b"the string ends here: what follows is not part of it"
+_PROBE = ([[0, 21845, 43690, 65535, 1 << PRECISION]], [5], [0])  # three even symbols: mixes all bits of the state
+_PROBE_INDEXES = [0] * 32
+_INITIAL_STATE = (1 << 31).to_bytes(8, "little")
+_INTACT = RansDecoder().decode_with_indexes(_INITIAL_STATE + _TRAILER + bytes(64), _PROBE_INDEXES, *_PROBE)
+
+_cache: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary()
+
+
+class Tables:
+    """CDF rows as the coder wants them: `rows` lists of integers from 0 to 65536, their `lengths` and `offsets`.
+
+    Row i codes the symbols offsets[i] ... offsets[i] + lengths[i] - 3; its last interval announces any other symbol.
+    """
+
+    def __init__(self, cdf: Tensor, lengths: Tensor, offsets: Tensor):
+        """cdf: (rows, longest row), lengths, offsets: (rows,), integer tensors. Raises UserError for broken tables."""
+        self.lengths = lengths.reshape(-1).tolist()
+        self.offsets = offsets.reshape(-1).tolist()
+        if not cdf.dim() == 2 or not len(cdf) == len(self.lengths) == len(self.offsets) > 0:
+            raise UserError("the entropy model has no CDF tables: call update() before coding")
+        if min(self.lengths) < 3 or max(self.lengths) > cdf.shape[1] or np.abs(self.offsets).max() >= SYMBOL_LIMIT:
+            raise UserError("the CDF tables are damaged: use an intact checkpoint")
+        rows = [row[:length] for row, length in zip(cdf.cpu().numpy(), self.lengths)]
+        if any(row[0] != 0 or row[-1] != 1 << PRECISION or np.diff(row).min() <= 0 for row in rows):
+            raise UserError("the CDF tables are damaged: use an intact checkpoint")
+        self.rows = [row.tolist() for row in rows]
+        # One row more, for filling up: its only symbol costs 2e-5 bit.
+        self.rows.append([0, (1 << PRECISION) - 1, 1 << PRECISION])
+        self.lengths.append(3)
+        self.offsets.append(0)
+        self.biased_offsets = [offset + BYTE_BIAS for offset in self.offsets]
+
+    def __len__(self) -> int:
+        return len(self.rows) - 1
+
+    @classmethod
+    def of(cls, entropy_model: nn.Module) -> "Tables":
+        """Tables of a CompressAI EntropyModel; made again only after its buffers have changed."""
+        buffers = (entropy_model._quantized_cdf, entropy_model._cdf_length, entropy_model._offset)
+        versions = [b._version for b in buffers]
+        known = _cache.get(entropy_model)
+        if known is None or known[1] != versions or any(a is not b for a, b in zip(known[0], buffers)):
+            known = _cache[entropy_model] = (buffers, versions, cls(*buffers))
+        return known[2]
+
+
+def encode(symbols: Tensor, indexes: Tensor, tables: Tables) -> list[bytes]:
+    """Code each image's symbols into one string.
+
+    symbols: (B, ...) integers; indexes: the row of `tables` for each, of a shape that broadcasts to theirs.
+    Symbols outside their row's range cost more but are coded too, up to +-2^26. Raises ValueError for
+    larger ones (what NaN becomes when cast to an integer) and for indexes outside the tables.
+    """
+    symbols = symbols.detach().cpu().numpy()
+    indexes = _rows(indexes, symbols.shape, tables)
+    if symbols.size and not -SYMBOL_LIMIT <= symbols.min() <= symbols.max() <= SYMBOL_LIMIT:
+        raise ValueError(f"symbols beyond +-{SYMBOL_LIMIT} cannot be coded: the latent is broken (NaN?)")
+    symbols = symbols.astype(np.int32, copy=False)
+    return [_encode_one(s.reshape(-1), i.reshape(-1), tables) for s, i in zip(symbols, indexes)]
+
+
+def decode(strings: list[bytes], indexes: Tensor, tables: Tables) -> Tensor:
+    """Inverse of `encode`: int32 symbols on the CPU, in the shape of indexes (B, ...).
+
+    Raises ValueError when a string is truncated or is not one of these symbols' (unless by a chance of about 2^-50).
+    """
+    indexes = _rows(indexes, tuple(indexes.shape), tables)
+    if len(strings) != len(indexes):
+        raise ValueError(f"{len(strings)} strings for {len(indexes)} images")
+    symbols = np.empty(indexes.shape, np.int32)
+    for string, i, out in zip(strings, indexes, symbols.reshape(len(strings), -1)):
+        _decode_one(string, i.reshape(-1), tables, out)
+    return torch.from_numpy(symbols)
+
+
+def _rows(indexes: Tensor, shape: tuple, tables: Tables) -> np.ndarray:
+    indexes = indexes.detach().cpu().numpy()
+    if indexes.size and not 0 <= indexes.min() <= indexes.max() < len(tables):
+        raise ValueError(f"indexes outside the {len(tables)} rows of the CDF tables")
+    return np.broadcast_to(indexes.astype(np.int32, copy=False), shape)
+
+
+def _integers(values: np.ndarray) -> bytearray | array:
+    """int32 values as the sequence that the coder reads fastest; a list takes longer to make than to code."""
+    if values.min() >= 0 and values.max() <= 255:
+        return bytearray(values.astype(np.uint8))
+    return array("i", values.tobytes())
+
+
+def _encode_one(symbols: np.ndarray, indexes: np.ndarray, tables: Tables) -> bytes:
+    if symbols.size == 0:
+        return b""
+    coder = BufferedRansEncoder()
+    for start in range(0, symbols.size, CHUNK):
+        part = slice(start, start + CHUNK)
+        values = _integers(symbols[part] + np.int32(BYTE_BIAS))
+        coder.encode_with_indexes(values, _integers(indexes[part]), tables.rows, tables.lengths, tables.biased_offsets)
+    if (missing := MIN_SYMBOLS - symbols.size) > 0:
+        coder.encode_with_indexes([0] * missing, [len(tables)] * missing, tables.rows, tables.lengths, tables.offsets)
+    return coder.flush()
+
+
+def _decode_one(string: bytes, indexes: np.ndarray, tables: Tables, out: np.ndarray) -> None:
+    if indexes.size == 0 and string == b"":
+        return
+    if indexes.size == 0 or len(string) < 8 or len(string) % 4:
+        raise ValueError("an entropy-coded string has an impossible length")
+    # The decoder does not stop at the end of its string, so zeros follow for all it might read with broken data: 16 bit
+    # for a symbol, up to 60 more for one outside the table, 15 bytes for each byte that announces a long one.
+    zeros = 2 * indexes.size + 8 * min(indexes.size, CHUNK) + 16 * len(string) + 1024
+    decoder = RansDecoder()
+    decoder.set_stream(string + _TRAILER + bytes(zeros))
+    for start in range(0, indexes.size, CHUNK):
+        part = slice(start, start + CHUNK)
+        values = decoder.decode_stream(_integers(indexes[part]), tables.rows, tables.lengths, tables.biased_offsets)
+        try:
+            out[part] = np.frombuffer(bytearray(values), np.uint8)
+        except ValueError:  # not all within one byte: the slower way
+            out[part] = np.fromiter(values, np.int32, len(values))
+    out -= BYTE_BIAS
+    if (missing := MIN_SYMBOLS - indexes.size) > 0:
+        decoder.decode_stream([len(tables)] * missing, tables.rows, tables.lengths, tables.offsets)
+    if decoder.decode_stream(_PROBE_INDEXES, *_PROBE) != _INTACT:
+        raise ValueError("an entropy-coded string is truncated, altered or from another model")
+
+
+# ------------------------------------------------------------------ factorized latents (CompressAI's EntropyBottleneck)
+def _medians(bottleneck: nn.Module) -> Tensor:
+    """(C, 1, 1): the centres of the rounding, one per channel."""
+    return bottleneck.quantiles[:, 0, 1].detach()[:, None, None]
+
+
+def _channels(bottleneck: nn.Module, batch: int, shape: tuple[int, int]) -> Tensor:
+    """Channel i is coded with row i: indexes (B, C, h, w)."""
+    channels = len(bottleneck.quantiles)
+    return torch.arange(channels)[None, :, None, None].expand(batch, channels, *shape)
+
+
+def encode_bottleneck(bottleneck: nn.Module, z: Tensor) -> list[bytes]:
+    """Code z (B, C, h, w), rounded around the channels' medians, with one table per channel."""
+    symbols = (z - _medians(bottleneck)).round()
+    return encode(symbols, _channels(bottleneck, len(z), z.shape[-2:]), Tables.of(bottleneck))
+
+
+def decode_bottleneck(bottleneck: nn.Module, strings: list[bytes], shape: tuple[int, int]) -> Tensor:
+    """Inverse of `encode_bottleneck`: z_hat (B, C, h, w) in float32, where `dequantize` of z would be."""
+    indexes = _channels(bottleneck, len(strings), shape)
+    medians = _medians(bottleneck)
+    return decode(strings, indexes, Tables.of(bottleneck)).to(medians) + medians
+
+
+def dequantize(bottleneck: nn.Module, z: Tensor) -> Tensor:
+    """z_hat = round(z - median) + median, what the decoder will have."""
+    medians = _medians(bottleneck)
+    return (z - medians).round() + medians

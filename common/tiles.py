@@ -1,0 +1,49 @@
+"""Large images in bounded memory: a fully convolutional transform, tile by tile."""
+
+from typing import Callable
+
+from torch import Tensor
+
+
+def tiled(
+    transform: Callable[[Tensor], Tensor],
+    x: Tensor,
+    down: int = 1,
+    up: int = 1,
+    halo: int = 2,
+    tile: int = 1024,
+    limit: int = 4_000_000,
+) -> Tensor:
+    """Apply transform to x, (B, C, H, W), in overlapping tiles when the image has more than `limit` pixels.
+
+    The first layer of g_a holds 128 channels or more at half the image's resolution: more than 6 GB for one
+    8000x6000 image, several times over with GDN. In tiles of 1024x1024 pixels it is 0.1 GB for any image.
+
+    down: image pixels of x per row of the result (16 for g_a); H and W must be multiples of it.
+    up:   rows of the result per row of x (16 for g_s).
+    halo: margin around each tile, in latent positions (`down` pixels of x, or one row of x when going up).
+    tile: side of a tile in image pixels, without its halo.
+
+    At the image's border a tile has no halo: the layers' zero padding there is the real one. Elsewhere, the halo must
+    cover what a result depends on. Four 5x5 layers of stride 2 see 2 + 4 + 8 + 16 = 30 pixels to each side, less than
+    two latent positions of 16; g_s, the mirrored network, the same. So halo=2 is exact for both, up to float rounding; a
+    transform with more layers needs more, one that sees the whole image (attention, squeeze-excite) cannot be tiled.
+    """
+    height, width = x.shape[-2:]
+    if height * width * up * up <= limit:
+        return transform(x)
+    # Everything below counts in latent positions; `down` and `up` turn them into rows of x and of the result.
+    rows, columns, step = height // down, width // down, max(1, tile // (down * up))
+    out = None
+    for top in range(0, rows, step):
+        for left in range(0, columns, step):
+            bottom, right = min(top + step, rows), min(left + step, columns)
+            above, before = max(top - halo, 0), max(left - halo, 0)
+            below, after = min(bottom + halo, rows), min(right + halo, columns)
+            y = transform(x[..., above * down : below * down, before * down : after * down])
+            if out is None:
+                out = y.new_empty(*y.shape[:2], rows * up, columns * up)
+            out[..., top * up : bottom * up, left * up : right * up] = y[
+                ..., (top - above) * up : (bottom - above) * up, (left - before) * up : (right - before) * up
+            ]
+    return out

@@ -1,0 +1,77 @@
+"""Tiles give what the whole image gives."""
+
+import common  # noqa: F401  (before compressai)
+import pytest
+import torch
+from common.tiles import tiled
+from compressai.models import FactorizedPrior
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return FactorizedPrior(16, 24).eval()
+
+
+@pytest.fixture(scope="module")
+def image():
+    return torch.rand(1, 3, 16 * 19, 16 * 23, generator=torch.Generator().manual_seed(1))
+
+
+def run(transform, x, **options):
+    with torch.no_grad():
+        return tiled(transform, x, tile=64, limit=0, **options)
+
+
+@pytest.mark.parametrize("halo", [2, 4])
+def test_analysis_and_synthesis_equal_the_whole_image(model, image, halo):
+    with torch.no_grad():
+        y = model.g_a(image)
+        x_hat = model.g_s(y)
+    assert torch.allclose(run(model.g_a, image, down=16, halo=halo), y, atol=1e-5)
+    assert torch.allclose(run(model.g_s, y, up=16, halo=halo), x_hat, atol=1e-5)
+
+
+@pytest.mark.parametrize("halo", [0, 1])
+def test_a_smaller_halo_is_not_enough(model, image, halo):
+    with torch.no_grad():
+        y = model.g_a(image)
+        x_hat = model.g_s(y)
+    assert (run(model.g_a, image, down=16, halo=halo) - y).abs().max() > 1e-4
+    assert (run(model.g_s, y, up=16, halo=halo) - x_hat).abs().max() > 1e-4
+
+
+def test_tiles_only_above_the_limit(model, image):
+    sizes = []
+
+    def transform(x):
+        sizes.append(tuple(x.shape[-2:]))
+        return model.g_a(x)
+
+    with torch.no_grad():
+        tiled(transform, image, down=16, limit=16 * 19 * 16 * 23)
+        assert sizes == [(16 * 19, 16 * 23)]
+        sizes.clear()
+        tiled(transform, image, down=16, tile=64, limit=16 * 19 * 16 * 23 - 1)
+    assert len(sizes) == 5 * 6
+    assert max(h for h, _ in sizes) == max(w for _, w in sizes) == 64 + 2 * 32
+
+
+def test_the_limit_counts_image_pixels_when_going_up(model):
+    y = torch.zeros(1, 24, 4, 4)
+    sizes = []
+
+    def transform(x):
+        sizes.append(tuple(x.shape[-2:]))
+        return model.g_s(x)
+
+    with torch.no_grad():
+        x_hat = tiled(transform, y, up=16, tile=32, limit=64 * 64 - 1)
+    assert len(sizes) == 4 and x_hat.shape == (1, 3, 64, 64)
+
+
+def test_a_batch_and_one_row_of_latents(model):
+    x = torch.rand(2, 3, 16, 16 * 9, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        y = model.g_a(x)
+    assert torch.allclose(run(model.g_a, x, down=16), y, atol=1e-5)
