@@ -25,8 +25,8 @@ help:
 
 setup: $(STAMP)
 
-# The stamp is written last, so an interrupted installation is taken up again. A .venv that cannot
-# start (its Python is gone, the folder was moved) is made anew.
+# The stamp is written last, so an interrupted installation is taken up by the next `make`. After an
+# upgrade of Python or a move of this folder: `make clean`.
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null || \
 	    { echo "error: '$(PYTHON)' is not Python 3.10, 3.11 or 3.12; name one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
@@ -44,7 +44,7 @@ lint: $(STAMP)
 	$(PY) -m ruff check .
 
 bench: $(STAMP)
-	$(PY) -m common.bench
+	$(PY) -m common.bench $(PAPERS)
 
 compare: $(STAMP)
 	$(PY) -m common.compare

@@ -1,9 +1,10 @@
 """Integer symbols and CDF tables to bytes and back, by CompressAI's rANS coder (`compressai.ans`).
 
-The bytes are those of CompressAI's `EntropyModel.compress`; what differs is the road to them. Tables become Python
-lists once, each row cut to its length, and not at every call; symbols pass through arrays and not tensors. The coder's
-faults are kept away from the caller: it writes outside its buffer for fewer than three symbols, never returns for
-symbols beyond +-2^27, and reads past the end of a truncated string.
+The bytes are those of CompressAI's `EntropyModel.compress`; what differs is the road to them.
+Tables become Python lists once, each row cut to its length, and not at every call; symbols pass
+through arrays and not tensors. The coder's faults are kept away from the caller: it writes outside
+its buffer for fewer than three symbols, never returns for symbols beyond +-2^27, and reads past the
+end of a truncated string.
 
     tables = Tables.of(model.gaussian_conditional)
     strings = encode(symbols, indexes, tables)
@@ -22,38 +23,45 @@ from . import UserError
 
 PRECISION = 16  # probabilities are multiples of 2^-16
 CHUNK = 2**20  # symbols that exist as Python integers at a time
-SYMBOL_LIMIT = 2**26  # the coder stores at most 28 bits of an out-of-table symbol, one of them the sign
-MIN_SYMBOLS = 3  # below, the coder's output buffer is shorter than its final state: filled up with free symbols
-BYTE_BIAS = 128  # the coder works on symbols + 128: nearly all fit a byte, for which Python keeps ready-made integers
+SYMBOL_LIMIT = 2**26  # the coder holds 28 bits of a symbol outside its table, sign included
+MIN_SYMBOLS = 3  # below, the coder's buffer is shorter than its final state: we fill up
+BYTE_BIAS = 128  # coded are symbols + 128: nearly all fit a byte, whose integers Python keeps ready
 
-# Behind every string stands this text. After the last symbol a decoder is in its initial state and at the end of the
-# string; symbols decoded from there on must therefore be those that the initial state and this text give.
+# Behind every string stands this text. After the last symbol a decoder is in its initial state and
+# at the end of the string; symbols decoded from there on must therefore be those that the initial
+# state and this text give.
 _TRAILER = b"the string ends here: what follows is not part of it"
-_PROBE = ([[0, 21845, 43690, 65535, 1 << PRECISION]], [5], [0])  # three even symbols: mixes all bits of the state
+_PROBE = ([[0, 21845, 43690, 65535, 1 << PRECISION]], [5], [0])  # odd frequencies mix all bits
 _PROBE_INDEXES = [0] * 32
 _INITIAL_STATE = (1 << 31).to_bytes(8, "little")
-_INTACT = RansDecoder().decode_with_indexes(_INITIAL_STATE + _TRAILER + bytes(64), _PROBE_INDEXES, *_PROBE)
+_INTACT = RansDecoder().decode_with_indexes(
+    _INITIAL_STATE + _TRAILER + bytes(64), _PROBE_INDEXES, *_PROBE
+)
 
 _cache: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary()
 
 
 class Tables:
-    """CDF rows as the coder wants them: `rows` lists of integers from 0 to 65536, their `lengths` and `offsets`.
+    """CDF rows as the coder wants them: `rows` (lists from 0 to 65536), `lengths`, `offsets`.
 
-    Row i codes the symbols offsets[i] ... offsets[i] + lengths[i] - 3; its last interval announces any other symbol.
+    Row i codes the symbols offsets[i] ... offsets[i] + lengths[i] - 3; its last interval announces
+    any other symbol.
     """
 
     def __init__(self, cdf: Tensor, lengths: Tensor, offsets: Tensor):
-        """cdf: (rows, longest row), lengths, offsets: (rows,), integer tensors. Raises UserError for broken tables."""
+        """cdf: (rows, longest row); lengths, offsets: (rows,). UserError for broken tables."""
         self.lengths = lengths.reshape(-1).tolist()
         self.offsets = offsets.reshape(-1).tolist()
         if not cdf.dim() == 2 or not len(cdf) == len(self.lengths) == len(self.offsets) > 0:
             raise UserError("the entropy model has no CDF tables: call update() before coding")
-        if min(self.lengths) < 3 or max(self.lengths) > cdf.shape[1] or np.abs(self.offsets).max() >= SYMBOL_LIMIT:
-            raise UserError("the CDF tables are damaged: use an intact checkpoint")
-        rows = [row[:length] for row, length in zip(cdf.cpu().numpy(), self.lengths)]
+        damaged = UserError("the CDF tables are damaged: use an intact checkpoint")
+        if not 3 <= min(self.lengths) <= max(self.lengths) <= cdf.shape[1]:
+            raise damaged
+        rows = [row[:length] for row, length in zip(cdf.cpu().numpy(), self.lengths, strict=True)]
         if any(row[0] != 0 or row[-1] != 1 << PRECISION or np.diff(row).min() <= 0 for row in rows):
-            raise UserError("the CDF tables are damaged: use an intact checkpoint")
+            raise damaged
+        if max(map(abs, self.offsets)) >= SYMBOL_LIMIT:
+            raise damaged
         self.rows = [row.tolist() for row in rows]
         # One row more, for filling up: its only symbol costs 2e-5 bit.
         self.rows.append([0, (1 << PRECISION) - 1, 1 << PRECISION])
@@ -69,37 +77,46 @@ class Tables:
         """Tables of a CompressAI EntropyModel; made again only after its buffers have changed."""
         buffers = (entropy_model._quantized_cdf, entropy_model._cdf_length, entropy_model._offset)
         versions = [b._version for b in buffers]
-        known = _cache.get(entropy_model)
-        if known is None or known[1] != versions or any(a is not b for a, b in zip(known[0], buffers)):
-            known = _cache[entropy_model] = (buffers, versions, cls(*buffers))
-        return known[2]
+        if (known := _cache.get(entropy_model)) is not None:
+            same = all(a is b for a, b in zip(known[0], buffers, strict=True))
+            if same and known[1] == versions:
+                return known[2]
+        tables = cls(*buffers)
+        _cache[entropy_model] = (buffers, versions, tables)
+        return tables
 
 
 def encode(symbols: Tensor, indexes: Tensor, tables: Tables) -> list[bytes]:
     """Code each image's symbols into one string.
 
-    symbols: (B, ...) integers; indexes: the row of `tables` for each, of a shape that broadcasts to theirs.
-    Symbols outside their row's range cost more but are coded too, up to +-2^26. Raises ValueError for
-    larger ones (what NaN becomes when cast to an integer) and for indexes outside the tables.
+    symbols: (B, ...) integers; indexes: the row of `tables` for each, broadcast to their shape.
+    Symbols outside their row's range cost more but are coded too, up to +-2^26. Raises ValueError
+    for larger ones (a NaN cast to an integer is one) and for indexes outside the tables.
     """
     symbols = symbols.detach().cpu().numpy()
     indexes = _rows(indexes, symbols.shape, tables)
     if symbols.size and not -SYMBOL_LIMIT <= symbols.min() <= symbols.max() <= SYMBOL_LIMIT:
-        raise ValueError(f"symbols beyond +-{SYMBOL_LIMIT} cannot be coded: the latent is broken (NaN?)")
+        raise ValueError(
+            f"symbols beyond +-{SYMBOL_LIMIT} cannot be coded: the latent is broken (NaN?)"
+        )
     symbols = symbols.astype(np.int32, copy=False)
-    return [_encode_one(s.reshape(-1), i.reshape(-1), tables) for s, i in zip(symbols, indexes)]
+    return [
+        _encode_one(s.reshape(-1), i.reshape(-1), tables)
+        for s, i in zip(symbols, indexes, strict=True)
+    ]
 
 
 def decode(strings: list[bytes], indexes: Tensor, tables: Tables) -> Tensor:
     """Inverse of `encode`: int32 symbols on the CPU, in the shape of indexes (B, ...).
 
-    Raises ValueError when a string is truncated or is not one of these symbols' (unless by a chance of about 2^-50).
+    Raises ValueError when a string is truncated or is not one of these symbols' (unless by a chance
+    of about 2^-50).
     """
     indexes = _rows(indexes, tuple(indexes.shape), tables)
     if len(strings) != len(indexes):
         raise ValueError(f"{len(strings)} strings for {len(indexes)} images")
     symbols = np.empty(indexes.shape, np.int32)
-    for string, i, out in zip(strings, indexes, symbols.reshape(len(strings), -1)):
+    for string, i, out in zip(strings, indexes, symbols.reshape(len(strings), -1), strict=True):
         _decode_one(string, i.reshape(-1), tables, out)
     return torch.from_numpy(symbols)
 
@@ -112,7 +129,7 @@ def _rows(indexes: Tensor, shape: tuple, tables: Tables) -> np.ndarray:
 
 
 def _integers(values: np.ndarray) -> bytearray | array:
-    """int32 values as the sequence that the coder reads fastest; a list takes longer to make than to code."""
+    """int32 values as the sequence that the coder reads fastest; a list takes longer to make."""
     if values.min() >= 0 and values.max() <= 255:
         return bytearray(values.astype(np.uint8))
     return array("i", values.tobytes())
@@ -125,9 +142,13 @@ def _encode_one(symbols: np.ndarray, indexes: np.ndarray, tables: Tables) -> byt
     for start in range(0, symbols.size, CHUNK):
         part = slice(start, start + CHUNK)
         values = _integers(symbols[part] + np.int32(BYTE_BIAS))
-        coder.encode_with_indexes(values, _integers(indexes[part]), tables.rows, tables.lengths, tables.biased_offsets)
+        coder.encode_with_indexes(
+            values, _integers(indexes[part]), tables.rows, tables.lengths, tables.biased_offsets
+        )
     if (missing := MIN_SYMBOLS - symbols.size) > 0:
-        coder.encode_with_indexes([0] * missing, [len(tables)] * missing, tables.rows, tables.lengths, tables.offsets)
+        coder.encode_with_indexes(
+            [0] * missing, [len(tables)] * missing, tables.rows, tables.lengths, tables.offsets
+        )
     return coder.flush()
 
 
@@ -136,14 +157,17 @@ def _decode_one(string: bytes, indexes: np.ndarray, tables: Tables, out: np.ndar
         return
     if indexes.size == 0 or len(string) < 8 or len(string) % 4:
         raise ValueError("an entropy-coded string has an impossible length")
-    # The decoder does not stop at the end of its string, so zeros follow for all it might read with broken data: 16 bit
-    # for a symbol, up to 60 more for one outside the table, 15 bytes for each byte that announces a long one.
+    # The decoder does not stop at the end of its string, so zeros follow for all it might read with
+    # broken data: 16 bit for a symbol, up to 60 more for one outside the table, 15 bytes for each
+    # byte that announces a long one.
     zeros = 2 * indexes.size + 8 * min(indexes.size, CHUNK) + 16 * len(string) + 1024
     decoder = RansDecoder()
     decoder.set_stream(string + _TRAILER + bytes(zeros))
     for start in range(0, indexes.size, CHUNK):
         part = slice(start, start + CHUNK)
-        values = decoder.decode_stream(_integers(indexes[part]), tables.rows, tables.lengths, tables.biased_offsets)
+        values = decoder.decode_stream(
+            _integers(indexes[part]), tables.rows, tables.lengths, tables.biased_offsets
+        )
         try:
             out[part] = np.frombuffer(bytearray(values), np.uint8)
         except ValueError:  # not all within one byte: the slower way
@@ -155,7 +179,7 @@ def _decode_one(string: bytes, indexes: np.ndarray, tables: Tables, out: np.ndar
         raise ValueError("an entropy-coded string is truncated, altered or from another model")
 
 
-# ------------------------------------------------------------------ factorized latents (CompressAI's EntropyBottleneck)
+# ------------------------------------------ factorized latents (CompressAI's EntropyBottleneck)
 def _medians(bottleneck: nn.Module) -> Tensor:
     """(C, 1, 1): the centres of the rounding, one per channel."""
     return bottleneck.quantiles[:, 0, 1].detach()[:, None, None]
@@ -173,8 +197,10 @@ def encode_bottleneck(bottleneck: nn.Module, z: Tensor) -> list[bytes]:
     return encode(symbols, _channels(bottleneck, len(z), z.shape[-2:]), Tables.of(bottleneck))
 
 
-def decode_bottleneck(bottleneck: nn.Module, strings: list[bytes], shape: tuple[int, int]) -> Tensor:
-    """Inverse of `encode_bottleneck`: z_hat (B, C, h, w) in float32, where `dequantize` of z would be."""
+def decode_bottleneck(
+    bottleneck: nn.Module, strings: list[bytes], shape: tuple[int, int]
+) -> Tensor:
+    """Inverse of `encode_bottleneck`: z_hat (B, C, h, w), equal to `dequantize` of z."""
     indexes = _channels(bottleneck, len(strings), shape)
     medians = _medians(bottleneck)
     return decode(strings, indexes, Tables.of(bottleneck)).to(medians) + medians

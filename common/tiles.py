@@ -1,6 +1,6 @@
 """Large images in bounded memory: a fully convolutional transform, tile by tile."""
 
-from typing import Callable
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -14,25 +14,27 @@ def tiled(
     tile: int = 1024,
     limit: int = 4_000_000,
 ) -> Tensor:
-    """Apply transform to x, (B, C, H, W), in overlapping tiles when the image has more than `limit` pixels.
+    """Apply transform to x (B, C, H, W); in overlapping tiles above `limit` image pixels.
 
-    The first layer of g_a holds 128 channels or more at half the image's resolution: more than 6 GB for one
-    8000x6000 image, several times over with GDN. In tiles of 1024x1024 pixels it is 0.1 GB for any image.
+    The first layer of g_a has 128 channels or more at half the image's resolution: 6 GB for one
+    8000x6000 image, several times over with GDN. For a tile of 1024x1024 it is 0.15 GB.
 
     down: image pixels of x per row of the result (16 for g_a); H and W must be multiples of it.
     up:   rows of the result per row of x (16 for g_s).
-    halo: margin around each tile, in latent positions (`down` pixels of x, or one row of x when going up).
+    halo: margin around a tile in latent positions: `down` pixels of x, or one row of x going up.
     tile: side of a tile in image pixels, without its halo.
 
-    At the image's border a tile has no halo: the layers' zero padding there is the real one. Elsewhere, the halo must
-    cover what a result depends on. Four 5x5 layers of stride 2 see 2 + 4 + 8 + 16 = 30 pixels to each side, less than
-    two latent positions of 16; g_s, the mirrored network, the same. So halo=2 is exact for both, up to float rounding; a
-    transform with more layers needs more, one that sees the whole image (attention, squeeze-excite) cannot be tiled.
+    At the image's border a tile has no halo: the layers' zero padding there is the real one.
+    Elsewhere the halo must cover what a result depends on. Four 5x5 layers of stride 2 see
+    2 + 4 + 8 + 16 = 30 pixels to each side, less than two latent positions of 16; g_s, the mirrored
+    network, the same. So halo=2 gives the whole image's result for both, up to float rounding. A
+    transform with more layers needs more; one that sees everything (attention, squeeze-excite)
+    cannot be tiled.
     """
     height, width = x.shape[-2:]
     if height * width * up * up <= limit:
         return transform(x)
-    # Everything below counts in latent positions; `down` and `up` turn them into rows of x and of the result.
+    # Counted in latent positions; `down` and `up` make rows of x and of the result out of them.
     rows, columns, step = height // down, width // down, max(1, tile // (down * up))
     out = None
     for top in range(0, rows, step):
@@ -44,6 +46,8 @@ def tiled(
             if out is None:
                 out = y.new_empty(*y.shape[:2], rows * up, columns * up)
             out[..., top * up : bottom * up, left * up : right * up] = y[
-                ..., (top - above) * up : (bottom - above) * up, (left - before) * up : (right - before) * up
+                ...,
+                (top - above) * up : (bottom - above) * up,
+                (left - before) * up : (right - before) * up,
             ]
     return out

@@ -19,7 +19,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def tiny_image():
     """A 48x64 uint8 photograph-like image (3, H, W): smooth colours, an edge and a little noise."""
-    rows, columns = torch.meshgrid(torch.linspace(0, 1, 48), torch.linspace(0, 1, 64), indexing="ij")
+    sides = torch.linspace(0, 1, 48), torch.linspace(0, 1, 64)
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
     image = torch.stack([rows, columns, (rows + columns) / 2])
     image[:, 16:32, 20:44] = 1 - image[:, 16:32, 20:44]
     image += 0.02 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))

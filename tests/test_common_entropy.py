@@ -1,11 +1,11 @@
 """Symbols to bytes and back."""
 
-import common  # noqa: F401  (before compressai)
+from common import UserError, entropy
+from common.entropy import Tables, decode, encode
+
 import numpy as np
 import pytest
 import torch
-from common import UserError, entropy
-from common.entropy import Tables, decode, encode
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 
 SCALES = torch.exp(torch.linspace(np.log(0.11), np.log(256), 64)).tolist()
@@ -50,7 +50,7 @@ def test_tables_of_a_fresh_bottleneck(bottleneck):
 def test_each_row_is_a_strictly_increasing_distribution(gaussian, bottleneck):
     for model in (gaussian, bottleneck):
         tables = Tables.of(model)
-        for row, length in zip(tables.rows, tables.lengths):
+        for row, length in zip(tables.rows, tables.lengths, strict=True):
             assert len(row) == length and row[0] == 0 and row[-1] == 65536
             assert min(np.diff(row)) > 0
 
@@ -97,7 +97,7 @@ def test_round_trip_with_random_tables(seed):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(3, 40, 300)  # more rows than one byte numbers
     cdf = np.zeros((300, 40), np.int32)
-    for row, n in zip(cdf, lengths):
+    for row, n in zip(cdf, lengths, strict=True):
         row[1:n] = np.sort(rng.choice(np.arange(1, 65536), n - 1, replace=False))
         row[n - 1] = 65536
     offsets = rng.integers(-300, 300, 300)
@@ -138,7 +138,9 @@ def test_indexes_broadcast_and_memory_order_does_not_matter(bottleneck):
     symbols = torch.randint(-8, 9, (2, 192, 3, 5), generator=torch.Generator().manual_seed(3))
     channels = torch.arange(192).view(1, -1, 1, 1)
     strings = encode(symbols, channels, tables)
-    assert strings == encode(symbols.contiguous(memory_format=torch.channels_last), channels, tables)
+    assert strings == encode(
+        symbols.contiguous(memory_format=torch.channels_last), channels, tables
+    )
     assert torch.equal(decode(strings, channels.expand(2, 192, 3, 5), tables), symbols.int())
 
 

@@ -1,9 +1,9 @@
 """Tiles give what the whole image gives."""
 
-import common  # noqa: F401  (before compressai)
+from common.tiles import tiled
+
 import pytest
 import torch
-from common.tiles import tiled
 from compressai.models import FactorizedPrior
 
 

@@ -1,0 +1,166 @@
+"""The compressed file: a header of at most 29 bytes, the payload, a checksum.
+
+    magic          3   not text, so that no text file starts with it
+    version        1
+    tag            4   names the paper: its codec's TAG
+    fingerprint    8   of the weights and CDF tables that can decode the file
+    height, width      varints, of the image before padding
+    parameters         varint length, then bytes: what the model must be told (a rate index, ...)
+    sections           varint count, then the length of each but the last as a varint
+    payload            the sections, one after the other
+    checksum       4   CRC-32 of everything before it
+
+Varints hold 7 bits a byte, low bits first. Two sections under 2 MiB and sides up to 16383 pixels
+make 25 + 4 bytes, and they count in bpp. Magic, version and checksum stay where they are in all
+versions, so that an old program can tell a newer file from a damaged one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import UserError, exact
+
+import numpy as np
+from torch import Tensor, nn
+
+MAGIC = b"\xb5LC"
+VERSION = 1
+FIXED = 16  # bytes of magic, version, tag and fingerprint
+MAX_SIDE, MAX_PIXELS = 65535, 2**28  # beyond, a file of a few bytes could ask for all memory
+
+
+@dataclass(frozen=True)
+class File:
+    """What `unpack` finds: the size of the image in pixels, and byte strings."""
+
+    tag: bytes
+    fingerprint: bytes
+    height: int
+    width: int
+    parameters: bytes
+    sections: list[bytes]
+
+
+def fingerprint(model: nn.Module) -> bytes:
+    """8 bytes of SHA-256 over weights, CDF tables and fixed-point settings (`exact_parts`).
+
+    The same on each device, in each memory layout and for weights kept in fewer bits.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        kind = np.dtype("<f4") if tensor.is_floating_point() else np.dtype("<i8")
+        values = (tensor.float() if kind.kind == "f" else tensor).cpu().contiguous().numpy()
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(values.astype(kind, copy=False).tobytes())
+    for name in getattr(model, "exact_parts", ()):
+        spec = exact.spec(model.get_submodule(name))
+        digest.update(json.dumps([name, spec], sort_keys=True, default=Tensor.tolist).encode())
+    return digest.digest()[:8]
+
+
+def pack(tag: bytes, fingerprint: bytes, height: int, width: int, sections: list[bytes],
+         parameters: bytes = b"") -> bytes:
+    """Make a file of the coded sections. Raises UserError for images beyond the limits above."""
+    _check_size(height, width, "the image")
+    if len(tag) != 4 or len(fingerprint) != 8 or not sections:
+        raise ValueError("tag of 4 bytes, fingerprint of 8 bytes, at least one section expected")
+    numbers = [height, width, len(parameters)], [len(sections), *map(len, sections[:-1])]
+    head, lengths = (b"".join(map(_varint, n)) for n in numbers)
+    body = b"".join([MAGIC, bytes([VERSION]), tag, fingerprint, head, parameters, lengths,
+                     *sections])
+    return body + struct.pack("<I", zlib.crc32(body))
+
+
+def unpack(data: bytes, tag: bytes, fingerprint: bytes | None = None) -> File:
+    """Take a file apart; it must be of this paper and, if given, of these weights.
+
+    Raises UserError for a file that is empty, foreign, damaged, cut short, newer, of another paper
+    or of other weights, or that states impossible sizes.
+    """
+    if not data:
+        raise UserError("the file is empty: encode the image again")
+    if data[:3] != MAGIC:
+        raise UserError("not one of our compressed files: give one that codec.py encode has made")
+    if len(data) < FIXED + 4 or zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+        raise UserError("the file is damaged or cut short (checksum): copy it again")
+    if data[3] > VERSION:
+        raise UserError(f"the file has format version {data[3]}, this program reads up to "
+                        f"{VERSION}: update the program")
+    if data[4:8] != tag:
+        raise UserError(f"the file was written by the codec {_text(data[4:8])}, this one is "
+                        f"{_text(tag)}: decode it with the other folder's codec.py")
+    if fingerprint is not None and data[8:16] != fingerprint:
+        raise UserError(f"the file was encoded with the weights {data[8:16].hex()}, these are "
+                        f"{fingerprint.hex()}: pass the right --checkpoint")
+    reader = _Reader(data[:-4], FIXED)
+    height, width = reader.varint(), reader.varint()
+    _check_size(height, width, "the file's header")
+    parameters = reader.take(reader.varint())
+    count = reader.varint()
+    if not 1 <= count <= reader.left() + 1:
+        raise _lengths_error()
+    lengths = [reader.varint() for _ in range(count - 1)]
+    sections = [reader.take(n) for n in lengths]
+    return File(data[4:8], data[8:16], height, width, parameters,
+                [*sections, reader.take(reader.left())])
+
+
+def read(path: str | Path) -> bytes:
+    """The bytes of a file; UserError when it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from None
+
+
+class _Reader:
+    """Takes a header apart from `position` on; never reads past the end."""
+
+    def __init__(self, data: bytes, position: int):
+        self.data, self.position = data, position
+
+    def left(self) -> int:
+        return len(self.data) - self.position
+
+    def take(self, count: int) -> bytes:
+        if count > self.left():
+            raise _lengths_error()
+        self.position += count
+        return self.data[self.position - count : self.position]
+
+    def varint(self) -> int:
+        value = 0
+        for shift in range(0, 35, 7):  # five bytes hold more than any file's length
+            byte = self.take(1)[0]
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise _lengths_error()
+
+
+def _varint(value: int) -> bytes:
+    low = []
+    while value >= 128:
+        low.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*low, value])
+
+
+def _check_size(height: int, width: int, what: str) -> None:
+    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE and height * width <= MAX_PIXELS):
+        raise UserError(f"{what} states {width}x{height} pixels; 1x1 to {MAX_SIDE} a side and "
+                        f"{MAX_PIXELS} in all can be coded")
+
+
+def _lengths_error() -> UserError:
+    return UserError("the file's section lengths do not add up: encode the image again")
+
+
+def _text(tag: bytes) -> str:
+    return repr(tag.decode("ascii", "backslashreplace"))

@@ -1,0 +1,259 @@
+"""Images in and out: the bundled photographs, image folders, Vimeo-90k, tar shards.
+
+A training set is a list of `Item`s (a file, or a member of a tar shard) and `Crops`, which turns
+sample number k of the run into one random crop. Which image and which crop sample k gets depends
+only on (seed, k): a run that is resumed, or spread over more loader processes, sees the same data.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import UserError
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+IMAGES = Path(__file__).parent / "images"
+KODAK = IMAGES / "kodak"  # 24 test photographs, 768x512; never trained on
+TRAIN = IMAGES / "train"  # CC0 training tiles
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
+CACHE_PIXELS = 400_000_000  # decoded images are kept in memory up to this many (1.2 GB)
+
+Image.MAX_IMAGE_PIXELS = None  # large photographs are welcome; tiles bound the memory of the codec
+
+
+# ------------------------------------------------------------------------------ single images
+def read_image(path: str | Path | io.BytesIO, notice: Callable[[str], None] = print,
+               name: str | None = None) -> Tensor:
+    """Read an image as a uint8 tensor (3, H, W).
+
+    Anything Pillow opens is converted to 8-bit RGB: gray is repeated, transparency is laid on
+    white, 16 bits are cut to 8, CMYK and palettes are converted, EXIF orientation is applied.
+    `notice` is told of each conversion that loses something. Raises UserError naming the file.
+    """
+    name = name or str(path)
+    try:
+        with Image.open(path) as image:
+            image.load()
+            rgb, lost = _to_rgb(ImageOps.exif_transpose(image), ";16" in str(image.tile))
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such image file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise UserError(f"{name}: not a readable image ({e}); replace or remove it") from None
+    if lost:
+        notice(f"{name}: {lost}, coded as 8-bit RGB")
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+
+
+def _to_rgb(image: Image.Image, sixteen_bit: bool) -> tuple[Image.Image, str]:
+    """Convert to mode RGB; returns the image and what was lost ("" if nothing)."""
+    mode = image.mode
+    if mode == "RGB" and "transparency" not in image.info:
+        return image, "16 bits a sample" if sixteen_bit else ""
+    if mode.startswith("I") or mode == "F":
+        a = np.asarray(image, dtype=np.float64)
+        if mode != "F" or a.max(initial=0) > 255:
+            a = a / 257  # 65535 -> 255
+        gray = Image.fromarray(np.clip(np.rint(a), 0, 255).astype(np.uint8))
+        return gray.convert("RGB"), f"{'float' if mode == 'F' else '16-bit'} grayscale"
+    if "A" in mode or mode == "PA" or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        lost = "transparency laid on white" if rgba.getextrema()[3][0] < 255 else f"mode {mode}"
+        return Image.alpha_composite(white, rgba).convert("RGB"), lost
+    names = {"L": "grayscale", "1": "black and white", "P": "palette"}
+    return image.convert("RGB"), names.get(mode, f"mode {mode}")
+
+
+def write_image(x: Tensor, path: str | Path) -> None:
+    """Write (3, H, W), uint8 or float in [0, 1] (rounded to 8 bits), as an image file."""
+    if x.dtype != torch.uint8:
+        x = to_uint8(x)
+    image = Image.fromarray(x.permute(1, 2, 0).cpu().contiguous().numpy())
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot write {path}: {e}") from None
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Round a float image in [0, 1] to 8 bits; values outside are clamped."""
+    return (x.detach() * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def to_float(x: Tensor) -> Tensor:
+    """uint8 image -> float32 in [0, 1]."""
+    return x.float().div_(255)
+
+
+# ------------------------------------------------------------------------------ sets of images
+@dataclass(frozen=True)
+class Item:
+    """One image: a file, or a member of a tar shard (its bytes at `offset`)."""
+
+    path: Path
+    member: str = ""
+    offset: int = 0
+    size: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}:{self.member}" if self.member else str(self.path)
+
+    def read(self) -> Tensor:
+        source: Path | io.BytesIO = self.path
+        if self.member:
+            with open(self.path, "rb") as f:
+                f.seek(self.offset)
+                source = io.BytesIO(f.read(self.size))
+        return read_image(source, notice=lambda _: None, name=self.name)
+
+
+def list_images(path: str | Path) -> list[Path]:
+    """Image files of a folder (sorted by name, not recursive), or the one file given."""
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder of images")
+    found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+    if not found:
+        raise UserError(f"{path}: holds no images ({' '.join(sorted(SUFFIXES))})")
+    return found
+
+
+def find_items(root: str | Path | None, split: str = "train") -> list[Item]:
+    """All images of a data set, whatever its layout.
+
+    None: the bundled photographs. Otherwise, first match: a tar shard; `<split>_*/*.tar` or
+    `*.tar`; Vimeo-90k as published (`sequences/`, `sep_<split>list.txt`) or as
+    `<split>/<sequence>/im1.png`, of which the first frame of each septuplet is used;
+    `<split>/` or the folder itself with images in it, at any depth.
+    """
+    if root is None:
+        return [Item(p) for p in list_images(TRAIN)]
+    root = Path(root)
+    if root.is_file() and root.suffix == ".tar":
+        return _tar_items(root)
+    if not root.is_dir():
+        raise UserError(f"--dataset {root}: no such folder or .tar shard")
+    shards = sorted(root.glob("*.tar")) or sorted(root.glob(f"{split}_*/*.tar"))
+    if shards:
+        return [item for shard in shards for item in _tar_items(shard)]
+    listing = root / f"sep_{split}list.txt"
+    if listing.is_file():
+        names = listing.read_text().split()
+        return [Item(root / "sequences" / name / "im1.png") for name in names]
+    folder = root / split if (root / split).is_dir() else root
+    files = sorted(folder.glob("*/im1.png"))
+    files = files or sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"--dataset {folder}: holds no images; leave --dataset out to train on "
+                        "the bundled photographs")
+    return [Item(p) for p in files]
+
+
+def _tar_items(path: Path) -> list[Item]:
+    try:
+        with tarfile.open(path, "r:") as tar:
+            items = [Item(path, m.name, m.offset_data, m.size) for m in tar
+                     if m.isfile() and Path(m.name).suffix.lower() in SUFFIXES]
+    except (tarfile.TarError, OSError) as e:
+        raise UserError(f"{path}: not a readable uncompressed tar shard ({e})") from None
+    if not items:
+        raise UserError(f"{path}: this shard holds no images")
+    return sorted(items, key=lambda item: item.member)
+
+
+class Crops(Dataset):
+    """Random crops of a list of images, addressed by the sample number k = 0, 1, 2, ... of a run.
+
+    Pass p = k // len(items) visits every image once in an order drawn from (seed, p); crop position
+    and flip are drawn from (seed, k). `self[k]` -> uint8 (3, crop, crop).
+    """
+
+    def __init__(self, items: list[Item], crop: int, seed: int = 0, flip: bool = False):
+        self.items, self.crop, self.seed, self.flip = items, crop, seed, flip
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._cache: dict[int, Tensor] = {}
+        self._cached_pixels = 0
+
+    def __getitem__(self, k: int) -> Tensor:
+        rng = np.random.Generator(np.random.Philox(key=self.seed, counter=k))
+        image = self._image(self._index(k))
+        height, width = image.shape[-2:]
+        top = int(rng.integers(height - self.crop + 1))
+        left = int(rng.integers(width - self.crop + 1))
+        patch = image[:, top : top + self.crop, left : left + self.crop]
+        return patch.flip(-1) if self.flip and rng.random() < 0.5 else patch
+
+    def _index(self, k: int) -> int:
+        p, position = divmod(k, len(self.items))
+        if self._order[0] != p:
+            rng = np.random.Generator(np.random.Philox(key=self.seed + 2**32, counter=p))
+            self._order = (p, torch.from_numpy(rng.permutation(len(self.items))))
+        return int(self._order[1][position])
+
+    def _image(self, index: int) -> Tensor:
+        if index in self._cache:
+            return self._cache[index]
+        item = self.items[index]
+        image = item.read()
+        height, width = image.shape[-2:]
+        if min(height, width) < self.crop:
+            raise UserError(f"{item.name}: {width}x{height} is smaller than the {self.crop}x"
+                            f"{self.crop} crop; remove it or set a smaller --patch-size")
+        if self._cached_pixels + height * width <= CACHE_PIXELS:
+            self._cache[index] = image
+            self._cached_pixels += height * width
+        return image
+
+
+class _Steps:
+    """Batch sampler: the sample numbers of steps first..last-1 for one of `world` processes."""
+
+    def __init__(self, first: int, last: int, batch: int, rank: int, world: int):
+        self.steps = range(first, last)
+        self.batch, self.rank, self.world = batch, rank, world
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            start = (step * self.world + self.rank) * self.batch
+            yield list(range(start, start + self.batch))
+
+
+def loader(crops: Crops, first: int, last: int, batch: int, rank: int = 0, world: int = 1,
+           num_workers: int = 0) -> DataLoader:
+    """Batches uint8 (batch, 3, crop, crop) of steps first..last-1; `batch` is per process."""
+    return DataLoader(
+        crops,
+        batch_sampler=_Steps(first, last, batch, rank, world),
+        num_workers=num_workers,
+        generator=torch.Generator(),  # leaves the global one alone, so a resumed run draws the same
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def batches(paths: Iterable[Path], batch_size: int) -> Iterator[tuple[list[Path], Tensor]]:
+    """Whole images as uint8 (B, 3, H, W): neighbours of equal size together, B <= batch_size."""
+    group: list[tuple[Path, Tensor]] = []
+    for path in paths:
+        image = read_image(path)
+        if group and (len(group) == batch_size or image.shape != group[0][1].shape):
+            yield [p for p, _ in group], torch.stack([x for _, x in group])
+            group = []
+        group.append((path, image))
+    if group:
+        yield [p for p, _ in group], torch.stack([x for _, x in group])

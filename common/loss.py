@@ -1,0 +1,57 @@
+"""Rate-distortion losses."""
+
+from __future__ import annotations
+
+from common import UserError
+
+from pytorch_msssim import ms_ssim
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+METRICS = ("mse", "ms-ssim")
+
+
+class RateDistortionLoss(nn.Module):
+    """R + lmbda * D, or D + beta * R.
+
+    With `lmbda`:  loss = bpp + lmbda * 255^2 * MSE        (metric "mse")
+                   loss = bpp + lmbda * (1 - MS-SSIM)      (metric "ms-ssim")
+    With `beta`:   loss = 255^2 * MSE + beta * bits of one crop (bits = bpp * H * W)
+
+    The MSE is that of images in [0, 1]; bpp = sum of -log2 p over all latents / (B * H * W)
+    (seminar report, eq. of section 2.1). Everything is computed in float32.
+    """
+
+    def __init__(self, lmbda: float | None = None, metric: str = "mse", beta: float | None = None):
+        super().__init__()
+        if metric not in METRICS:
+            raise UserError(f"--metric {metric}: choose from {', '.join(METRICS)}")
+        if (lmbda is None) == (beta is None):
+            raise UserError("set exactly one of lmbda and beta")
+        self.lmbda, self.metric, self.beta = lmbda, metric, beta
+
+    def forward(self, output: dict, x: Tensor) -> dict[str, Tensor]:
+        """output: a model's forward result for x (B, 3, H, W) in [0, 1].
+
+        Returns scalars: "loss"; "bpp" and one "bpp_<latent>" per latent; "mse" (times 255^2, as
+        logged everywhere); "ms_ssim" if that is the metric.
+        """
+        batch, _, height, width = x.shape
+        terms = {f"bpp_{name}": bits(p) / (batch * height * width)
+                 for name, p in output["likelihoods"].items()}
+        bpp = sum(terms.values())
+        x_hat = output["x_hat"].float()
+        mse = 255**2 * F.mse_loss(x_hat, x)
+        if self.metric == "ms-ssim":
+            terms["ms_ssim"] = ms_ssim(x_hat, x, data_range=1.0)
+            loss = bpp + self.lmbda * (1 - terms["ms_ssim"])
+        elif self.beta is not None:
+            loss = mse + self.beta * bpp * height * width
+        else:
+            loss = bpp + self.lmbda * mse
+        return {"loss": loss, "bpp": bpp, **terms, "mse": mse}
+
+
+def bits(likelihoods: Tensor) -> Tensor:
+    """Total information content -sum log2 p of a tensor of likelihoods, in bits."""
+    return -likelihoods.float().log2().sum()

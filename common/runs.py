@@ -1,0 +1,582 @@
+"""What every training run needs and no paper should write twice.
+
+Flags and YAML, seeds, device and precision, several processes, atomic checkpoints and exact resume,
+logs. The training loop itself stays in each paper's train.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from common import UserError, exact
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor, nn
+
+PRECISIONS = ("bf16", "fp32")
+
+
+# ---------------------------------------------------------------------------- command lines
+def cli(main: Callable[[], None]) -> None:
+    """Run a script's main(): a UserError becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as e:
+        # a loader process sends its whole traceback; the message is the last line of it
+        message = str(e).strip().splitlines()[-1].removeprefix("common.UserError: ")
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: interrupted; continue with --resume", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with our manners: one line on errors, defaults shown in --help."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                         allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> None:
+        print(f"error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse flags with the priority: defaults < YAML file of --config < command line.
+
+    The keys of the YAML file are the flags' names; an unknown key or a wrong value is an error.
+    """
+    first = Parser(add_help=False)
+    first.add_argument("--config")
+    path = first.parse_known_args(argv)[0].config
+    if path:
+        parser.set_defaults(**_read_config(Path(path), parser))
+    return parser.parse_args(argv)
+
+
+def add_flags(parser: argparse.ArgumentParser, lr_schedule: str) -> None:
+    """The flags that all our training scripts have beside those of their sources."""
+    add = parser.add_argument_group("ours, beside the source's flags").add_argument
+    add("--config", help="YAML file of flags; the command line wins over it")
+    add("--resume", action="store_true", help="continue this run from its newest checkpoint")
+    add("--metric", default="mse", choices=["mse", "ms-ssim"], help="distortion")
+    add("--optimizer", default="adam", choices=["adam", "muon"], help="muon: fewer steps")
+    add("--aux-lr", type=positive_float, default=1e-3, help="learning rate of the quantiles")
+    add("--lr-schedule", default=lr_schedule,
+        choices=["plateau", "multistep", "cosine", "constant"], help="stepped once an epoch")
+    add("--milestones", type=int, nargs="*", default=[40, 90, 140], help="epochs, for multistep")
+    add("--clip-max-norm", type=positive_float, default=1.0, help="gradient norm limit")
+    add("--patch-size", type=positive_int, default=256, help="side of the square crops, pixels")
+    add("--flip", action="store_true", help="flip half of the crops left to right")
+    add("--steps-per-epoch", type=int, default=0, help="0: one pass over the data")
+    add("--test-every", type=positive_int, default=1, help="epochs between validations")
+    add("--save-every", type=positive_int, default=1, help="epochs between kept checkpoints")
+    add("--seed", type=int, default=0, help="of weights, noise, crops")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--precision", default="auto", choices=["auto", *PRECISIONS],
+        help="of training; auto: bf16 where the hardware has it")
+    add("--compile", action="store_true", help="torch.compile: pays after about five minutes")
+    add("--threads", type=int, default=0, help="CPU threads; 0: all")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The 'flag: value' lines of a configuration file."""
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as e:
+        raise UserError(f"--config {path}: {e.strerror or e}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"--config {path}: not YAML ({' '.join(str(e).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: must hold 'flag: value' lines")
+    return values
+
+
+def _read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    values = read_yaml(path)
+    actions = {a.dest: a for a in parser._actions}
+    result = {}
+    for key, value in values.items():
+        action = actions.get(str(key).replace("-", "_"))
+        if action is None:
+            raise UserError(f"--config {path}: there is no flag --{key}")
+        result[action.dest] = _convert(action, value, f"--config {path}: {key}")
+    return result
+
+
+def _convert(action: argparse.Action, value: Any, where: str) -> Any:
+    if value is None or isinstance(action, argparse._StoreTrueAction):
+        ok = value is None or isinstance(value, bool)
+        converted = value
+    else:
+        items = value if isinstance(value, list) else [value]
+        kind = action.type or str
+        try:
+            converted = [kind(str(v)) for v in items]
+            ok = all(action.choices is None or v in action.choices for v in converted)
+        except ValueError:
+            ok = False
+        if ok and action.nargs is None:
+            ok, converted = len(converted) == 1, converted[0]
+    if not ok:
+        choices = f" (choose from {', '.join(map(str, action.choices))})" if action.choices else ""
+        raise UserError(f"{where}: {value!r} is not a value for this flag{choices}")
+    return converted
+
+
+# ----------------------------------------------------------------- processes, device, precision
+def launch(gpu_ids: str) -> None:
+    """Obey --gpu_id '0 1 2': one process per id, started again under torchrun.
+
+    Without a GPU the same number of processes runs on the CPU (gloo). Returns in the processes
+    that do the work.
+    """
+    ids = gpu_ids.replace(",", " ").split()
+    if not ids or not all(i.isdigit() for i in ids):
+        raise UserError(f"--gpu_id '{gpu_ids}': give GPU numbers separated by spaces, as '0 1 2'")
+    if "RANK" in os.environ:
+        return
+    if gpu_ids != "0":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", ",".join(ids))
+    if len(ids) > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(ids))))
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                  f"--nproc_per_node={len(ids)}", *sys.argv])
+
+
+def start(device: str = "auto", seed: int | None = None, threads: int = 0) -> torch.device:
+    """Join the process group if torchrun started us, pick the device, seed every generator.
+
+    Each process draws its own noise (seed + rank); the data order is common (`common.data`).
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    has_cuda = torch.cuda.is_available()
+    chosen = usable(("cuda" if has_cuda else "cpu") if device == "auto" else device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")
+    if seed is not None:
+        torch.manual_seed(seed + rank())
+    return chosen
+
+
+def usable(device: str) -> torch.device:
+    """A device by name; UserError when this machine has none of it."""
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"device {device}: choose cpu, or cuda on a machine with a GPU")
+    return torch.device(device)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(batch_size: int) -> int:
+    """This process's part of a batch that is divided over all of them."""
+    if batch_size < 1 or batch_size % world():
+        raise UserError(f"--batch_size {batch_size} is not a multiple of the {world()} process(es)")
+    return batch_size // world()
+
+
+def default_precision(device: torch.device | None = None) -> str:
+    """bf16 where the hardware multiplies it, fp32 elsewhere."""
+    if device is None or device.type == "cuda":
+        if torch.cuda.is_available():
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Autocast for one forward pass; `precision` is "bf16", "fp32" or "auto"."""
+    if precision == "auto":
+        precision = default_precision(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def parallel(model: nn.Module, compile: bool = False) -> nn.Module:
+    """The module to call for training: `model`, compiled and/or averaged over the processes.
+
+    Quantiles stay out of the gradient average: their loss sees no data, so it is equal everywhere.
+    """
+    net = torch.compile(model) if compile else model
+    if world() == 1:
+        return net
+    names = [name for name, _ in model.named_parameters() if name.endswith("quantiles")]
+    prefix = "_orig_mod." if compile else ""
+    ddp = nn.parallel.DistributedDataParallel
+    ddp._set_params_and_buffers_to_ignore_for_model(net, [prefix + n for n in names])
+    return ddp(net, broadcast_buffers=False)
+
+
+# --------------------------------------------------------------------- optimisers, schedules
+def optimizers(model: nn.Module, name: str, lr: float,
+               aux_lr: float = 1e-3) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """(main, aux): everything but the quantiles, and the quantiles of the entropy bottlenecks.
+
+    "adam" is every source's choice. "muon" (timm) orthogonalises the updates of the convolution
+    kernels and uses AdamW at lr / 2 for the rest: fewer steps to the same loss.
+    """
+    main = {n: p for n, p in model.named_parameters() if not n.endswith("quantiles")}
+    aux = [p for n, p in model.named_parameters() if n.endswith("quantiles")]
+    if name == "adam":
+        optimizer: torch.optim.Optimizer = torch.optim.Adam(main.values(), lr=lr)
+    elif name == "muon":
+        from timm.optim import Muon
+
+        kernels = [p for n, p in main.items() if "entropy_bottleneck" not in n]
+        density = [p for n, p in main.items() if "entropy_bottleneck" in n]
+        groups = [{"params": kernels}, {"params": density, "use_fallback": True}]
+        optimizer = Muon(groups, lr=lr, nesterov=True, fallback_lr_scale=0.5, betas=(0.9, 0.999))
+    else:
+        raise UserError(f"--optimizer {name}: choose adam or muon")
+    return optimizer, torch.optim.Adam(aux, lr=aux_lr)
+
+
+def schedule(optimizer: torch.optim.Optimizer, name: str, epochs: int,
+             milestones: Iterable[int]) -> Any:
+    """Learning-rate schedule, stepped once an epoch with the epoch's mean training loss.
+
+    plateau: halve after 10 epochs without progress; multistep: halve at each milestone;
+    cosine: to zero over the run.
+    """
+    if name == "plateau":
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "min", factor=0.5)
+    if name == "multistep":
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(milestones), gamma=0.5)
+    if name == "constant":
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    if name == "cosine":
+        cosine = lambda epoch: 0.5 * (1 + math.cos(math.pi * min(1.0, epoch / epochs)))  # noqa: E731
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
+    raise UserError(f"--lr_schedule {name}: choose plateau, multistep, cosine or constant")
+
+
+def agree(flag: bool) -> bool:
+    """The first process's answer, on every process."""
+    if world() == 1:
+        return flag
+    answer = [flag]
+    dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+def check_finite(losses: dict[str, Tensor], step: int, last_good: Path | None) -> None:
+    """Stop with a clear message when a loss term is NaN or infinite."""
+    bad = [name for name, value in losses.items() if not math.isfinite(value.item())]
+    if bad:
+        kept = f"the last good checkpoint is {last_good}" if last_good else "nothing was saved yet"
+        raise UserError(f"{', '.join(bad)} not finite in the batch of step {step}; {kept}; "
+                        "try a smaller --lr or --precision fp32")
+
+
+# -------------------------------------------------------------------------------- checkpoints
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write atomically: a full disk or a kill leaves the old file as it was."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write to a temporary file beside `path`, then rename; UserError when it cannot."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        kept = "; the file that was there is kept" if path.exists() else ""
+        raise UserError(f"cannot write {path}: {e.strerror or e}{kept}") from None
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of ours, or a bare state dict (then under "model").
+
+    `module.` and `_orig_mod.` prefixes of the keys are dropped. UserError when unreadable.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except Exception as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise UserError(f"{path}: not a checkpoint that can be read ({reason[:100]})") from None
+    if not isinstance(state, dict) or not state:
+        raise UserError(f"{path}: holds no state dict")
+    if "model" not in state:
+        state = {"model": state.get("state_dict", state)}
+    weights = state["model"]
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise UserError(f"{path}: holds no state dict")
+    for prefix in ("module.", "_orig_mod."):
+        weights = {k.removeprefix(prefix): v for k, v in weights.items()}
+    state["model"] = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+    return state
+
+
+def load_model(path: str | Path, kind: type, device: torch.device | str = "cpu") -> nn.Module:
+    """Build a `kind` from a checkpoint: eval mode, channels_last, coding tables ready.
+
+    CDF tables and the fixed-point scales come from the file; only a bare state dict without them
+    gets new ones. The checkpoint's other entries are left in `model.info`.
+    """
+    state = load_checkpoint(path)
+    try:
+        model = kind.from_state_dict(state["model"])
+    except KeyError as e:
+        raise UserError(f"{path}: not the weights of a {kind.__name__}: {e} is missing") from None
+    except RuntimeError as e:
+        lines = [line.strip() for line in str(e).splitlines()[1:]]
+        raise UserError(f"{path}: not the weights of a {kind.__name__}: "
+                        f"{' '.join(lines)[:300]}") from None
+    if any(name.endswith("_quantized_cdf") and b.numel() == 0 for name, b in model.named_buffers()):
+        model.update(force=True)
+    for name, spec in state.get("exact", {}).items():
+        exact.restore(model.get_submodule(name), spec)
+    model.info = {k: state[k] for k in ("config", "step", "epoch", "hardware") if k in state}
+    return model.eval().to(device, memory_format=torch.channels_last)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Copy a checkpoint's weights into `model`, strictly (--init_ckpt)."""
+    weights = load_checkpoint(path)["model"]
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        lines = [line.strip() for line in str(e).splitlines()[1:]]
+        raise UserError(f"{path}: not weights of this model: {' '.join(lines)[:300]}") from None
+
+
+def coding_state(model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint needs so that files written with it can be decoded for ever."""
+    return {"model": model.state_dict(),
+            "exact": {name: exact.spec(model.get_submodule(name)) for name in model.exact_parts}}
+
+
+def export(path: Path, model: nn.Module, **info: Any) -> None:
+    """Write a small checkpoint for coding only: convolution kernels in fp16, tables as they are.
+
+    The model's own weights are rounded too, so that it stays the model in the file.
+    """
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 4:
+                p.copy_(p.half())
+    for name in model.exact_parts:
+        exact.restore(model.get_submodule(name), None)  # exponents that fit the rounded weights
+    state = coding_state(model)
+    kernels = {name for name, p in model.named_parameters() if p.dim() == 4}
+    state["model"] = {k: v.half() if k in kernels else v for k, v in state["model"].items()}
+    save_checkpoint(path, {**state, **info})
+
+
+class Checkpoints:
+    """The checkpoints of one run: epoch_<n>.pth after epochs, latest.pth in between.
+
+    `parts` are everything with state: {"model": ..., "optimizer": ..., "scheduler": ...}.
+    """
+
+    def __init__(self, folder: Path, parts: dict[str, Any], config: dict[str, Any]):
+        self.folder, self.parts, self.config = folder, parts, config
+        self.last: Path | None = None
+
+    def begin(self, resume: bool, epoch: int | None) -> dict[str, Any]:
+        """Restore the newest checkpoint (`resume`) or that of `epoch`; {} when the run is new.
+
+        Refuses to start a new run in a folder that holds another: nothing is overwritten.
+        """
+        if epoch is not None:
+            return self.resume(self.folder / f"epoch_{epoch}.pth")
+        found = self._newest()
+        if found and not resume:
+            raise UserError(f"{self.folder} holds the checkpoints of a run: continue it with "
+                            "--resume, or give this one another --exp_version")
+        if found:
+            return self.resume(max((load_checkpoint(p)["step"], p) for p in found)[1])
+        if rank() == 0:
+            text = yaml.safe_dump(self.config, sort_keys=False)
+            write_atomic(self.folder / "config.yaml", text.encode())
+        return {}
+
+    def save(self, name: str, epoch: int, step: int, **extra: Any) -> None:
+        """Save after `step` steps, in (or at the end of) `epoch`. All processes must call it."""
+        self.parts["model"].update(force=True)  # CDF tables that fit the weights
+        generators: list[Any] = [None] * world()
+        mine = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            mine["cuda"] = torch.cuda.get_rng_state()
+        if world() > 1:
+            dist.all_gather_object(generators, mine)
+        else:
+            generators = [mine]
+        if rank() == 0:
+            state = {key: part.state_dict() for key, part in self.parts.items() if key != "model"}
+            save_checkpoint(self.folder / name, {
+                **coding_state(self.parts["model"]), **state, **extra, "epoch": epoch, "step": step,
+                "rng": generators, "config": self.config})
+        self.last = self.folder / name
+
+    def resume(self, path: Path) -> dict[str, Any]:
+        """Restore every part and this process's random generators; returns the checkpoint."""
+        state = load_checkpoint(path)
+        missing = [key for key in (*self.parts, "step", "rng") if key not in state]
+        if missing:
+            raise UserError(f"{path}: cannot be resumed, it has no {', '.join(missing)} "
+                            "(start from its weights with --init_ckpt)")
+        try:
+            for key, part in self.parts.items():
+                part.load_state_dict(state[key])
+        except (RuntimeError, ValueError, KeyError) as e:
+            raise UserError(f"{path}: not a checkpoint of this configuration "
+                            f"({str(e).splitlines()[0]})") from None
+        mine = state["rng"][min(rank(), len(state["rng"]) - 1)]
+        torch.set_rng_state(mine["cpu"])
+        if "cuda" in mine and torch.cuda.is_available():
+            torch.cuda.set_rng_state(mine["cuda"])
+        self.last = path
+        return state
+
+    def _newest(self) -> list[Path]:
+        numbered = sorted(self.folder.glob("epoch_*.pth"), key=lambda p: p.stat().st_mtime)
+        latest = self.folder / "latest.pth"
+        return numbered[-1:] + ([latest] if latest.exists() else [])
+
+
+# --------------------------------------------------------------------------------------- logs
+class Log:
+    """log.txt, TensorBoard and the progress bar of one run; silent on all ranks but the first."""
+
+    def __init__(self, folder: Path, steps: int):
+        self.folder, self.steps = folder, steps
+        self.active = rank() == 0
+        self.sums: dict[str, float] = {}
+        self.count = 0
+
+    def begin(self, first: int = 0) -> None:
+        """Open the files and the bar, `first` steps being done already."""
+        if not self.active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.board = SummaryWriter(str(self.folder))
+        self.file = open(self.folder / "log.txt", "a")
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=self.steps, initial=first, unit="step", dynamic_ncols=True,
+                        mininterval=1 if terminal else 60)
+
+    def step(self, step: int, values: dict[str, Any], every: int = 50) -> None:
+        """Count one step; every `every` steps, write the scalars to TensorBoard."""
+        values = {k: v.item() if isinstance(v, Tensor) else v for k, v in values.items()}
+        for k, v in values.items():
+            self.sums[k] = self.sums.get(k, 0.0) + v
+        self.count += 1
+        if self.active:
+            self.bar.update()
+            if step % every == 0:
+                self.scalars("train", values, step)
+                self.bar.set_postfix(loss=f"{values['loss']:.3f}", bpp=f"{values['bpp']:.3f}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of an unfinished epoch: a resumed run reports the same means."""
+        return {"sums": self.sums, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums, self.count = dict(state["sums"]), state["count"]
+
+    def means(self) -> dict[str, float]:
+        """Means of all step values since the last call (equal on every process)."""
+        if not self.count:
+            return {}
+        result = {k: v / self.count for k, v in self.sums.items()}
+        if world() > 1:
+            values = torch.tensor(list(result.values()), dtype=torch.float64)
+            if dist.get_backend() == "nccl":
+                values = values.cuda()
+            dist.all_reduce(values)
+            result = dict(zip(result, (values / world()).tolist(), strict=True))
+        self.sums, self.count = {}, 0
+        return result
+
+    def scalars(self, tag: str, values: dict[str, float], step: int) -> None:
+        if self.active:
+            for key, value in values.items():
+                self.board.add_scalar(f"{tag}/{key}", value, step)
+
+    def images(self, x: Tensor, x_hat: Tensor, step: int) -> None:
+        """Original and reconstruction side by side, (3, H, W) each."""
+        if self.active:
+            pair = torch.cat([x.float().cpu(), x_hat.float().cpu().clamp(0, 1)], dim=-1)
+            self.board.add_image("reconstruction", pair, step)
+
+    def line(self, text: str) -> None:
+        """One line to log.txt and above the progress bar."""
+        if self.active:
+            self.bar.write(text, file=sys.stdout)
+            self.file.write(text + "\n")
+            self.file.flush()
+
+    def close(self) -> None:
+        if self.active:
+            self.bar.close()
+            self.board.close()
+            self.file.close()
+
+
+def describe(device: torch.device) -> str:
+    """The hardware in words, for results and checkpoints."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = "CPU"
+    with contextlib.suppress(OSError, IndexError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(x for x in lines if x.startswith("model name")).split(":")[1].strip()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above zero."""
+    value = float(text)
+    if not (np.isfinite(value) and value > 0):
+        raise ValueError(text)
+    return value
+
+
+def positive_int(text: str) -> int:
+    """argparse type: a whole number above zero."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value

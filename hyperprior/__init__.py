@@ -1,0 +1,1 @@
+"""Scale-hyperprior image compression (Balle et al., ICLR 2018)."""

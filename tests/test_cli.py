@@ -1,0 +1,143 @@
+"""Every command of every README runs, on tiny data; every mistake is one line and exit status 2."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import common  # noqa: F401
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+PAPERS = ("factorized", "hyperprior")
+TINY = ("--epoch 1 --steps-per-epoch 2 --batch_size 2 --patch-size 64 --N 4 --M 6 --seed 1 "
+        "--num_workers 0 --precision fp32").split()
+
+
+def run(paper, *command, cwd, check=True):
+    """A script of a paper folder, started elsewhere, so that nothing is written into it."""
+    script = str(ROOT / paper / command[0])
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    done = subprocess.run([sys.executable, script, *map(str, command[1:])], cwd=cwd, text=True,
+                          env=environment, capture_output=True, timeout=300)
+    if check:
+        assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def refused(done, *words):
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """photo.png and folders of two small photographs, cut from Kodak."""
+    folder = tmp_path_factory.mktemp("images")
+    kodak = Image.open(ROOT / "common" / "images" / "kodak" / "kodim23.png")
+    for sub in ("train", "test"):
+        (folder / sub).mkdir()
+        for i in range(2):
+            kodak.crop((200 + 90 * i, 100, 296 + 90 * i, 170)).save(folder / sub / f"{i}.png")
+    kodak.crop((100, 100, 197, 165)).save(folder / "photo.png")
+    return folder
+
+
+def readme_commands(paper):
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / paper / "README.md").read_text(), re.S)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith(("python ", "torchrun "))]
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_readme_commands(paper, images, tmp_path):
+    """In their order, in one folder, as a reader would type them; only sizes are made tiny."""
+    commands = readme_commands(paper)
+    scripts = [shlex.split(c)[1] for c in commands]
+    assert scripts == ["train.py"] * 3 + ["eval.py"] * 2 + ["codec.py"] * 2
+    (tmp_path / "photo.png").write_bytes((images / "photo.png").read_bytes())
+    for command in commands:
+        words = shlex.split(command.replace("/path/to/vimeo", str(images)))[1:]
+        if words[0] == "train.py":
+            words = [str(ROOT / paper / w) if w.endswith(".yaml") else w for w in words]
+            words += [*TINY, "--test_dataset", images / "test"]
+            words += ["--compile"] if "--compile" in words else []
+            words = [w for w in words if w != "--compile"]
+        elif words[0] == "eval.py":
+            words = ["0" if w == "199" else w for w in words] + ["--dataset_path", images / "test"]
+        run(paper, *words, cwd=tmp_path)
+    assert Image.open(tmp_path / "decoded.png").size == (97, 65)
+    for version in ("1", "2"):
+        prefix = {"factorized": "FactorizedPrior", "hyperprior": "Hyperprior"}[paper]
+        assert (tmp_path / "ckpts" / prefix / version / "epoch_0.pth").is_file()
+    assert list((tmp_path / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_codec_round_trip_is_close(paper, images, tmp_path):
+    run(paper, "codec.py", "encode", images / "photo.png", "-o", tmp_path / "a.bin", cwd=tmp_path)
+    run(paper, "codec.py", "decode", tmp_path / "a.bin", cwd=tmp_path)
+    a = np.asarray(Image.open(images / "photo.png"), dtype=float)
+    b = np.asarray(Image.open(tmp_path / "a.png"), dtype=float)
+    assert 10 * np.log10(255**2 / ((a - b) ** 2).mean()) > 24
+
+
+@pytest.mark.parametrize("mistake",
+                         ["missing", "foreign", "cut", "changed", "other paper", "folder"])
+def test_codec_refuses(mistake, images, tmp_path):
+    path = tmp_path / "a.bin"
+    run("factorized", "codec.py", "encode", images / "photo.png", "-o", path, cwd=tmp_path)
+    data = bytearray(path.read_bytes())
+    paper = "factorized"
+    if mistake == "missing":
+        path.unlink()
+    elif mistake == "foreign":
+        path.write_bytes((images / "photo.png").read_bytes())
+    elif mistake == "cut":
+        path.write_bytes(data[:-5])
+    elif mistake == "changed":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif mistake == "other paper":
+        paper = "hyperprior"
+    else:
+        path.unlink()
+        path.mkdir()
+    done = run(paper, "codec.py", "decode", path, "-o", tmp_path / "out.png", cwd=tmp_path,
+               check=False)
+    refused(done, "a.bin" if mistake in ("missing", "folder") else "")
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("command, words", [
+    (["train.py", "--dataset", "nowhere"], ["nowhere"]),
+    (["train.py", "--lr", "-1"], ["--lr"]),
+    (["train.py", "--model_name", "JPEG"], ["--model_name"]),
+    (["train.py", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    (["train.py", "--batch_szie", "4"], ["--batch_szie"]),
+    (["train.py", "--init_ckpt", "nowhere.pth"], ["nowhere.pth"]),
+    (["eval.py", "--dataset_path", "nowhere"], ["nowhere"]),
+    (["eval.py", "--epoch_num", "7"], ["7"]),
+    (["eval.py", "--checkpoint", "nowhere.pth"], ["nowhere.pth"]),
+    (["codec.py", "encode", "nowhere.png"], ["nowhere.png"]),
+    (["codec.py"], ["command"])])
+def test_mistakes_are_one_line(command, words, tmp_path):
+    for paper in PAPERS:
+        refused(run(paper, *command, cwd=tmp_path, check=False), *words)
+        assert not (tmp_path / "ckpts").exists()
+
+
+@pytest.mark.parametrize("paper, other", [PAPERS, PAPERS[::-1]])
+def test_weights_of_the_other_paper(paper, other, images, tmp_path):
+    weights = ROOT / other / "weights" / "small-0.013.pth"
+    done = run(paper, "codec.py", "encode", images / "photo.png", "--checkpoint", weights,
+               cwd=tmp_path, check=False)
+    refused(done, "small-0.013.pth")

@@ -1,0 +1,114 @@
+"""A file written by one process decodes in others, whatever their threads, layout and instructions.
+
+The same settings make the float path disagree with itself: that is why h_s is exact.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = {  # name: (environment, worker flags)
+    "1 thread": ({}, ["--threads", "1"]),
+    "2 threads": ({}, ["--threads", "2"]),
+    "AVX2": ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, ["--threads", "2"]),
+    "ATen without vector instructions": ({"ATEN_CPU_CAPABILITY": "default"}, ["--threads", "1"]),
+    "oneDNN off": ({}, ["--threads", "2", "--no-onednn"]),
+    "contiguous": ({}, ["--threads", "2", "--contiguous"]),
+}
+IMAGES = ("kodim05", "kodim08", "kodim13", "kodim21")
+
+
+def work(setting, *arguments):
+    environment, flags = SETTINGS[setting]
+    command = [sys.executable, str(Path(__file__)), *flags, *map(str, arguments)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+                          cwd=ROOT, check=True,
+                          stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return folder, work("2 threads", "encode", folder)
+
+
+@pytest.fixture(scope="module")
+def decoded(encoded):
+    folder, _ = encoded
+    return {setting: work(setting, "decode", folder) for setting in SETTINGS}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_setting_decodes_the_encoder_s_symbols(setting, encoded, decoded):
+    assert len(encoded[1]) == 2 * len(IMAGES)
+    assert decoded[setting]["symbols"] == encoded[1]
+
+
+def test_float_path_differs_between_settings(decoded):
+    """Scales of the float h_s cross a table boundary somewhere, and one crossing ruins a stream."""
+    indexes = [decoded[setting]["float_indexes"] for setting in SETTINGS]
+    assert any(a != indexes[0] for a in indexes[1:])
+
+
+# ----------------------------------------------------- what runs in the other processes
+def _digest(tensor):
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def _main():
+    import argparse
+
+    import common  # noqa: F401  (first)
+    from common import data, entropy, evaluate
+
+    import torch
+
+    from factorized import model as factorized
+    from hyperprior import model as hyperprior
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--no-onednn", action="store_true")
+    parser.add_argument("--contiguous", action="store_true")
+    parser.add_argument("job")
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.backends.mkldnn.enabled = not args.no_onednn
+    layout = torch.contiguous_format if args.contiguous else torch.channels_last
+
+    symbols, float_indexes = {}, {}
+    for paper in (factorized, hyperprior):
+        name = paper.__name__.split(".")[0]
+        model = paper.load(ROOT / name / "weights" / "small-0.013.pth").to(memory_format=layout)
+        seen = []
+        model.g_s.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        for image in IMAGES:
+            path = args.folder / f"{name}-{image}.bin"
+            if args.job == "encode":
+                x = data.to_float(data.read_image(data.KODAK / f"{image}.png"))
+                path.write_bytes(evaluate.encode_image(model, x, paper.TAG))
+            evaluate.decode_image(model, path.read_bytes(), paper.TAG)
+            symbols[path.name] = _digest(seen.pop())
+        if name == "hyperprior":
+            for seed in range(4):  # the same z_hat in all settings
+                torch.manual_seed(seed)
+                z = 4 * torch.randn(1, model.N, 8, 12)
+                z_hat = entropy.dequantize(model.entropy_bottleneck, z)
+                z_hat = z_hat.contiguous(memory_format=layout)
+                with torch.no_grad():
+                    indexes = model.gaussian_conditional.build_indexes(model.h_s(z_hat))
+                float_indexes[seed] = _digest(indexes)
+    print(json.dumps(symbols if args.job == "encode"
+                     else {"symbols": symbols, "float_indexes": float_indexes}))
+
+
+if __name__ == "__main__":
+    _main()
