@@ -110,7 +110,7 @@ def report(results: list[Results], published: Path, paths: list[Path], folder: P
     published: a paper's published.json; paths: the images that were coded.
     """
     curves = evaluate.load_json(published)["curves"]
-    jpeg = jpeg_curve(paths)
+    jpeg = classical.jpeg(paths, ms_ssim=False)
     for curve in results:
         stem = f"{name}-{curve['name']}".replace(" ", "-")
         evaluate.save_json(folder / f"{stem}.json", curve)
@@ -118,14 +118,6 @@ def report(results: list[Results], published: Path, paths: list[Path], folder: P
     plot(results, curves, jpeg, folder / f"{name}.png")
     print(table(results, curves, jpeg), end="")
     print(f"\nresults and plot: {folder / name}*")
-
-
-def jpeg_curve(paths: list[Path]) -> Results:
-    """JPEG on these images; for the bundled Kodak it has been measured already."""
-    stored = data.KODAK / "jpeg.json"
-    if stored.exists() and paths == data.list_images(data.KODAK):
-        return evaluate.load_json(stored)
-    return classical.jpeg(paths, ms_ssim=False)
 
 
 # -------------------------------------------------------------------------------------- helpers
@@ -204,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     results = [evaluate.load_json(path) for path in args.results]
     published = evaluate.load_json(args.published)["curves"] if args.published else []
-    jpeg = jpeg_curve(data.list_images(args.dataset))
+    jpeg = classical.jpeg(data.list_images(args.dataset), ms_ssim=False)
     print(table(results, published, jpeg), end="")
     if args.plot:
         plot(results, published, jpeg, args.plot)

@@ -25,6 +25,7 @@ import yaml
 from torch import Tensor, nn
 
 PRECISIONS = ("bf16", "fp32")
+SWITCHES = (argparse._StoreTrueAction, argparse.BooleanOptionalAction)  # flags without a value
 
 
 # ---------------------------------------------------------------------------- command lines
@@ -83,7 +84,8 @@ def add_flags(parser: argparse.ArgumentParser, lr_schedule: str) -> None:
     add("--milestones", type=int, nargs="*", default=[40, 90, 140], help="epochs, for multistep")
     add("--clip-max-norm", type=positive_float, default=1.0, help="gradient norm limit")
     add("--patch-size", type=positive_int, default=256, help="side of the square crops, pixels")
-    add("--flip", action="store_true", help="flip half of the crops left to right")
+    add("--flip", action=argparse.BooleanOptionalAction, default=False,
+        help="flip half of the crops left to right")
     add("--steps-per-epoch", type=int, default=0, help="0: one pass over the data")
     add("--test-every", type=positive_int, default=1, help="epochs between validations")
     add("--save-every", type=positive_int, default=1, help="epochs between kept checkpoints")
@@ -91,7 +93,8 @@ def add_flags(parser: argparse.ArgumentParser, lr_schedule: str) -> None:
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--precision", default="auto", choices=["auto", *PRECISIONS],
         help="of training; auto: bf16 where the hardware has it")
-    add("--compile", action="store_true", help="torch.compile: pays after about five minutes")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="torch.compile: pays after about five minutes")
     add("--threads", type=int, default=0, help="CPU threads; 0: all")
 
 
@@ -121,7 +124,7 @@ def _read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 
 def _convert(action: argparse.Action, value: Any, where: str) -> Any:
-    if value is None or isinstance(action, argparse._StoreTrueAction):
+    if value is None or isinstance(action, SWITCHES):
         ok = value is None or isinstance(value, bool)
         converted = value
     else:

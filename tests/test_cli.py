@@ -1,5 +1,6 @@
 """Every command of every README runs, on tiny data; every mistake is one line and exit status 2."""
 
+import importlib
 import os
 import re
 import shlex
@@ -7,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import common  # noqa: F401
+from common import runs
 
 import numpy as np
 import pytest
@@ -16,26 +17,33 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 PAPERS = ("factorized", "hyperprior")
 TINY = ("--epoch 1 --steps-per-epoch 2 --batch_size 2 --patch-size 64 --N 4 --M 6 --seed 1 "
-        "--num_workers 0 --precision fp32").split()
+        "--num_workers 0 --precision fp32 --no-compile").split()
 
 
-def run(paper, *command, cwd, check=True):
+def run(paper, *command, cwd):
     """A script of a paper folder, started elsewhere, so that nothing is written into it."""
     script = str(ROOT / paper / command[0])
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     done = subprocess.run([sys.executable, script, *map(str, command[1:])], cwd=cwd, text=True,
                           env=environment, capture_output=True, timeout=300)
-    if check:
-        assert done.returncode == 0, done.stderr[-2000:]
-    return done
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
-def refused(done, *words):
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2, done.stderr
-    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-    for word in words:
-        assert word in lines[0]
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Runs a script in this process: it must print one line of error with `words` and exit 2."""
+    def call(paper, *command, cwd, words=()):
+        monkeypatch.chdir(cwd)
+        script = importlib.import_module(f"{paper}.{command[0].removesuffix('.py')}")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            runs.cli(lambda: script.main([str(word) for word in command[1:]]))
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        for word in words:
+            assert word in lines[0]
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +77,6 @@ def test_readme_commands(paper, images, tmp_path):
         if words[0] == "train.py":
             words = [str(ROOT / paper / w) if w.endswith(".yaml") else w for w in words]
             words += [*TINY, "--test_dataset", images / "test"]
-            words += ["--compile"] if "--compile" in words else []
-            words = [w for w in words if w != "--compile"]
         elif words[0] == "eval.py":
             words = ["0" if w == "199" else w for w in words] + ["--dataset_path", images / "test"]
         run(paper, *words, cwd=tmp_path)
@@ -92,13 +98,15 @@ def test_codec_round_trip_is_close(paper, images, tmp_path):
 
 @pytest.mark.parametrize("mistake",
                          ["missing", "foreign", "cut", "changed", "other paper", "folder"])
-def test_codec_refuses(mistake, images, tmp_path):
+def test_codec_refuses(mistake, images, tmp_path, refused):
     path = tmp_path / "a.bin"
-    run("factorized", "codec.py", "encode", images / "photo.png", "-o", path, cwd=tmp_path)
+    codec = importlib.import_module("factorized.codec")
+    codec.main(["encode", str(images / "photo.png"), "-o", str(path)])
     data = bytearray(path.read_bytes())
-    paper = "factorized"
+    paper, words = "factorized", []
     if mistake == "missing":
         path.unlink()
+        words = ["a.bin"]
     elif mistake == "foreign":
         path.write_bytes((images / "photo.png").read_bytes())
     elif mistake == "cut":
@@ -107,16 +115,17 @@ def test_codec_refuses(mistake, images, tmp_path):
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     elif mistake == "other paper":
-        paper = "hyperprior"
+        paper, words = "hyperprior", ["fact"]
     else:
         path.unlink()
         path.mkdir()
-    done = run(paper, "codec.py", "decode", path, "-o", tmp_path / "out.png", cwd=tmp_path,
-               check=False)
-    refused(done, "a.bin" if mistake in ("missing", "folder") else "")
-    assert not (tmp_path / "out.png").exists()
+        words = ["a.bin"]
+    output = tmp_path / "out.png"
+    refused(paper, "codec.py", "decode", path, "-o", output, cwd=tmp_path, words=words)
+    assert not output.exists()
 
 
+@pytest.mark.parametrize("paper", PAPERS)
 @pytest.mark.parametrize("command, words", [
     (["train.py", "--dataset", "nowhere"], ["nowhere"]),
     (["train.py", "--lr", "-1"], ["--lr"]),
@@ -124,20 +133,30 @@ def test_codec_refuses(mistake, images, tmp_path):
     (["train.py", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
     (["train.py", "--batch_szie", "4"], ["--batch_szie"]),
     (["train.py", "--init_ckpt", "nowhere.pth"], ["nowhere.pth"]),
+    (["train.py", "--gpu_id", "all"], ["--gpu_id"]),
     (["eval.py", "--dataset_path", "nowhere"], ["nowhere"]),
     (["eval.py", "--epoch_num", "7"], ["7"]),
     (["eval.py", "--checkpoint", "nowhere.pth"], ["nowhere.pth"]),
+    (["eval.py", "--reproduce", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
     (["codec.py", "encode", "nowhere.png"], ["nowhere.png"]),
     (["codec.py"], ["command"])])
-def test_mistakes_are_one_line(command, words, tmp_path):
-    for paper in PAPERS:
-        refused(run(paper, *command, cwd=tmp_path, check=False), *words)
-        assert not (tmp_path / "ckpts").exists()
+def test_mistakes_are_one_line(paper, command, words, tmp_path, refused):
+    refused(paper, *command, cwd=tmp_path, words=words)
+    assert not (tmp_path / "ckpts").exists()
 
 
 @pytest.mark.parametrize("paper, other", [PAPERS, PAPERS[::-1]])
-def test_weights_of_the_other_paper(paper, other, images, tmp_path):
+def test_weights_of_the_other_paper(paper, other, images, tmp_path, refused):
     weights = ROOT / other / "weights" / "small-0.013.pth"
-    done = run(paper, "codec.py", "encode", images / "photo.png", "--checkpoint", weights,
-               cwd=tmp_path, check=False)
-    refused(done, "small-0.013.pth")
+    refused(paper, "codec.py", "encode", images / "photo.png", "--checkpoint", weights,
+            cwd=tmp_path, words=["small-0.013.pth"])
+
+
+def test_mistake_exit_status_of_the_script(tmp_path):
+    """The same through a real process, once: no traceback, status 2."""
+    done = subprocess.run([sys.executable, ROOT / "factorized" / "codec.py", "decode", "no.bin"],
+                          cwd=tmp_path, env=dict(os.environ, PYTHONPATH=str(ROOT)), text=True,
+                          capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        "error: cannot read no.bin: No such file or directory"]

@@ -100,7 +100,7 @@ def _main():
         if name == "hyperprior":
             for seed in range(4):  # the same z_hat in all settings
                 torch.manual_seed(seed)
-                z = 4 * torch.randn(1, model.N, 8, 12)
+                z = 4 * torch.randn(1, model.N, 32, 48)
                 z_hat = entropy.dequantize(model.entropy_bottleneck, z)
                 z_hat = z_hat.contiguous(memory_format=layout)
                 with torch.no_grad():
