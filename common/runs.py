@@ -12,6 +12,7 @@ import io
 import math
 import os
 import sys
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -401,7 +402,13 @@ def export(path: Path, model: nn.Module, **info: Any) -> None:
     state = coding_state(model)
     kernels = {name for name, p in model.named_parameters() if p.dim() == 4}
     state["model"] = {k: v.half() if k in kernels else v for k, v in state["model"].items()}
-    save_checkpoint(path, {**state, **info})
+    buffer, packed = io.BytesIO(), io.BytesIO()
+    torch.save({**state, **info}, buffer)
+    with zipfile.ZipFile(buffer) as plain, \
+            zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as small:
+        for name in plain.namelist():  # the CDF tables are mostly zeros; torch.load reads deflate
+            small.writestr(zipfile.ZipInfo(name), plain.read(name), zipfile.ZIP_DEFLATED)
+    write_atomic(path, packed.getvalue())
 
 
 class Checkpoints:

@@ -1,0 +1,205 @@
+"""Flags, checkpoints, optimisers, schedules."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from common import UserError, exact, runs
+
+import pytest
+import torch
+
+from factorized.model import Factorized
+from factorized.train import flags
+from hyperprior.model import Hyperprior
+from hyperprior.model import load as load_hyperprior
+
+ROOT = Path(__file__).parents[1]
+
+
+# ---------------------------------------------------------------------------------------- flags
+def test_priority_is_default_yaml_command_line(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("lr: 0.5\nbatch_size: 3\nsteps-per-epoch: 7\nlr_schedule: cosine\n"
+                      "flip: true\nmilestones: [1, 2]\n")
+    args = runs.parse(flags(), ["--config", str(config), "--batch_size", "5", "--no-flip"])
+    assert (args.lr, args.batch_size, args.epoch) == (0.5, 5, 250)
+    assert (args.steps_per_epoch, args.lr_schedule, args.flip) == (7, "cosine", False)
+    assert args.milestones == [1, 2]
+
+
+@pytest.mark.parametrize("text, word", [
+    ("no_such_flag: 1", "no_such_flag"), ("lr: fast", "lr"), ("lr: -1", "lr"),
+    ("epoch: 1.5", "epoch"),
+    ("model_name: JPEG", "Factorized"), ("flip: 3", "flip"), ("lr: [1, 2]", "lr"),
+    ("- a list", "flag: value"), ("a: [", "not YAML")])
+def test_yaml_mistakes_name_the_key(text, word, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=word) as error:
+        runs.parse(flags(), ["--config", str(tmp_path / "c.yaml")])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", ["config.yaml", "small.yaml", "quick.yaml"])
+@pytest.mark.parametrize("paper", ["factorized", "hyperprior"])
+def test_shipped_configurations_are_valid(paper, config):
+    import importlib
+
+    parser = importlib.import_module(f"{paper}.train").flags()
+    args = runs.parse(parser, ["--config", str(ROOT / paper / config)])
+    assert args.epoch * (args.steps_per_epoch or 1_010) >= 5_000
+
+
+def test_source_defaults():
+    """seminar.md 3.1; the paths of its machine are the exceptions."""
+    args = runs.parse(flags(), [])
+    assert (args.lmbda, args.lr, args.batch_size, args.test_batch_size) == (0.01, 1e-4, 64, 24)
+    assert (args.epoch, args.check_time, args.exp_version) == (250, 10, 0)
+    assert (args.gpu_id, args.code_rate, args.num_workers, args.init_ckpt) == ("0", "low", 0, "")
+    assert (args.prefix, args.model_name, args.load_model_epoch) == (
+        "FactorizedPrior", "Factorized", None)
+
+
+# ---------------------------------------------------------------------------------- checkpoints
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.pth"
+    runs.write_atomic(path, b"old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device; the file that was there is kept"):
+        runs.write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_full_disk_while_saving(tmp_path):
+    """A real limit of the system on the size of files, in a process of its own."""
+    code = (
+        "import resource, signal, pathlib, torch\n"
+        "from common import runs\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "path = pathlib.Path('a.pth')\n"
+        "runs.save_checkpoint(path, {'x': torch.zeros(10)})\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "runs.cli(lambda: runs.save_checkpoint(path, {'x': torch.zeros(100_000)}))\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True,
+                          capture_output=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cannot write a.pth") and done.stderr.count("\n") == 1
+    assert torch.equal(torch.load(tmp_path / "a.pth")["x"], torch.zeros(10))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 cut zip"])
+def test_unreadable_checkpoint_is_named(content, tmp_path):
+    (tmp_path / "bad.pth").write_bytes(content)
+    with pytest.raises(UserError, match="bad.pth"):
+        runs.load_checkpoint(tmp_path / "bad.pth")
+
+
+def test_checkpoint_with_code_in_it_is_refused(tmp_path):
+    torch.save({"model": {"x": torch.zeros(1)}, "hook": subprocess.run}, tmp_path / "bad.pth")
+    with pytest.raises(UserError, match="bad.pth"):
+        runs.load_checkpoint(tmp_path / "bad.pth")
+
+
+def test_prefixes_of_wrappers_are_dropped(tmp_path):
+    state = Factorized(4, 6).state_dict()
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
+        torch.save({"state_dict": {prefix + k: v for k, v in state.items()}}, tmp_path / "a.pth")
+        assert runs.load_checkpoint(tmp_path / "a.pth")["model"].keys() == state.keys()
+
+
+def test_loading_is_strict_and_names_the_weights(tmp_path):
+    state = Factorized(4, 6).state_dict()
+    torch.save({k: v for k, v in state.items() if k != "g_s.2.bias"}, tmp_path / "less.pth")
+    torch.save({**state, "extra.weight": torch.zeros(1)}, tmp_path / "more.pth")
+    torch.save(Hyperprior(4, 6).state_dict(), tmp_path / "other.pth")
+    for name, key in (("less", "g_s.2.bias"), ("more", "extra.weight"), ("other", "h_a.0.weight")):
+        with pytest.raises(UserError, match=key):
+            runs.load_model(tmp_path / f"{name}.pth", Factorized)
+
+
+def test_tables_come_from_the_checkpoint(tmp_path):
+    """Never rebuilt on load: an altered table stays altered, altered exponents too."""
+    torch.manual_seed(0)
+    model = Hyperprior(4, 6)
+    model.update()
+    state = runs.coding_state(model)
+    state["model"]["entropy_bottleneck._quantized_cdf"][0, 1] += 1
+    state["exact"]["h_s"]["shifts"][0] -= 3
+    runs.save_checkpoint(tmp_path / "a.pth", state)
+    loaded = load_hyperprior(tmp_path / "a.pth")
+    table = loaded.entropy_bottleneck._quantized_cdf
+    assert torch.equal(table, state["model"]["entropy_bottleneck._quantized_cdf"])
+    assert torch.equal(exact.spec(loaded.h_s)["shifts"][0], state["exact"]["h_s"]["shifts"][0])
+
+
+def test_export_is_the_model_in_the_file(tmp_path):
+    torch.manual_seed(0)
+    model = Hyperprior(8, 12).eval()
+    model.update()
+    runs.export(tmp_path / "a.pth", model, config={"lmbda": 0.013}, step=5)
+    loaded = load_hyperprior(tmp_path / "a.pth")
+    assert (loaded.info["config"]["lmbda"], loaded.info["step"]) == (0.013, 5)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    x = torch.rand(1, 3, 64, 64)
+    assert loaded.compress(x)["strings"] == model.compress(x)["strings"]
+    plain = sum(v.numel() * v.element_size() for v in model.state_dict().values())
+    assert (tmp_path / "a.pth").stat().st_size < plain / 2
+
+
+# ------------------------------------------------------------------------ optimisers, schedules
+@pytest.mark.parametrize("name", ["adam", "muon"])
+def test_each_parameter_has_one_optimiser(name):
+    model = Hyperprior(4, 6)
+    main, aux = runs.optimizers(model, name, 1e-3)
+    owned = [[id(p) for g in o.param_groups for p in g["params"]] for o in (main, aux)]
+    assert sorted(owned[0] + owned[1]) == sorted(id(p) for p in model.parameters())
+    assert owned[1] == [id(model.entropy_bottleneck.quantiles)]
+
+
+def rates(name, losses, epochs=200, milestones=(40, 90, 140)):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
+    scheduler = runs.schedule(optimizer, name, epochs, milestones)
+    result = []
+    for loss in losses:
+        result.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step(*([loss] if name == "plateau" else []))
+    return result
+
+
+def test_multistep_halves_at_the_report_s_epochs():
+    lr = rates("multistep", range(200))
+    assert [lr[e] for e in (39, 40, 89, 90, 139, 140, 199)] == pytest.approx(
+        [1e-4, 5e-5, 5e-5, 2.5e-5, 2.5e-5, 1.25e-5, 1.25e-5])
+
+
+def test_plateau_halves_after_ten_epochs_without_progress():
+    lr = rates("plateau", [1.0] * 14)
+    assert lr[11] == 1e-4 and lr[12] == 5e-5
+
+
+def test_cosine_ends_near_zero():
+    lr = rates("cosine", range(10), epochs=10)
+    assert lr[0] == 1e-4 and lr[5] == pytest.approx(5e-5) and lr[9] < 3e-6
+
+
+def test_non_finite_loss_names_term_step_and_checkpoint():
+    losses = {"loss": torch.tensor(float("nan")), "bpp": torch.tensor(1.0)}
+    with pytest.raises(UserError, match="loss not finite in the batch of step 7; .*epoch_3.pth"):
+        runs.check_finite(losses, 7, Path("ckpts/epoch_3.pth"))
+    runs.check_finite({"bpp": torch.tensor(1.0)}, 7, None)
+
+
+@pytest.mark.parametrize("ids", ["", "a", "0 -1", "0;1"])
+def test_gpu_id_must_be_numbers(ids):
+    with pytest.raises(UserError, match="gpu_id"):
+        runs.launch(ids)

@@ -1,0 +1,230 @@
+"""Training as a user runs it: killed and resumed, on several processes, gone wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common import UserError, data, runs
+from common.loss import RateDistortionLoss
+
+import pytest
+import torch
+from PIL import Image
+
+from factorized import train as factorized_train
+from factorized.model import Factorized
+from hyperprior import train as hyperprior_train
+from hyperprior.model import Hyperprior
+
+ROOT = Path(__file__).parents[1]
+TINY = ("--steps-per-epoch 6 --batch_size 2 --patch-size 64 --N 4 --M 6 --precision fp32 "
+        "--seed 3 --lr 0.001").split()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two training tiles and one test image of 64x64."""
+    folder = tmp_path_factory.mktemp("images")
+    kodak = Image.open(data.KODAK / "kodim23.png")
+    for sub, count in (("train", 2), ("test", 1)):
+        (folder / sub).mkdir()
+        for i in range(count):
+            kodak.crop((200 + 90 * i, 100, 290 + 90 * i, 190)).save(folder / sub / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def train(images, tmp_path, monkeypatch):
+    """Runs a train.py in this process, in an empty folder; returns that folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags, module=hyperprior_train):
+        module.main([*TINY, "--dataset", str(images), "--test_dataset", str(images / "test"),
+                     *map(str, flags)])
+        return tmp_path
+    return call
+
+
+def process(images, cwd, *flags, threads=1):
+    command = [sys.executable, ROOT / "hyperprior" / "train.py", *TINY, "--dataset", images,
+               "--test_dataset", images / "test", *flags]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS=str(threads))
+    return subprocess.Popen(list(map(str, command)), cwd=cwd, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def assert_equal(a, b, where="checkpoint"):
+    """Two checkpoints, bit for bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            if key not in ("resume", "load_model_epoch"):
+                assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_equal(*pair, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def load(folder, epoch, prefix="Hyperprior"):
+    return torch.load(folder / "ckpts" / prefix / "0" / f"epoch_{epoch}.pth", weights_only=True)
+
+
+# --------------------------------------------------------------------------------------- resume
+def test_killed_and_resumed_equals_straight(images, tmp_path):
+    """kill -9 in mid-epoch; weights, optimisers and generators end bit for bit equal."""
+    flags = ("--epoch", 3, "--steps-per-epoch", 60, "--lr-schedule", "plateau", "--optimizer",
+             "muon", "--check_time", 0, "--num_workers", 0)
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    straight.mkdir()
+    killed.mkdir()
+    whole = process(images, straight, *flags)
+    part = process(images, killed, *flags)
+    latest = killed / "ckpts" / "Hyperprior" / "0" / "latest.pth"
+    deadline = time.monotonic() + 120
+    while not (latest.exists() and torch.load(latest, weights_only=True)["step"] > 60):
+        assert time.monotonic() < deadline and part.poll() is None, part.communicate()[1]
+        time.sleep(0.01)
+    part.send_signal(signal.SIGKILL)
+    part.communicate()
+    assert torch.load(latest, weights_only=True)["step"] % 60 != 0
+    assert not (latest.parent / "epoch_2.pth").exists()
+    resumed = process(images, killed, *flags, "--resume")
+    for run in (whole, resumed):
+        _, errors = run.communicate(timeout=300)
+        assert run.returncode == 0, errors
+    assert_equal(load(straight, 2), load(killed, 2))
+
+
+def test_two_and_two_epochs_equal_four(train):
+    train("--epoch", 4, "--lr-schedule", "constant", "--prefix", "four")
+    train("--epoch", 2, "--lr-schedule", "constant", "--prefix", "two")
+    folder = train("--epoch", 4, "--lr-schedule", "constant", "--prefix", "two", "--resume")
+    four, two = load(folder, 3, "four"), load(folder, 3, "two")
+    # a run settles its quantiles exactly at its end, so the run of two epochs did it once more
+    for key, value in four["model"].items():
+        if not key.startswith("entropy_bottleneck."):
+            assert torch.equal(value, two["model"][key]), key
+    assert_equal(four["optimizer"], two["optimizer"])
+
+
+def test_load_model_epoch_goes_back(train):
+    folder = train("--epoch", 2)
+    before = load(folder, 1)
+    train("--epoch", 2, "--load_model_epoch", 0)
+    assert_equal(before["model"], load(folder, 1)["model"])
+
+
+def test_second_run_does_not_overwrite(train):
+    folder = train("--epoch", 1)
+    path = folder / "ckpts" / "Hyperprior" / "0" / "epoch_0.pth"
+    content = path.read_bytes()
+    with pytest.raises(UserError, match="--resume"):
+        train("--epoch", 1)
+    assert path.read_bytes() == content
+    train("--epoch", 1, "--resume")  # nothing is left to do
+    train("--epoch", 1, "--exp_version", 1)
+    assert (folder / "ckpts" / "Hyperprior" / "1" / "epoch_0.pth").exists()
+
+
+def test_init_ckpt_starts_from_the_weights(train):
+    folder = train("--epoch", 1)
+    path = folder / "ckpts" / "Hyperprior" / "0" / "epoch_0.pth"
+    train("--epoch", 1, "--exp_version", 1, "--init_ckpt", path, "--lr", "1e-12")
+    again = torch.load(folder / "ckpts" / "Hyperprior" / "1" / "epoch_0.pth", weights_only=True)
+    first = load(folder, 0)["model"]
+    assert torch.allclose(again["model"]["g_a.0.weight"], first["g_a.0.weight"], atol=1e-6)
+    with pytest.raises(UserError, match="not weights of this model"):
+        train("--epoch", 1, "--init_ckpt", path, "--prefix", "other", module=factorized_train)
+
+
+def test_checkpoint_codes_at_once(train):
+    """Tables are in every checkpoint: no update() for the user to forget."""
+    from hyperprior.model import load as load_model
+
+    folder = train("--epoch", 1)
+    model = load_model(folder / "ckpts" / "Hyperprior" / "0" / "epoch_0.pth")
+    x = torch.rand(1, 3, 64, 64)
+    result = model.compress(x)
+    assert model.decompress(result["strings"], result["shape"])["x_hat"].shape == x.shape
+    assert (folder / "logs" / "Hyperprior" / "0" / "log.txt").read_text().startswith("epoch 0")
+    assert list((folder / "logs" / "Hyperprior" / "0").glob("events.*"))
+
+
+# --------------------------------------------------------------------------- learning, divergence
+@pytest.mark.parametrize("kind", [Factorized, Hyperprior])
+def test_overfits_one_batch(kind):
+    torch.manual_seed(0)
+    model = kind(8, 12).train()
+    optimizer, _ = runs.optimizers(model, "muon", 5e-3)
+    criterion = RateDistortionLoss(0.01)
+    tiles = data.Crops(data.find_items(None), 64)
+    x = torch.stack([data.to_float(tiles[k]) for k in range(4)])
+    losses = []
+    for _ in range(200):
+        loss = criterion(model(x), x)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 4
+
+
+def test_divergence_ends_with_one_line(train):
+    folder = train("--epoch", 1)
+    path = folder / "ckpts" / "Hyperprior" / "0" / "epoch_0.pth"
+    state = torch.load(path, weights_only=True)
+    state["model"]["g_s.0.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(state, path)
+    with pytest.raises(UserError, match="not finite in the batch of step 6; .*epoch_0.pth"):
+        train("--epoch", 2, "--resume")
+    assert not path.with_name("epoch_1.pth").exists()
+
+
+# ------------------------------------------------------------------------------------ processes
+def test_two_processes_average_to_the_gradient_of_one(tmp_path):
+    """torchrun, gloo: half of the batch each; equal gradients, equal quantiles after aux steps."""
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               __file__, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    alone = _gradients(0, 1)
+    for name, expected in alone.items():
+        assert torch.equal(ranks[0][name], ranks[1][name]), name
+        scale = expected.abs().max().clamp_min(1e-6)
+        assert ((ranks[0][name] - expected) / scale).abs().max() < 1e-4, name
+
+
+def _gradients(rank, world):
+    """Gradients of one step on this rank's part of a fixed batch, without noise; then the quantiles
+    after two steps of their own optimiser."""
+    torch.manual_seed(0)
+    model = Hyperprior(4, 6).eval()  # rounds instead of drawing noise; gradients flow through g_s
+    model.gaussian_conditional.training = model.entropy_bottleneck.training = False
+    x = torch.rand(4, 3, 64, 64)[rank::world]
+    net = runs.parallel(model)
+    _, aux_optimizer = runs.optimizers(model, "adam", 1e-3)
+    RateDistortionLoss(0.01)(net(x), x)["loss"].backward()
+    result = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    for _ in range(2):
+        aux_optimizer.zero_grad()
+        model.aux_loss().backward()
+        aux_optimizer.step()
+    result["quantiles"] = model.entropy_bottleneck.quantiles.detach().clone()
+    return result
+
+
+if __name__ == "__main__":
+    runs.start("cpu")
+    torch.save(_gradients(runs.rank(), runs.world()), Path(sys.argv[1], f"{runs.rank()}.pt"))
