@@ -156,7 +156,8 @@ def validate(model: Factorized, paths: list[Path], batch_size: int, criterion: R
         output = model(pad(x, model.downsampling_factor))
         output["x_hat"] = crop(output["x_hat"], x.shape[-2:])
         losses = criterion(output, x)
-        losses["psnr"] = 10 * torch.log10(255**2 / losses["mse"])
+        error = (output["x_hat"].clamp(0, 1) - x).square().mean(dim=(1, 2, 3))
+        losses["psnr"] = -10 * error.log10().mean()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + float(value) * len(x) / len(paths)
     log.images(x[-1], output["x_hat"][-1], step)

@@ -147,9 +147,9 @@ def test_mistakes_are_one_line(paper, command, words, tmp_path, refused):
 
 @pytest.mark.parametrize("paper, other", [PAPERS, PAPERS[::-1]])
 def test_weights_of_the_other_paper(paper, other, images, tmp_path, refused):
-    weights = ROOT / other / "weights" / "small-0.013.pth"
+    weights = ROOT / other / "weights" / "small-0.0067.pth"
     refused(paper, "codec.py", "encode", images / "photo.png", "--checkpoint", weights,
-            cwd=tmp_path, words=["small-0.013.pth"])
+            cwd=tmp_path, words=["small-0.0067.pth"])
 
 
 def test_mistake_exit_status_of_the_script(tmp_path):

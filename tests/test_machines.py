@@ -87,7 +87,7 @@ def _main():
     symbols, float_indexes = {}, {}
     for paper in (factorized, hyperprior):
         name = paper.__name__.split(".")[0]
-        model = paper.load(ROOT / name / "weights" / "small-0.013.pth").to(memory_format=layout)
+        model = paper.load(ROOT / name / "weights" / "small-0.0067.pth").to(memory_format=layout)
         seen = []
         model.g_s.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         for image in IMAGES:

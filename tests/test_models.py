@@ -35,7 +35,7 @@ def paper(request):
 
 @pytest.fixture(scope="module")
 def trained(paper):
-    return MODELS[paper].load(ROOT / paper / "weights" / "small-0.013.pth")
+    return MODELS[paper].load(ROOT / paper / "weights" / "small-0.0067.pth")
 
 
 @pytest.mark.parametrize("paper, N, M, count", [
@@ -190,7 +190,7 @@ def test_file_bits_against_estimate(paper, trained):
 
 def test_exact_h_s_costs_no_rate():
     """Bits with the scales of the exact h_s against those of the float h_s: at most +0.1 %."""
-    model = MODELS["hyperprior"].load(ROOT / "hyperprior" / "weights" / "small-0.013.pth")
+    model = MODELS["hyperprior"].load(ROOT / "hyperprior" / "weights" / "small-0.0067.pth")
     gaussian = model.gaussian_conditional
     sizes = [0, 0]
     for path in data.list_images(data.KODAK)[::6]:

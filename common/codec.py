@@ -1,0 +1,60 @@
+"""The command line of every paper's codec.py: one image file to one .bin and back.
+
+A paper with more to tell its codec (a rate, another file format) adds flags to the two commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from common import UserError, bitstream, data, evaluate, runs
+
+from torch import nn
+
+
+def flags(description: str) -> tuple[runs.Parser, argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The parser, and those of its commands `encode` and `decode`."""
+    parser = runs.Parser(description=description)
+    commands = parser.add_subparsers(dest="command", required=True)
+    encode = commands.add_parser("encode", help="image -> .bin")
+    encode.add_argument("input", type=Path, help="any image that Pillow reads")
+    encode.add_argument("--weights", default="0.0067", help="lmbda of the bundled small weights")
+    decode = commands.add_parser("decode", help=".bin -> image")
+    decode.add_argument("input", type=Path, help="a file made by encode")
+    for command, suffix in ((encode, ".bin"), (decode, ".png")):
+        command.add_argument("-o", "--output", type=Path, help=f"default: INPUT with {suffix}")
+        command.add_argument("--checkpoint", type=Path, help="weights other than the bundled ones")
+        command.add_argument("--device", default="auto", help="auto, cpu or cuda")
+        command.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all")
+    return parser, encode, decode
+
+
+def run(args: argparse.Namespace, tag: bytes, load: Callable[..., nn.Module],
+        weights: Path) -> None:
+    """Do what the command line says. tag, load: the paper's; weights: folder of the bundled ones.
+
+    Without --checkpoint, encoding takes the bundled weights --weights, and decoding those that the
+    fingerprint in the file names.
+    """
+    device = runs.start(args.device, threads=args.threads)
+    bundled = sorted(weights.glob("small-*.pth"))
+    if args.command == "decode":
+        file = bitstream.read(args.input)
+        checkpoints = [args.checkpoint] if args.checkpoint else bundled
+        model = evaluate.model_of(file, tag, checkpoints, load, device)
+        output = args.output or args.input.with_suffix(".png")
+        data.write_image(evaluate.decode_image(model, file, tag), output)
+        print(f"{output}: decoded from {args.input}")
+        return
+    checkpoint = args.checkpoint or weights / f"small-{args.weights}.pth"
+    if not args.checkpoint and checkpoint not in bundled:
+        have = ", ".join(path.stem.removeprefix("small-") for path in bundled)
+        raise UserError(f"--weights {args.weights}: choose from {have}")
+    image = data.read_image(args.input)
+    height, width = image.shape[-2:]
+    file = evaluate.encode_image(load(checkpoint, device), data.to_float(image.to(device)), tag)
+    output = args.output or args.input.with_suffix(".bin")
+    runs.write_atomic(output, file)
+    print(f"{output}: {len(file)} bytes, {8 * len(file) / (height * width):.4f} bpp")
