@@ -42,8 +42,9 @@ def read_image(path: str | Path | io.BytesIO, notice: Callable[[str], None] = pr
     name = name or str(path)
     try:
         with Image.open(path) as image:
+            sixteen_bit = ";16" in str(image.tile)  # load() empties the list of tiles
             image.load()
-            rgb, lost = _to_rgb(ImageOps.exif_transpose(image), ";16" in str(image.tile))
+            rgb, lost = _to_rgb(ImageOps.exif_transpose(image), sixteen_bit)
     except FileNotFoundError:
         raise UserError(f"{name}: no such image file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
@@ -112,9 +113,12 @@ class Item:
     def read(self) -> Tensor:
         source: Path | io.BytesIO = self.path
         if self.member:
-            with open(self.path, "rb") as f:
-                f.seek(self.offset)
-                source = io.BytesIO(f.read(self.size))
+            try:
+                with open(self.path, "rb") as f:
+                    f.seek(self.offset)
+                    source = io.BytesIO(f.read(self.size))
+            except OSError as e:
+                raise UserError(f"{self.name}: cannot be read ({e.strerror or e})") from None
         return read_image(source, notice=lambda _: None, name=self.name)
 
 
@@ -152,6 +156,8 @@ def find_items(root: str | Path | None, split: str = "train") -> list[Item]:
     listing = root / f"sep_{split}list.txt"
     if listing.is_file():
         names = listing.read_text().split()
+        if not names:
+            raise UserError(f"--dataset {listing}: lists no sequences")
         return [Item(root / "sequences" / name / "im1.png") for name in names]
     folder = root / split if (root / split).is_dir() else root
     files = sorted(folder.glob("*/im1.png"))
@@ -182,7 +188,8 @@ class Crops(Dataset):
     """
 
     def __init__(self, items: list[Item], crop: int, seed: int = 0, flip: bool = False):
-        self.items, self.crop, self.seed, self.flip = items, crop, seed, flip
+        self.items, self.crop, self.flip = items, crop, flip
+        self.seed = seed % 2**32  # Philox wants a key >= 0; keys from 2**32 on order the passes
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
         self._cache: dict[int, Tensor] = {}
         self._cached_pixels = 0

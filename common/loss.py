@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 METRICS = ("mse", "ms-ssim")
+MS_SSIM_SIDE = 161  # pixels: below, the coarsest of its five scales is smaller than the window
 
 
 class RateDistortionLoss(nn.Module):
@@ -28,15 +29,21 @@ class RateDistortionLoss(nn.Module):
             raise UserError(f"--metric {metric}: choose from {', '.join(METRICS)}")
         if (lmbda is None) == (beta is None):
             raise UserError("set exactly one of lmbda and beta")
+        if beta is not None and metric != "mse":
+            raise UserError(f"--metric {metric}: beta weighs bits against mse; use lmbda")
         self.lmbda, self.metric, self.beta = lmbda, metric, beta
 
     def forward(self, output: dict, x: Tensor) -> dict[str, Tensor]:
         """output: a model's forward result for x (B, 3, H, W) in [0, 1].
 
         Returns scalars: "loss"; "bpp" and one "bpp_<latent>" per latent; "mse" (times 255^2, as
-        logged everywhere); "ms_ssim" if that is the metric.
+        logged everywhere); "ms_ssim" if that is the metric. Raises UserError where x is too small
+        for that metric.
         """
         batch, _, height, width = x.shape
+        if self.metric == "ms-ssim" and min(height, width) < MS_SSIM_SIDE:
+            raise UserError(f"--metric ms-ssim needs images and crops of {MS_SSIM_SIDE} pixels or "
+                            f"more, not {width}x{height}; set a larger --patch-size")
         terms = {f"bpp_{name}": bits(p) / (batch * height * width)
                  for name, p in output["likelihoods"].items()}
         bpp = sum(terms.values())

@@ -87,7 +87,7 @@ def add_flags(parser: argparse.ArgumentParser, lr_schedule: str) -> None:
     add("--patch-size", type=positive_int, default=256, help="side of the square crops, pixels")
     add("--flip", action=argparse.BooleanOptionalAction, default=False,
         help="flip half of the crops left to right")
-    add("--steps-per-epoch", type=int, default=0, help="0: one pass over the data")
+    add("--steps-per-epoch", type=count, default=0, help="0: one pass over the data")
     add("--test-every", type=positive_int, default=1, help="epochs between validations")
     add("--save-every", type=positive_int, default=1, help="epochs between kept checkpoints")
     add("--seed", type=int, default=0, help="of weights, noise, crops")
@@ -96,7 +96,7 @@ def add_flags(parser: argparse.ArgumentParser, lr_schedule: str) -> None:
         help="of training; auto: bf16 where the hardware has it")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="torch.compile: pays after about five minutes")
-    add("--threads", type=int, default=0, help="CPU threads; 0: all")
+    add("--threads", type=count, default=0, help="CPU threads; 0: all")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 def _convert(action: argparse.Action, value: Any, where: str) -> Any:
     if value is None or isinstance(action, SWITCHES):
-        ok = value is None or isinstance(value, bool)
+        ok = isinstance(value, bool) if value is not None else action.default is None
         converted = value
     else:
         items = value if isinstance(value, list) else [value]
@@ -289,12 +289,12 @@ def agree(flag: bool) -> bool:
     return answer[0]
 
 
-def check_finite(losses: dict[str, Tensor], step: int, last_good: Path | None) -> None:
-    """Stop with a clear message when a loss term is NaN or infinite."""
-    bad = [name for name, value in losses.items() if not math.isfinite(value.item())]
+def check_finite(values: dict[str, Tensor], step: int, last_good: Path | None) -> None:
+    """Stop with a clear message when a loss term, a gradient or a weight is NaN or infinite."""
+    bad = [name for name, value in values.items() if not math.isfinite(value.item())]
     if bad:
         kept = f"the last good checkpoint is {last_good}" if last_good else "nothing was saved yet"
-        raise UserError(f"{', '.join(bad)} not finite in the batch of step {step}; {kept}; "
+        raise UserError(f"{', '.join(bad[:5])} not finite in the batch of step {step}; {kept}; "
                         "try a smaller --lr or --precision fp32")
 
 
@@ -341,7 +341,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if "model" not in state:
         state = {"model": state.get("state_dict", state)}
     weights = state["model"]
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+    if not isinstance(weights, dict) or not all(
+            isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
         raise UserError(f"{path}: holds no state dict")
     for prefix in ("module.", "_orig_mod."):
         weights = {k.removeprefix(prefix): v for k, v in weights.items()}
@@ -361,9 +362,7 @@ def load_model(path: str | Path, kind: type, device: torch.device | str = "cpu")
     except KeyError as e:
         raise UserError(f"{path}: not the weights of a {kind.__name__}: {e} is missing") from None
     except RuntimeError as e:
-        lines = [line.strip() for line in str(e).splitlines()[1:]]
-        raise UserError(f"{path}: not the weights of a {kind.__name__}: "
-                        f"{' '.join(lines)[:300]}") from None
+        raise UserError(f"{path}: not the weights of a {kind.__name__}: {_reason(e)}") from None
     if any(name.endswith("_quantized_cdf") and b.numel() == 0 for name, b in model.named_buffers()):
         model.update(force=True)
     for name, spec in state.get("exact", {}).items():
@@ -378,8 +377,13 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:
-        lines = [line.strip() for line in str(e).splitlines()[1:]]
-        raise UserError(f"{path}: not weights of this model: {' '.join(lines)[:300]}") from None
+        raise UserError(f"{path}: not weights of this model: {_reason(e)}") from None
+
+
+def _reason(e: Exception) -> str:
+    """The keys that torch complains of, on one line; its first line is a heading."""
+    lines = [line.strip() for line in str(e).splitlines()]
+    return " ".join(lines[1:] or lines)[:300]
 
 
 def coding_state(model: nn.Module) -> dict[str, Any]:
@@ -417,6 +421,8 @@ class Checkpoints:
     `parts` are everything with state: {"model": ..., "optimizer": ..., "scheduler": ...}.
     """
 
+    own = ("log",)  # parts that each process has of its own, kept beside its random generators
+
     def __init__(self, folder: Path, parts: dict[str, Any], config: dict[str, Any]):
         self.folder, self.parts, self.config = folder, parts, config
         self.last: Path | None = None
@@ -428,12 +434,12 @@ class Checkpoints:
         """
         if epoch is not None:
             return self.resume(self.folder / f"epoch_{epoch}.pth")
-        found = self._newest()
+        found = self._by_age()
         if found and not resume:
             raise UserError(f"{self.folder} holds the checkpoints of a run: continue it with "
                             "--resume, or give this one another --exp_version")
         if found:
-            return self.resume(max((load_checkpoint(p)["step"], p) for p in found)[1])
+            return self.resume(found[-1])
         if rank() == 0:
             text = yaml.safe_dump(self.config, sort_keys=False)
             write_atomic(self.folder / "config.yaml", text.encode())
@@ -441,9 +447,10 @@ class Checkpoints:
 
     def save(self, name: str, epoch: int, step: int, **extra: Any) -> None:
         """Save after `step` steps, in (or at the end of) `epoch`. All processes must call it."""
-        self.parts["model"].update(force=True)  # CDF tables that fit the weights
+        self.update_tables(step)
         generators: list[Any] = [None] * world()
         mine = {"cpu": torch.get_rng_state()}
+        mine |= {key: self.parts[key].state_dict() for key in self.own if key in self.parts}
         if torch.cuda.is_available():
             mine["cuda"] = torch.cuda.get_rng_state()
         if world() > 1:
@@ -457,6 +464,19 @@ class Checkpoints:
                 "rng": generators, "config": self.config})
         self.last = self.folder / name
 
+    def update_tables(self, step: int, settle: bool = False) -> None:
+        """CDF tables that fit the weights after `step` steps; `settle`: solve for the quantiles.
+
+        UserError when the weights are not finite or so large that there are no such tables.
+        """
+        model = self.parts["model"]
+        peaks = {name: p.detach().abs().max() for name, p in model.named_parameters()}
+        check_finite(peaks, step - 1, self.last)
+        try:
+            model.update(force=True, update_quantiles=settle)
+        except ValueError:  # the densities overflow
+            check_finite({"CDF tables": torch.tensor(math.nan)}, step - 1, self.last)
+
     def resume(self, path: Path) -> dict[str, Any]:
         """Restore every part and this process's random generators; returns the checkpoint."""
         state = load_checkpoint(path)
@@ -464,23 +484,23 @@ class Checkpoints:
         if missing:
             raise UserError(f"{path}: cannot be resumed, it has no {', '.join(missing)} "
                             "(start from its weights with --init_ckpt)")
+        mine = state["rng"][min(rank(), len(state["rng"]) - 1)]
         try:
             for key, part in self.parts.items():
-                part.load_state_dict(state[key])
+                part.load_state_dict(mine[key] if key in mine else state[key])
         except (RuntimeError, ValueError, KeyError) as e:
             raise UserError(f"{path}: not a checkpoint of this configuration "
-                            f"({str(e).splitlines()[0]})") from None
-        mine = state["rng"][min(rank(), len(state["rng"]) - 1)]
+                            f"({_reason(e)})") from None
         torch.set_rng_state(mine["cpu"])
         if "cuda" in mine and torch.cuda.is_available():
             torch.cuda.set_rng_state(mine["cuda"])
         self.last = path
         return state
 
-    def _newest(self) -> list[Path]:
-        numbered = sorted(self.folder.glob("epoch_*.pth"), key=lambda p: p.stat().st_mtime)
-        latest = self.folder / "latest.pth"
-        return numbered[-1:] + ([latest] if latest.exists() else [])
+    def _by_age(self) -> list[Path]:
+        """Oldest first. Steps would mislead: --load_model_epoch leaves later epochs behind."""
+        found = [*self.folder.glob("latest.pth"), *self.folder.glob("epoch_*.pth")]
+        return sorted(found, key=lambda p: p.stat().st_mtime_ns)
 
 
 # --------------------------------------------------------------------------------------- logs
@@ -580,6 +600,14 @@ def positive_float(text: str) -> float:
     """argparse type: a finite number above zero."""
     value = float(text)
     if not (np.isfinite(value) and value > 0):
+        raise ValueError(text)
+    return value
+
+
+def count(text: str) -> int:
+    """argparse type: a whole number, zero or above."""
+    value = int(text)
+    if value < 0:
         raise ValueError(text)
     return value
 

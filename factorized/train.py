@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from common import data, runs
+from common import UserError, data, runs
 from common.evaluate import crop, pad
 from common.loss import RateDistortionLoss
 
@@ -48,7 +48,7 @@ def flags() -> argparse.ArgumentParser:
     add("--code_rate", default="low", choices=sorted(WIDTHS), help="N, M = 128, 192 or 192, 320")
     add("--init_ckpt", default="", help="start from these weights")
     add("--load_model_epoch", type=int, help="continue this run from its epoch_<n>.pth")
-    add("--num_workers", type=int, default=0, help="data loader processes")
+    add("--num_workers", type=runs.count, default=0, help="data loader processes")
     add("--check_time", type=float, default=10, help="minutes between saves of latest.pth")
     runs.add_flags(parser, lr_schedule="plateau")
     parser.add_argument("--N", type=runs.positive_int, help="overrides --code_rate")
@@ -74,6 +74,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # model, optimisers (Adam, and Adam for the quantiles of p(y)), schedule
     model = build(args.N, args.M).to(device, memory_format=torch.channels_last)
+    if args.patch_size % model.downsampling_factor:
+        raise UserError(f"--patch-size {args.patch_size} is not a multiple of "
+                        f"{model.downsampling_factor}")
     if args.init_ckpt:
         runs.load_weights(model, args.init_ckpt)
     net = runs.parallel(model, args.compile)
@@ -105,12 +108,12 @@ def main(argv: list[str] | None = None) -> None:
             with runs.autocast(device, args.precision):
                 output = net(x)
             losses = criterion(output, x)
-            runs.check_finite(losses, step, checkpoints.last)
 
             optimizer.zero_grad()
             aux_optimizer.zero_grad()
             losses["loss"].backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(main_parameters(model), args.clip_max_norm)
+            runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
             optimizer.step()
             # the quantiles follow p(y): their loss depends on no data and on no other parameter
             aux_loss = model.aux_loss()
@@ -129,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         scheduler.step(*([means["loss"]] if args.lr_schedule == "plateau" else []))
         line = f"epoch {epoch}  step {step}  train loss {means['loss']:.4f} bpp {means['bpp']:.4f}"
         if epoch + 1 == args.epoch:
-            model.update(force=True, update_quantiles=True)  # settle the quantiles exactly
+            checkpoints.update_tables(step, settle=True)
         if (epoch + 1) % args.test_every == 0 or epoch + 1 == args.epoch:
             test = validate(model, test_images, args.test_batch_size, criterion, device, log, step)
             best = min(best, test["loss"])

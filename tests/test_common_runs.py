@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def test_priority_is_default_yaml_command_line(tmp_path):
 
 @pytest.mark.parametrize("text, word", [
     ("no_such_flag: 1", "no_such_flag"), ("lr: fast", "lr"), ("lr: -1", "lr"),
-    ("epoch: 1.5", "epoch"),
+    ("epoch: 1.5", "epoch"), ("lr:", "lr: None"), ("threads: -1", "threads"),
     ("model_name: JPEG", "Factorized"), ("flip: 3", "flip"), ("lr: [1, 2]", "lr"),
     ("- a list", "flag: value"), ("a: [", "not YAML")])
 def test_yaml_mistakes_name_the_key(text, word, tmp_path):
@@ -40,6 +41,27 @@ def test_yaml_mistakes_name_the_key(text, word, tmp_path):
     with pytest.raises(UserError, match=word) as error:
         runs.parse(flags(), ["--config", str(tmp_path / "c.yaml")])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("argv", [
+    ["--config", "absent.yaml"], ["--config", "."], ["--config"], ["--no_such_flag"],
+    ["--metric", "psnr"], ["--lr", "inf"], ["--lr", "0"], ["--num_workers", "-1"],
+    ["--steps-per-epoch", "-1"], ["--model_name", "Hyperprior"]])
+def test_command_line_mistakes_are_one_line(argv, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        runs.cli(lambda: runs.parse(flags(), argv))
+    assert end.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+    assert argv[-1] in errors
+
+
+def test_keys_with_dashes_or_underscores_and_empty_values(tmp_path):
+    (tmp_path / "c.yaml").write_text("aux-lr: 0.5\nclip_max_norm: 2\nbatch-size: 3\ndataset:\n")
+    args = runs.parse(flags(), ["--config", str(tmp_path / "c.yaml")])
+    assert (args.aux_lr, args.clip_max_norm, args.batch_size, args.dataset) == (0.5, 2.0, 3, None)
+    assert runs.parse(flags(), ["--model_name", "FactorizedPrior"]).model_name == "FactorizedPrior"
 
 
 @pytest.mark.parametrize("config", ["config.yaml", "small.yaml", "quick.yaml"])
@@ -63,14 +85,15 @@ def test_source_defaults():
 
 
 # ---------------------------------------------------------------------------------- checkpoints
-def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_failed_write_keeps_the_old_file(call, tmp_path, monkeypatch):
     path = tmp_path / "a.pth"
     runs.write_atomic(path, b"old")
 
-    def full(_):
+    def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, call, full)
     with pytest.raises(UserError, match="No space left on device; the file that was there is kept"):
         runs.write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
@@ -100,6 +123,38 @@ def test_unreadable_checkpoint_is_named(content, tmp_path):
     (tmp_path / "bad.pth").write_bytes(content)
     with pytest.raises(UserError, match="bad.pth"):
         runs.load_checkpoint(tmp_path / "bad.pth")
+
+
+def test_cut_checkpoint_folder_and_other_objects_are_named(tmp_path):
+    path = tmp_path / "bad.pth"
+    runs.save_checkpoint(path, {"model": Factorized(4, 6).state_dict()})
+    content = path.read_bytes()
+    for part in (0.1, 0.9, 0.999):
+        path.write_bytes(content[: int(part * len(content))])
+        with pytest.raises(UserError, match="bad.pth"):
+            runs.load_checkpoint(path)
+    for other in ([1, 2], {}, {"model": 3}, {"state": {}, "param_groups": []},
+                  {0: torch.zeros(1)}, torch.zeros(2)):
+        torch.save(other, path)
+        with pytest.raises(UserError, match="bad.pth: holds no state dict"):
+            runs.load_checkpoint(path)
+    for missing in (tmp_path, tmp_path / "absent.pth"):
+        with pytest.raises(UserError, match=missing.name):
+            runs.load_checkpoint(missing)
+
+
+def test_old_spelling_of_compressai_loads(tmp_path):
+    """Its first releases kept the densities as _matrix0, _bias0, _factor0."""
+    model = Hyperprior(4, 6)
+    model.update()
+    state = {re.sub(r"\.(matri|biase|factor)(?:ces|x|s)\.(\d)$", lambda m: "._" + {
+        "matri": "matrix", "biase": "bias", "factor": "factor"}[m[1]] + m[2], k): v
+        for k, v in model.state_dict().items()}
+    assert "entropy_bottleneck._matrix0" in state and len(state) == len(model.state_dict())
+    torch.save(state, tmp_path / "old.pth")
+    loaded = load_hyperprior(tmp_path / "old.pth").state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded[name], value), name
 
 
 def test_checkpoint_with_code_in_it_is_refused(tmp_path):
@@ -151,6 +206,12 @@ def test_export_is_the_model_in_the_file(tmp_path):
         assert torch.equal(loaded.state_dict()[name], value), name
     x = torch.rand(1, 3, 64, 64)
     assert loaded.compress(x)["strings"] == model.compress(x)["strings"]
+    table = model.entropy_bottleneck._quantized_cdf.clone()
+    table[0, 1] += 1  # of older weights, say: what the file holds is what its streams were coded by
+    model.entropy_bottleneck._quantized_cdf.copy_(table)
+    runs.export(tmp_path / "b.pth", model)
+    assert torch.equal(
+        load_hyperprior(tmp_path / "b.pth").entropy_bottleneck._quantized_cdf, table)
     plain = sum(v.numel() * v.element_size() for v in model.state_dict().values())
     assert (tmp_path / "a.pth").stat().st_size < plain / 2
 
@@ -197,6 +258,34 @@ def test_non_finite_loss_names_term_step_and_checkpoint():
     with pytest.raises(UserError, match="loss not finite in the batch of step 7; .*epoch_3.pth"):
         runs.check_finite(losses, 7, Path("ckpts/epoch_3.pth"))
     runs.check_finite({"bpp": torch.tensor(1.0)}, 7, None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_diverged_weights_are_not_saved(value, tmp_path):
+    model = Hyperprior(4, 6)
+    density = model.entropy_bottleneck
+    checkpoints = runs.Checkpoints(tmp_path, {"model": model}, {})
+    checkpoints.save("epoch_0.pth", 0, 5)
+    with torch.no_grad():
+        for matrix, bias in zip(density.matrices, density.biases, strict=True):
+            matrix.fill_(value)
+            bias.copy_(value * (-1) ** torch.arange(bias.numel()).reshape(bias.shape))
+    with pytest.raises(UserError, match="not finite in the batch of step 9; .*epoch_0.pth"):
+        checkpoints.save("epoch_1.pth", 1, 10)
+    assert [p.name for p in tmp_path.iterdir()] == ["epoch_0.pth"]
+
+
+def test_newest_checkpoint_is_the_last_written(tmp_path):
+    """Not the one of most steps: --load_model_epoch goes back and leaves later epochs behind."""
+    checkpoints = runs.Checkpoints(tmp_path, {"model": Factorized(4, 6)}, {})
+    for age, (name, step) in enumerate([("epoch_0.pth", 9), ("epoch_1.pth", 19),
+                                        ("latest.pth", 14)]):
+        checkpoints.save(name, 0, step)
+        os.utime(tmp_path / name, (age, age))
+    assert checkpoints.begin(True, None)["step"] == 14
+    assert checkpoints.begin(False, 0)["step"] == 9
+    with pytest.raises(UserError, match="epoch_7.pth: no such checkpoint"):
+        checkpoints.begin(False, 7)
 
 
 @pytest.mark.parametrize("ids", ["", "a", "0 -1", "0;1"])

@@ -48,8 +48,8 @@ def train(images, tmp_path, monkeypatch):
     return call
 
 
-def process(images, cwd, *flags, threads=1):
-    command = [sys.executable, ROOT / "hyperprior" / "train.py", *TINY, "--dataset", images,
+def process(images, cwd, *flags, threads=1, paper="hyperprior"):
+    command = [sys.executable, ROOT / paper / "train.py", *TINY, "--dataset", images,
                "--test_dataset", images / "test", *flags]
     environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS=str(threads))
     return subprocess.Popen(list(map(str, command)), cwd=cwd, env=environment, text=True,
@@ -102,6 +102,22 @@ def test_killed_and_resumed_equals_straight(images, tmp_path):
         _, errors = run.communicate(timeout=300)
         assert run.returncode == 0, errors
     assert_equal(load(straight, 2), load(killed, 2))
+
+
+@pytest.mark.parametrize("flags", [
+    ["--threads", 1, "--precision", "bf16"], ["--threads", 2, "--num_workers", 1, "--flip"]])
+def test_resumed_in_mid_epoch_equals_straight(flags, train):
+    """From latest.pth of step 20, in bfloat16 and on two threads; checkpoints are equal."""
+    threads = torch.get_num_threads()
+    flags = [*flags, "--steps-per-epoch", 24, "--epoch", 1, "--lr-schedule", "plateau",
+             "--check_time", 0]
+    folder = train(*flags)
+    whole, path = load(folder, 0), folder / "ckpts" / "Hyperprior" / "0" / "epoch_0.pth"
+    path.unlink()
+    assert torch.load(path.with_name("latest.pth"), weights_only=True)["step"] == 20
+    train(*flags, "--resume")
+    torch.set_num_threads(threads)
+    assert_equal(whole, load(folder, 0))
 
 
 def test_two_and_two_epochs_equal_four(train):
@@ -159,6 +175,33 @@ def test_checkpoint_codes_at_once(train):
     assert list((folder / "logs" / "Hyperprior" / "0").glob("events.*"))
 
 
+@pytest.mark.parametrize("module", [factorized_train, hyperprior_train])
+@pytest.mark.parametrize("flags, words", [
+    (["--patch-size", 72], "--patch-size 72 is not a multiple of"),
+    (["--patch-size", 128], "90x90 is smaller than the 128x128 crop"),
+    (["--dataset", "absent"], "absent: no such folder"),
+    (["--test_dataset", "absent"], "absent: no such file or folder"),
+    (["--init_ckpt", "absent.pth"], "absent.pth: no such checkpoint"),
+    (["--load_model_epoch", 3], "epoch_3.pth: no such checkpoint"),
+    (["--metric", "ms-ssim"], "needs images and crops of 161 pixels"),
+    (["--device", "tpu"], "device tpu")])
+def test_mistakes_are_named_before_anything_is_saved(flags, words, module, train, tmp_path):
+    with pytest.raises(UserError, match=words) as error:
+        train("--epoch", 1, *flags, module=module)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_another_configuration_cannot_be_resumed(train):
+    folder = train("--epoch", 1)
+    path = folder / "ckpts" / "Hyperprior" / "0" / "epoch_0.pth"
+    content = path.read_bytes()
+    for flags, words in [(["--optimizer", "muon"], "parameter groups"), (["--N", 8], "quantiles")]:
+        with pytest.raises(UserError, match=words):
+            train("--epoch", 2, "--resume", *flags)
+    assert path.read_bytes() == content
+
+
 # --------------------------------------------------------------------------- learning, divergence
 @pytest.mark.parametrize("kind", [Factorized, Hyperprior])
 def test_overfits_one_batch(kind):
@@ -190,6 +233,35 @@ def test_divergence_ends_with_one_line(train):
     assert not path.with_name("epoch_1.pth").exists()
 
 
+@pytest.mark.parametrize("module, prefix", [(factorized_train, "FactorizedPrior"),
+                                            (hyperprior_train, "Hyperprior")])
+def test_bad_gradient_is_caught_before_it_reaches_the_weights(module, prefix, train, monkeypatch):
+    """A finite loss with an infinite gradient, in the last step before a save."""
+    folder = train("--epoch", 1, module=module)
+    path = folder / "ckpts" / prefix / "0" / "epoch_0.pth"
+    content = path.read_bytes()
+    steps = []
+
+    def clip(*_):
+        steps.append(0)
+        return torch.tensor(float("inf") if len(steps) == 6 else 1.0)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    with pytest.raises(UserError, match="grad_norm not finite in the batch of step 11; "):
+        train("--epoch", 2, "--resume", module=module)
+    assert path.read_bytes() == content and not path.with_name("epoch_1.pth").exists()
+
+
+@pytest.mark.parametrize("paper", ["factorized", "hyperprior"])
+def test_huge_learning_rate_exits_with_one_line(paper, images, tmp_path):
+    run = process(images, tmp_path, "--epoch", 1, "--lr", "1e30", paper=paper)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 2 and "Traceback" not in errors
+    assert len([x for x in errors.splitlines() if "error: " in x]) == 1
+    assert "not finite in the batch of step 1; nothing was saved yet" in errors
+    assert not list(tmp_path.rglob("*.pth"))
+
+
 # ------------------------------------------------------------------------------------ processes
 def test_two_processes_average_to_the_gradient_of_one(tmp_path):
     """torchrun, gloo: half of the batch each; equal gradients, equal quantiles after aux steps."""
@@ -204,6 +276,27 @@ def test_two_processes_average_to_the_gradient_of_one(tmp_path):
         assert torch.equal(ranks[0][name], ranks[1][name]), name
         scale = expected.abs().max().clamp_min(1e-6)
         assert ((ranks[0][name] - expected) / scale).abs().max() < 1e-4, name
+    trained = [torch.load(tmp_path / f"trained-{rank}.pt", weights_only=True) for rank in range(2)]
+    assert "entropy_bottleneck.quantiles" in trained[0]
+    for name, value in trained[0].items():
+        assert torch.equal(value, trained[1][name]), name
+
+
+def test_two_processes_resume_exactly(images, tmp_path):
+    """--gpu_id '0 1' starts two processes; each goes on with its own noise and loss sums."""
+    flags = ("--gpu_id", "0 1", "--epoch", 1, "--steps-per-epoch", 24, "--lr-schedule", "plateau",
+             "--check_time", 0)
+    whole = process(images, tmp_path, *flags)
+    output, errors = whole.communicate(timeout=120)
+    assert whole.returncode == 0, errors[-2000:]
+    assert output.count("24 steps an epoch") == 1  # the second process is silent
+    first = load(tmp_path, 0)
+    assert len(first["rng"]) == 2 and not torch.equal(*(r["cpu"] for r in first["rng"]))
+    (tmp_path / "ckpts" / "Hyperprior" / "0" / "epoch_0.pth").unlink()
+    resumed = process(images, tmp_path, *flags, "--resume")
+    _, errors = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, errors[-2000:]
+    assert_equal(first, load(tmp_path, 0))
 
 
 def _gradients(rank, world):
@@ -225,6 +318,23 @@ def _gradients(rank, world):
     return result
 
 
+def _trained():
+    """The parameters after three steps; this process draws its own weights, crops and noise."""
+    model = Hyperprior(4, 6)
+    net = runs.parallel(model)
+    optimizers = runs.optimizers(model, "adam", 1e-2)
+    for _ in range(3):
+        x = torch.rand(2, 3, 64, 64)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        RateDistortionLoss(0.01)(net(x), x)["loss"].backward()
+        model.aux_loss().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
 if __name__ == "__main__":
-    runs.start("cpu")
+    runs.start("cpu", seed=1)
+    torch.save(_trained(), Path(sys.argv[1], f"trained-{runs.rank()}.pt"))
     torch.save(_gradients(runs.rank(), runs.world()), Path(sys.argv[1], f"{runs.rank()}.pt"))
