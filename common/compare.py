@@ -105,7 +105,7 @@ def plot(results: list[Results], published: list[Results], jpeg: Results,
 
 def report(results: list[Results], published: Path, paths: list[Path], folder: Path,
            name: str) -> None:
-    """Write <name>-<curve>.json and .csv and <name>.png into `folder`, and print the table.
+    """Write <name>-<curve>.json, <name>-<curve>.csv and rd.png into `folder`; print the table.
 
     published: a paper's published.json; paths: the images that were coded.
     """
@@ -115,9 +115,9 @@ def report(results: list[Results], published: Path, paths: list[Path], folder: P
         stem = f"{name}-{curve['name']}".replace(" ", "-")
         evaluate.save_json(folder / f"{stem}.json", curve)
         runs.write_atomic(folder / f"{stem}.csv", _csv(curve).encode())
-    plot(results, curves, jpeg, folder / f"{name}.png")
+    plot(results, curves, jpeg, folder / "rd.png")
     print(table(results, curves, jpeg), end="")
-    print(f"\nresults and plot: {folder / name}*")
+    print(f"\nresults: {folder / name}-*; plot: {folder / 'rd.png'}")
 
 
 # -------------------------------------------------------------------------------------- helpers
