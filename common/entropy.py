@@ -155,28 +155,70 @@ def _encode_one(symbols: np.ndarray, indexes: np.ndarray, tables: Tables) -> byt
 def _decode_one(string: bytes, indexes: np.ndarray, tables: Tables, out: np.ndarray) -> None:
     if indexes.size == 0 and string == b"":
         return
-    if indexes.size == 0 or len(string) < 8 or len(string) % 4:
-        raise ValueError("an entropy-coded string has an impossible length")
-    # The decoder does not stop at the end of its string, so zeros follow for all it might read with
-    # broken data: 16 bit for a symbol, up to 60 more for one outside the table, 15 bytes for each
-    # byte that announces a long one.
-    zeros = 2 * indexes.size + 8 * min(indexes.size, CHUNK) + 16 * len(string) + 1024
-    decoder = RansDecoder()
-    decoder.set_stream(string + _TRAILER + bytes(zeros))
+    decoder = Decoder(string, indexes.size, tables)
     for start in range(0, indexes.size, CHUNK):
         part = slice(start, start + CHUNK)
-        values = decoder.decode_stream(
-            _integers(indexes[part]), tables.rows, tables.lengths, tables.biased_offsets
+        out[part] = decoder.decode(indexes[part])
+    decoder.finish()
+
+
+class Decoder:
+    """Decode one string part by part, where the next indexes depend on the symbols before them."""
+
+    def __init__(self, string: bytes, count: int, tables: Tables):
+        """count: how many symbols the string holds. ValueError when that cannot be."""
+        if count == 0 or len(string) < 8 or len(string) % 4:
+            raise ValueError("an entropy-coded string has an impossible length")
+        # The decoder does not stop at the end of its string, so zeros follow for all it might read
+        # with broken data: 16 bit for a symbol, up to 60 more for one outside the table, 15 bytes
+        # for each byte that announces a long one.
+        zeros = 2 * count + 8 * min(count, CHUNK) + 16 * len(string) + 1024
+        self.count, self.tables = count, tables
+        self.decoder = RansDecoder()
+        self.decoder.set_stream(string + _TRAILER + bytes(zeros))
+
+    def decode(self, indexes: np.ndarray) -> np.ndarray:
+        """The next symbols (n,), as int32; indexes: their rows of the tables (n,), int32."""
+        tables = self.tables
+        values = self.decoder.decode_stream(
+            _integers(indexes), tables.rows, tables.lengths, tables.biased_offsets
         )
         try:
-            out[part] = np.frombuffer(bytearray(values), np.uint8)
+            symbols = np.frombuffer(bytearray(values), np.uint8).astype(np.int32)
         except ValueError:  # not all within one byte: the slower way
-            out[part] = np.fromiter(values, np.int32, len(values))
-    out -= BYTE_BIAS
-    if (missing := MIN_SYMBOLS - indexes.size) > 0:
-        decoder.decode_stream([len(tables)] * missing, tables.rows, tables.lengths, tables.offsets)
-    if decoder.decode_stream(_PROBE_INDEXES, *_PROBE) != _INTACT:
-        raise ValueError("an entropy-coded string is truncated, altered or from another model")
+            symbols = np.fromiter(values, np.int32, len(values))
+        return symbols - np.int32(BYTE_BIAS)
+
+    def finish(self) -> None:
+        """Call after the last symbol; ValueError when the string was not made of such symbols."""
+        tables = self.tables
+        if (missing := MIN_SYMBOLS - self.count) > 0:
+            self.decoder.decode_stream(
+                [len(tables)] * missing, tables.rows, tables.lengths, tables.offsets
+            )
+        if self.decoder.decode_stream(_PROBE_INDEXES, *_PROBE) != _INTACT:
+            raise ValueError("an entropy-coded string is truncated, altered or from another model")
+
+
+class Decoders:
+    """`Decoder`s of a batch: one string an image, all of `count` symbols."""
+
+    def __init__(self, strings: list[bytes], count: int, tables: Tables):
+        self.decoders = [Decoder(string, count, tables) for string in strings]
+        self.tables = tables
+
+    def decode(self, indexes: Tensor) -> Tensor:
+        """The next symbols of every image, int32 on the CPU, in the shape of indexes (B, ...)."""
+        rows = _rows(indexes, tuple(indexes.shape), self.tables)
+        if len(rows) != len(self.decoders):
+            raise ValueError(f"{len(self.decoders)} strings for {len(rows)} images")
+        parts = [d.decode(r.reshape(-1)) for d, r in zip(self.decoders, rows, strict=True)]
+        return torch.from_numpy(np.stack(parts)).view(indexes.shape)
+
+    def finish(self) -> None:
+        """Call after the last symbols; ValueError when a string holds something else."""
+        for decoder in self.decoders:
+            decoder.finish()
 
 
 # ------------------------------------------ factorized latents (CompressAI's EntropyBottleneck)

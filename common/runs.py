@@ -354,11 +354,14 @@ def load_model(path: str | Path, kind: type, device: torch.device | str = "cpu")
     """Build a `kind` from a checkpoint: eval mode, channels_last, coding tables ready.
 
     CDF tables and the fixed-point scales come from the file; only a bare state dict without them
-    gets new ones. The checkpoint's other entries are left in `model.info`.
+    gets new ones. The checkpoint's other entries are left in `model.info`; those of its config that
+    `kind.options` names, what the weights do not tell, go to `kind.from_state_dict`.
     """
     state = load_checkpoint(path)
+    config = state.get("config", {})
+    options = {name: config[name] for name in getattr(kind, "options", ()) if name in config}
     try:
-        model = kind.from_state_dict(state["model"])
+        model = kind.from_state_dict(state["model"], **options)
     except KeyError as e:
         raise UserError(f"{path}: not the weights of a {kind.__name__}: {e} is missing") from None
     except RuntimeError as e:

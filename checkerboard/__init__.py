@@ -1,0 +1,1 @@
+"""Checkerboard context model (He et al., CVPR 2021)."""

@@ -1,0 +1,25 @@
+"""Code one image file.
+
+    python codec.py encode IN.png [-o OUT.bin] [--checkpoint P]
+    python codec.py decode OUT.bin [-o OUT.png] [--checkpoint P]
+
+Without --checkpoint, the bundled small weights: encoding takes --weights, decoding recognises them
+by the fingerprint in the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common import codec, runs
+
+from checkerboard.model import TAG, load
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, _, _ = codec.flags("Code one image file.")
+    codec.run(parser.parse_args(argv), TAG, load, Path(__file__).parent / "weights")
+
+
+if __name__ == "__main__":
+    runs.cli(main)

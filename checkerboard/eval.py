@@ -1,0 +1,77 @@
+"""Code a folder of images into real files, decode them, and write what they cost and how they look.
+
+    python eval.py                                  bundled small weights, Kodak
+    python eval.py --epoch_num 199                  every run under ./ckpts that has this epoch
+    python eval.py --checkpoint A.pth B.pth         these weights: one point of the curve each
+    torchrun --nproc_per_node=4 eval.py ...         images divided over processes
+
+bpp is the size of the file on disk * 8 / original pixels, header included. PSNR and MS-SSIM are
+those of 8-bit images without padding, averaged over images.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common import compare, data, evaluate, metrics, runs
+
+from checkerboard.model import TAG, build, load
+
+HERE = Path(__file__).parent
+MODEL_NAMES = ("CheckerboardAutogressive",)
+WIDTHS = {"low": (192, 192), "high": (192, 320)}  # the report's N, M
+SOURCE_STEPS = 250_000  # of the seminar: 250 epochs of about 1,010; CompressAI trained 4-5 M
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = runs.Parser(description="Code images for real and measure rate and distortion.")
+    add = parser.add_argument_group("the source's flags").add_argument
+    add("--model_name", default=MODEL_NAMES[0], choices=MODEL_NAMES)
+    add("--load_model_epoch", "--epoch_num", type=int,
+        help="of the runs under ./ckpts; none: bundled weights")
+    add("--dataset_path", help="folder of images; none: Kodak")
+    add("--outdir", default="./output", help="bitstreams and decoded images")
+    add("--resultdir", default="./results", help="JSON, CSV, plot")
+    add("--test_batch_size", type=runs.positive_int, default=1, help="images of equal size")
+    add("--entropy_device", default="cpu", help="where h_s runs when coding: cpu or cuda")
+    evaluate.add_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = flags().parse_args(argv)
+    device = runs.start(args.device, threads=args.threads)
+    entropy_device = runs.usable(args.entropy_device)
+    if args.complexity:
+        complexity()
+        return
+    images = data.list_images(args.dataset_path or data.KODAK)
+    curves = []
+    for name, checkpoints in evaluate.find_checkpoints(args, HERE / "weights").items():
+        points = []
+        for checkpoint in checkpoints:
+            model = load(checkpoint, device)
+            model.entropy_device = entropy_device
+            out = Path(args.outdir, name, checkpoint.stem)
+            points.append(evaluate.evaluate(model, images, TAG, name, str(checkpoint.name), out,
+                                            args.test_batch_size, {"steps_source": SOURCE_STEPS}))
+        curves.append(evaluate.merge(points))
+    if runs.rank() == 0:
+        compare.report(curves, HERE / "results" / "published.json", images, Path(args.resultdir),
+                       args.model_name)
+
+
+def complexity() -> None:
+    """Parameters and multiply-accumulates for one 768x512 image, by both counting rules."""
+    print("one 768x512 image; 'thop' charges transposed convolutions by output pixels, 4x too much,"
+          " and skips GDN and entropy models")
+    for code_rate, (N, M) in WIDTHS.items():
+        counts = metrics.complexity(build(N, M))
+        print(f"{code_rate:5s} N={N} M={M}  parameters {counts['params_total']:,} "
+              f"(thop {counts['params_thop']:,})  MACs {counts['macs_true'] / 1e9:.3f} G + GDN "
+              f"{counts['macs_gdn'] / 1e9:.3f} G (thop {counts['macs_thop'] / 1e9:.3f} G)")
+
+
+if __name__ == "__main__":
+    runs.cli(main)

@@ -1,0 +1,1 @@
+"""Joint autoregressive and hierarchical priors (Minnen et al., NeurIPS 2018)."""

@@ -1,0 +1,179 @@
+"""Train a joint autoregressive and hierarchical model.
+
+    python train.py                                      the source's recipe on the bundled tiles
+    python train.py --config quick.yaml                  ten minutes on two CPU cores
+    python train.py --dataset /path/to/vimeo --lmbda 0.013 --exp_version 1
+    python train.py --gpu_id '0 1 2' ...                 three processes
+    torchrun --nproc_per_node=4 train.py ...             the same, or more machines
+
+Checkpoints: ./ckpts/<prefix>/<exp_version>/epoch_<n>.pth. Logs: ./logs/<prefix>/<exp_version>/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from common import UserError, data, runs
+from common.evaluate import crop, pad
+from common.loss import RateDistortionLoss
+
+import torch
+import yaml
+from torch import Tensor
+
+from joint_ar.model import ACTIVATIONS, QUANTIZERS, JointAutoregressive, build
+
+MODEL_NAMES = ("JointAutoregressiveHierarchicalPriors",)
+WIDTHS = {"low": (192, 192), "high": (192, 320)}  # --code_rate -> N, M
+LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18)  # --quality 1..8
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = runs.Parser(description="Train a joint autoregressive and hierarchical model "
+                         "(Minnen et al. 2018).")
+    add = parser.add_argument_group("the source's flags").add_argument
+    add("--dataset", help="training images; none: the bundled photographs")
+    add("--test_dataset", help="validation images; none: Kodak")
+    add("--lmbda", type=runs.positive_float, default=0.01, help="weight of 255^2 MSE")
+    add("--lr", type=runs.positive_float, default=1e-4, help="initial learning rate")
+    add("--batch_size", type=runs.positive_int, default=64, help="over all processes")
+    add("--test_batch_size", type=runs.positive_int, default=24, help="images of equal size")
+    add("--epoch", type=runs.positive_int, default=250, help="number of epochs")
+    add("--model_name", default=MODEL_NAMES[0], choices=MODEL_NAMES)
+    add("--prefix", default=MODEL_NAMES[0], help="folder of the run under ./ckpts and ./logs")
+    add("--exp_version", type=int, default=0, help="sub-folder of the run")
+    add("--gpu_id", default="0", help="'0 1 2': three processes")
+    add("--code_rate", default="low", choices=sorted(WIDTHS), help="N, M = 192, 192 or 192, 320")
+    add("--init_ckpt", default="", help="start from these weights")
+    add("--load_model_epoch", type=int, help="continue this run from its epoch_<n>.pth")
+    add("--num_workers", type=runs.count, default=0, help="data loader processes")
+    add("--check_time", type=float, default=10, help="minutes between saves of latest.pth")
+    runs.add_flags(parser, lr_schedule="plateau")
+    parser.add_argument("--N", type=runs.positive_int, help="overrides --code_rate")
+    parser.add_argument("--M", type=runs.positive_int, help="overrides --code_rate")
+    parser.add_argument("--gdn_variant", default="paper", choices=sorted(ACTIVATIONS),
+                        help="seminar: the report's mix of GDN and GDN1")
+    parser.add_argument("--quantize", default="centred", choices=QUANTIZERS,
+                        help="in validation; rounded: as CompressAI's forward, not as the file")
+    parser.add_argument("--quality", type=int, choices=range(1, 9), help="overrides --lmbda")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = runs.parse(flags(), argv)
+    args.N, args.M = args.N or WIDTHS[args.code_rate][0], args.M or WIDTHS[args.code_rate][1]
+    args.lmbda = LMBDAS[args.quality - 1] if args.quality else args.lmbda
+    runs.launch(args.gpu_id)
+    device = runs.start(args.device, args.seed, args.threads)
+    folder = Path("ckpts", args.prefix, str(args.exp_version))
+
+    # data
+    items = data.find_items(args.dataset)
+    crops = data.Crops(items, args.patch_size, args.seed, args.flip)
+    steps_per_epoch = args.steps_per_epoch or max(1, len(items) // args.batch_size)
+    test_images = data.list_images(args.test_dataset or data.KODAK)
+    batch = runs.share(args.batch_size)
+
+    # model, optimisers (Adam, and Adam for the quantiles of p(z)), schedule
+    model = build(args.N, args.M, args.gdn_variant, args.quantize)
+    model = model.to(device, memory_format=torch.channels_last)
+    if args.patch_size % model.downsampling_factor:
+        raise UserError(f"--patch-size {args.patch_size} is not a multiple of "
+                        f"{model.downsampling_factor}")
+    if args.init_ckpt:
+        runs.load_weights(model, args.init_ckpt)
+    net = runs.parallel(model, args.compile)
+    optimizer, aux_optimizer = runs.optimizers(model, args.optimizer, args.lr, args.aux_lr)
+    scheduler = runs.schedule(optimizer, args.lr_schedule, args.epoch, args.milestones)
+    criterion = RateDistortionLoss(args.lmbda, args.metric)
+
+    # resume
+    log = runs.Log(Path("logs", args.prefix, str(args.exp_version)), args.epoch * steps_per_epoch)
+    parts = {"model": model, "optimizer": optimizer, "aux_optimizer": aux_optimizer,
+             "scheduler": scheduler, "log": log}
+    checkpoints = runs.Checkpoints(folder, parts, vars(args))
+    state = checkpoints.begin(args.resume, args.load_model_epoch)
+    step, best = state.get("step", 0), state.get("best", float("inf"))
+    log.begin(step)
+    if runs.rank() == 0:
+        print(yaml.safe_dump(vars(args), sort_keys=False).strip())
+        print(f"{len(items)} training images{'' if args.dataset else ' (bundled photographs)'}, "
+              f"{steps_per_epoch} steps an epoch, on {runs.describe(device)}", flush=True)
+
+    saved = time.monotonic()
+    for epoch in range(step // steps_per_epoch, args.epoch):
+        model.train()
+        last_step = (epoch + 1) * steps_per_epoch
+        for images in data.loader(crops, step, last_step, batch, runs.rank(), runs.world(),
+                                  args.num_workers):
+            x = data.to_float(images.to(device, non_blocking=True))
+            x = x.contiguous(memory_format=torch.channels_last)
+            with runs.autocast(device, args.precision):
+                output = net(x)
+            losses = criterion(output, x)
+
+            optimizer.zero_grad()
+            aux_optimizer.zero_grad()
+            losses["loss"].backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(main_parameters(model), args.clip_max_norm)
+            runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
+            optimizer.step()
+            # the quantiles follow p(z): their loss depends on no data and on no other parameter
+            aux_loss = model.aux_loss()
+            aux_loss.backward()
+            aux_optimizer.step()
+
+            step += 1
+            log.step(step, {**losses, "aux": aux_loss, "grad_norm": grad_norm,
+                            "lr": optimizer.param_groups[0]["lr"]})
+            due = step % 20 == 0 and time.monotonic() - saved > 60 * args.check_time
+            if step < last_step and runs.agree(due):
+                checkpoints.save("latest.pth", epoch, step, best=best)
+                saved = time.monotonic()
+
+        means = log.means()
+        scheduler.step(*([means["loss"]] if args.lr_schedule == "plateau" else []))
+        line = f"epoch {epoch}  step {step}  train loss {means['loss']:.4f} bpp {means['bpp']:.4f}"
+        if epoch + 1 == args.epoch:
+            checkpoints.update_tables(step, settle=True)
+        if (epoch + 1) % args.test_every == 0 or epoch + 1 == args.epoch:
+            test = validate(model, test_images, args.test_batch_size, criterion, device, log, step)
+            best = min(best, test["loss"])
+            line += f"  test loss {test['loss']:.4f} bpp {test['bpp']:.4f} psnr {test['psnr']:.2f}"
+        log.line(line)
+        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epoch:
+            checkpoints.save(f"epoch_{epoch}.pth", epoch, step, best=best)
+            saved = time.monotonic()
+    log.close()
+
+
+def main_parameters(model: JointAutoregressive) -> Iterable[Tensor]:
+    return (p for name, p in model.named_parameters() if not name.endswith("quantiles"))
+
+
+@torch.no_grad()
+def validate(model: JointAutoregressive, paths: list[Path], batch_size: int,
+             criterion: RateDistortionLoss, device: torch.device, log: runs.Log, step: int
+             ) -> dict[str, float]:
+    """Mean losses over whole images, quantised as in coding, rate estimated; float32."""
+    model.eval()
+    sums: dict[str, float] = {}
+    for _, images in data.batches(paths, batch_size):
+        x = data.to_float(images.to(device))
+        output = model(pad(x, model.downsampling_factor))
+        output["x_hat"] = crop(output["x_hat"], x.shape[-2:])
+        losses = criterion(output, x)
+        error = (output["x_hat"].clamp(0, 1) - x).square().mean(dim=(1, 2, 3))
+        losses["psnr"] = -10 * error.log10().mean()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * len(x) / len(paths)
+    log.images(x[-1], output["x_hat"][-1], step)
+    log.scalars("test", sums, step)
+    return sums
+
+
+if __name__ == "__main__":
+    runs.cli(main)
