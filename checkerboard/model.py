@@ -137,7 +137,7 @@ class Checkerboard(CompressionModel):
     def forward(self, x: Tensor) -> dict[str, Any]:
         """x (B, 3, H, W) in [0, 1], H and W multiples of 64 -> x_hat and likelihoods of y, z.
 
-        In eval mode always two passes, in float32.
+        In eval mode y_hat is that of a file.
         """
         y = self.g_a(x).float()  # (B, M, H/16, W/16)
         z = self.h_a(y)  # (B, N, H/64, W/64)
@@ -145,13 +145,16 @@ class Checkerboard(CompressionModel):
             z_hat, z_likelihoods = self.entropy_bottleneck(z.float())
         params = self.h_s(z_hat)  # (B, 2M, H/16, W/16)
         is_anchor = anchors(*y.shape[-2:], self.anchor_parity).to(x.device)
-        if self.training and self.ckbd_forward == "onepass":
+        if not self.training:
+            y_hat, _ = self._encode(y, self._params(z_hat))
+        elif self.ckbd_forward == "onepass":
             y_hat = self.gaussian_conditional.quantize(y, "noise")
-            scales, means = self._predict(params, self.context_prediction(y_hat) * ~is_anchor)
-        else:
+        else:  # the anchors first
             _, means = self._predict(params, torch.zeros_like(params))
-            y_hat = (quantize_ste(y - means) + means) * is_anchor
-            scales, means = self._predict(params, self.context_prediction(y_hat) * ~is_anchor)
+            y_hat = quantize_ste(y - means) + means
+        context = self.context_prediction(y_hat) * ~is_anchor  # sees anchors only
+        scales, means = self._predict(params, context)
+        if self.training and self.ckbd_forward == "twopass":
             y_hat = torch.where(is_anchor, y_hat, quantize_ste(y - means) + means)
         with torch.autocast(x.device.type, enabled=False):
             _, y_likelihoods = self.gaussian_conditional(y, scales.float(), means.float())
@@ -169,18 +172,9 @@ class Checkerboard(CompressionModel):
         z = self.h_a(y)
         z_strings = entropy.encode_bottleneck(self.entropy_bottleneck, z)
         params = self._params(entropy.dequantize(self.entropy_bottleneck, z))
-        context, tables = self._context(params), entropy.Tables.of(self.gaussian_conditional)
-        y_rows = y.to(params).flatten(2).transpose(1, 2)  # (B, h*w, M)
-        strings = []
-        for use_context, blocks in self._passes(params):
-            coded = []
-            for positions in blocks:
-                indexes, means = context.predict(positions, use_context)
-                symbols = torch.round(y_rows[:, positions] - means)
-                context.put(positions, symbols + means)
-                coded.append((symbols.int(), indexes))
-            symbols, indexes = (torch.cat(parts, 1) for parts in zip(*coded, strict=True))
-            strings.append(entropy.encode(symbols, indexes, tables))
+        _, coded = self._encode(y, params)
+        tables = entropy.Tables.of(self.gaussian_conditional)
+        strings = [entropy.encode(symbols, indexes, tables) for symbols, indexes in coded]
         return {"strings": [*strings, z_strings], "shape": tuple(z.shape[-2:])}
 
     @torch.no_grad()
@@ -206,6 +200,22 @@ class Checkerboard(CompressionModel):
     def _context(self, params: Tensor) -> Context:
         return Context(self.context_prediction, self.entropy_parameters, params,
                        self.gaussian_conditional.scale_table)
+
+    @torch.no_grad()
+    def _encode(self, y: Tensor, params: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """y_hat (B, M, h, w); for both passes symbols and CDF indexes (B, h*w/2, M)."""
+        context = self._context(params)
+        y_rows = y.flatten(2).transpose(1, 2)  # (B, h*w, M)
+        coded = []
+        for use_context, blocks in self._passes(params):
+            parts = []
+            for positions in blocks:
+                indexes, means = context.predict(positions, use_context)
+                symbols = torch.round(y_rows[:, positions].to(means) - means)
+                context.put(positions, symbols + means)
+                parts.append((symbols, indexes))
+            coded.append(tuple(torch.cat(column, 1) for column in zip(*parts, strict=True)))
+        return context.y_hat().to(y.device), coded
 
     def _passes(self, params: Tensor) -> list[tuple[bool, list[Tensor]]]:
         """For both passes: whether they see the context, and their positions y * w + x in blocks.

@@ -1,0 +1,387 @@
+"""Context models: what a latent may see, the order of coding, and exact equality of its ways."""
+
+import importlib
+
+from common import context, entropy, exact
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compressai.entropy_models import EntropyBottleneck, GaussianConditional
+from compressai.latent_codecs import CheckerboardLatentCodec, GaussianConditionalLatentCodec
+from compressai.layers import GDN1
+
+from checkerboard.model import Checkerboard, anchors
+from joint_ar.model import JointAutoregressive, wavefront
+
+PAPERS = ("joint_ar", "checkerboard")
+MODELS = {paper: importlib.import_module(f"{paper}.model") for paper in PAPERS}
+
+
+def lively(model, seed=0):
+    """Weights with which latents, contexts, means and scales are all at work; tables ready."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(like):
+        return torch.randn(like.shape, generator=generator)
+
+    with torch.no_grad():
+        model.g_a[6].weight.mul_(60)
+        model.h_a[4].weight.mul_(40)
+        for layer in (model.context_prediction, *model.entropy_parameters):
+            if hasattr(layer, "weight"):
+                fan_in = layer.weight[0].numel() * (0.5 if hasattr(layer, "mask") else 1)
+                layer.weight.copy_(noise(layer.weight) * (1.5 / fan_in) ** 0.5)
+                layer.bias.copy_(0.3 * noise(layer.bias))
+        model.entropy_parameters[-1].bias[: model.M] += 2  # scales
+    model.update(force=True)
+    return model.eval()
+
+
+def build(paper, N=8, M=12, **options):
+    torch.manual_seed(0)
+    return lively(MODELS[paper].build(N=N, M=M, **options))
+
+
+def latents(model, height, width, batch=1, seed=0):
+    """y (B, M, h, w) and exact hyper parameters (B, 2M, h, w)."""
+    generator = torch.Generator().manual_seed(seed)
+    y = 6 * torch.randn(batch, model.M, height, width, generator=generator)
+    z = 3 * torch.randn(batch, model.N, -(-height // 4), -(-width // 4), generator=generator)
+    params = exact.run(model.h_s, entropy.dequantize(model.entropy_bottleneck, z))
+    return y, params[..., :height, :width]
+
+
+# ------------------------------------------------------------------------------ masks, causality
+@pytest.mark.parametrize("paper, expected", [
+    ("joint_ar", ["11111", "11111", "11000", "00000", "00000"]),
+    ("checkerboard", ["01010", "10101", "01010", "10101", "01010"])])
+def test_mask(paper, expected):
+    layer = MODELS[paper].build().context_prediction
+    assert (layer.mask.sum(dim=(2, 3)) == 12).all()
+    assert int(layer.mask.sum()) == 884_736  # M = 192
+    rows = ["".join(str(int(v)) for v in row) for row in layer.mask[5, 7]]
+    assert rows == expected
+
+
+def reachable(paper, height, width):
+    """(h*w, h*w) bool: whether the context at a position depends on y_hat elsewhere; gradients."""
+    layer = build(paper, N=4, M=2).context_prediction
+    y_hat = torch.randn(1, 2, height, width, requires_grad=True)
+    output = layer(y_hat)
+    rows = []
+    for k in range(height * width):
+        gradient, = torch.autograd.grad(output.flatten(2)[0, :, k].sum(), y_hat, retain_graph=True)
+        rows.append((gradient[0] != 0).any(0).flatten())
+    return torch.stack(rows)
+
+
+def test_gradients_of_the_causal_context_come_from_before():
+    depends = reachable("joint_ar", 5, 7)
+    assert not depends.triu().any()  # neither itself nor a later one in raster order
+    assert depends[2 * 7 + 3].sum() == 12
+
+
+def test_gradients_of_the_checkerboard_come_from_the_other_colour():
+    depends = reachable("checkerboard", 5, 7)
+    colour = anchors(5, 7).flatten()
+    assert not depends[colour][:, colour].any() and not depends[~colour][:, ~colour].any()
+    assert depends[2 * 7 + 3].sum() == 12
+
+
+@pytest.mark.parametrize("parity", ["even", "odd"])
+def test_perturbing_an_anchor_moves_only_others_and_the_reverse_nothing(parity):
+    model = build("checkerboard", anchor_parity=parity)
+    y, params = latents(model, 6, 8)
+    colour = anchors(6, 8, parity)
+
+    def predict(y_hat):
+        rule = model._context(params)
+        rule.put(torch.arange(48), y_hat.double().flatten(2).transpose(1, 2))
+        means = torch.empty(48, model.M, dtype=torch.float64)
+        for use_context, blocks in model._passes(params):
+            for positions in blocks:
+                means[positions] = rule.predict(positions, use_context)[1][0]
+        return means
+
+    before = predict(y.round())
+    for position in (19, 20):  # neighbours, so one of each colour
+        changed = y.round().flatten(2)
+        changed[..., position] += 7
+        moved = (predict(changed.view_as(y)) != before).any(1)
+        if colour.flatten()[position]:
+            assert moved.any() and not moved[colour.flatten()].any()
+        else:
+            assert not moved.any()
+
+
+def test_perturbing_a_latent_moves_later_waves_only():
+    model = build("joint_ar")
+    y, params = latents(model, 6, 8)
+    _, _, before = model._encode_waves(y, params)
+    waves = wavefront(6, 8)
+    changed = y.clone().flatten(2)
+    changed[..., waves[9]] += 7
+    _, _, after = model._encode_waves(changed.view_as(y), params)
+    first = sum(map(len, waves[:10])) * 1
+    assert torch.equal(before[:, :first], after[:, :first])
+    assert not torch.equal(before, after)
+
+
+# -------------------------------------------------------------------------------- order of coding
+@pytest.mark.parametrize("height, width", [(32, 48), (1, 1), (1, 9), (9, 1), (5, 3), (4, 2)])
+def test_waves_cover_all_positions_and_read_earlier_ones(height, width):
+    waves = wavefront(height, width)
+    assert sorted(torch.cat(waves).tolist()) == list(range(height * width))
+    if width > 2:
+        assert len(waves) == width + 3 * (height - 1)
+    wave_of = {p: i for i, wave in enumerate(waves) for p in wave.tolist()}
+    for p, i in wave_of.items():
+        y, x = divmod(p, width)
+        for dy, dx in [(-2, d) for d in range(-2, 3)] + [(-1, d) for d in range(-2, 3)] + [
+                (0, -2), (0, -1)]:
+            if 0 <= y + dy and 0 <= x + dx < width:
+                assert wave_of[p + dy * width + dx] < i
+
+
+@pytest.mark.parametrize("parity", ["even", "odd"])
+def test_passes_halve_the_latents(parity):
+    model = build("checkerboard", anchor_parity=parity)
+    (first, a), (second, b) = model._passes(torch.empty(1, 1, 8, 12))
+    assert (first, second) == (False, True)
+    assert len(torch.cat(a)) == len(torch.cat(b)) == 8 * 12 // 2
+    assert sorted(torch.cat(a + b).tolist()) == list(range(96))
+    assert (0 in torch.cat(a)) == (parity == "even")
+
+
+@pytest.mark.parametrize("parity", ["even", "odd"])
+def test_each_pass_codes_half_of_the_symbols(parity, monkeypatch):
+    model, coded = build("checkerboard", anchor_parity=parity), []
+    encode = entropy.encode
+    monkeypatch.setattr(entropy, "encode", lambda symbols, *rest: coded.append(
+        symbols.numel()) or encode(symbols, *rest))
+    model.compress(torch.rand(1, 3, 128, 192))
+    assert coded[1:] == [model.M * 8 * 12 // 2] * 2  # coded[0]: z
+
+
+# ------------------------------------------------------------------------------- equal ways to code
+def raster(model, y, params):
+    """The oracle: pixel by pixel, whole exact layers on 5x5 windows. y_hat, symbols by position."""
+    height, width = y.shape[-2:]
+    y_hat = F.pad(torch.zeros_like(y, dtype=torch.float64), (2, 2, 2, 2))
+    symbols = torch.zeros(height * width, model.M, dtype=torch.int32)
+    indexes = torch.zeros(height * width, model.M, dtype=torch.int32)
+    for row in range(height):
+        for column in range(width):
+            window = y_hat[:, :, row : row + 5, column : column + 5]
+            around = exact.run(model.context_prediction, window)[:, :, 2:3, 2:3]
+            here = torch.cat([params[:, :, row : row + 1, column : column + 1], around], 1)
+            scales, means = exact.run(model.entropy_parameters, here).chunk(2, 1)
+            means = exact.round_to_grid(means, context.MEAN_BITS)
+            symbol = torch.round(y[:, :, row : row + 1, column : column + 1].double() - means)
+            y_hat[:, :, row + 2, column + 2] = (symbol + means)[:, :, 0, 0]
+            symbols[row * width + column] = symbol.flatten().int()
+            indexes[row * width + column] = exact.scale_indexes(
+                scales, model.gaussian_conditional.scale_table).flatten()
+    return y_hat[:, :, 2:-2, 2:-2].float(), symbols, indexes
+
+
+@pytest.mark.parametrize("height, width", [(8, 12), (3, 5), (1, 4), (4, 1)])
+def test_waves_equal_the_raster_oracle(height, width):
+    model = build("joint_ar")
+    y, params = latents(model, height, width)
+    y_hat, symbols, indexes = model._encode_waves(y, params)
+    expected, raster_symbols, raster_indexes = raster(model, y, params)
+    assert symbols.abs().max() > 3 and indexes.unique().numel() > 5  # the case is not a dead one
+    assert torch.equal(y_hat, expected)
+    order = torch.cat(wavefront(height, width))
+    assert torch.equal(symbols[0].int(), raster_symbols[order])
+    assert torch.equal(indexes[0], raster_indexes[order])
+
+
+def test_wavefront_files_are_as_large_as_raster_files():
+    """The same symbols and tables in another order: equal but for the coder's last bits."""
+    model = build("joint_ar", N=8, M=48)
+    y, params = latents(model, 16, 24)
+    tables = entropy.Tables.of(model.gaussian_conditional)
+    _, symbols, indexes = model._encode_waves(y, params)
+    waves = entropy.encode(symbols, indexes, tables)[0]
+    order = torch.argsort(torch.cat(wavefront(16, 24)))
+    lines = entropy.encode(symbols[:, order], indexes[:, order], tables)[0]
+    assert waves != lines
+    assert len(waves) == pytest.approx(len(lines), rel=5e-4, abs=4)
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_predictions_equal_the_layers_in_exact_arithmetic(paper):
+    """`Context` on rows against `exact.run` on planes, hyper parameters ahead or on demand."""
+    model = build(paper)
+    y, params = latents(model, 5, 7, batch=2)
+    plane = torch.cat([params, exact.run(model.context_prediction, y.double())], 1)
+    _, expected = exact.run(model.entropy_parameters, plane).chunk(2, 1)
+    expected = exact.round_to_grid(expected, context.MEAN_BITS).flatten(2).transpose(1, 2)
+    positions = torch.tensor([0, 3, 17, 34])
+    for limit in (context.HYPER_BYTES, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(context, "HYPER_BYTES", limit)
+            rule = model._context(params)
+        assert (rule.hyper is None) == (limit == 0)
+        rule.put(torch.arange(35), y.double().flatten(2).transpose(1, 2))
+        assert torch.equal(rule.predict(positions)[1], expected[:, positions])
+        assert torch.equal(rule.y_hat(), y)
+
+
+def test_context_of_anchors_is_zero_without_bias():
+    model = build("checkerboard")
+    _, params = latents(model, 4, 4)
+    plane = torch.cat([params, torch.zeros_like(params)], 1)
+    _, expected = exact.run(model.entropy_parameters, plane).chunk(2, 1)
+    expected = exact.round_to_grid(expected, context.MEAN_BITS).flatten(2).transpose(1, 2)
+    _, means = model._context(params).predict(torch.arange(16), context=False)
+    assert torch.equal(means, expected)
+    with torch.no_grad():
+        model.context_prediction.bias.add_(1)
+    assert torch.equal(model._context(params).predict(torch.arange(16), context=False)[1], expected)
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+@pytest.mark.parametrize("damage", ["cut", "bit", "other image"])
+def test_damaged_strings_are_noticed(paper, damage):
+    model = build(paper)
+    x = torch.rand(2, 3, 128, 128)
+    result = model.compress(x)
+    strings = [list(s[:1]) for s in result["strings"]]
+    if damage == "cut":
+        strings[0][0] = strings[0][0][:-4]
+    elif damage == "bit":
+        flipped = bytearray(strings[0][0])
+        flipped[len(flipped) // 2] ^= 4
+        strings[0][0] = bytes(flipped)
+    else:
+        strings[-1][0] = result["strings"][-1][1]
+    with pytest.raises(ValueError):
+        model.decompress(strings, result["shape"])
+
+
+# -------------------------------------------------------------------------------------- forward
+def test_one_pass_gives_the_parameters_of_two():
+    """On the same y_hat, entropy_parameters once on a masked context, or once for each colour."""
+    for parity in ("even", "odd"):
+        model = build("checkerboard", anchor_parity=parity)
+        y, params = latents(model, 8, 8)
+        params, colour = params.float(), anchors(8, 8, parity)
+        with torch.no_grad():
+            once = model._predict(params, model.context_prediction(y) * ~colour)
+            first = model._predict(params, torch.zeros_like(params))
+            second = model._predict(params, model.context_prediction(y * colour))
+        for a, b, c in zip(once, first, second, strict=True):
+            assert torch.allclose(a, torch.where(colour, b, c), atol=1e-5)
+
+
+@pytest.mark.parametrize("parity", ["even", "odd"])
+def test_two_pass_training_is_compressai_s(parity, monkeypatch):
+    model = build("checkerboard", anchor_parity=parity, ckbd_forward="twopass")
+    y, params = latents(model, 8, 12)
+    params = params.float()
+    merge = type("Merge", (torch.nn.Module,), {  # CompressAI's order is context, hyper parameters
+        "forward": lambda self, x: model.entropy_parameters(x.roll(2 * model.M, 1))})()
+    codec = CheckerboardLatentCodec(
+        latent_codec={"y": GaussianConditionalLatentCodec(quantizer="ste")},
+        entropy_parameters=merge, context_prediction=model.context_prediction,
+        anchor_parity=parity, forward_method="twopass").eval()
+    monkeypatch.setattr(model, "g_a", torch.nn.Identity())
+    monkeypatch.setattr(model.h_s, "forward", lambda _: params)
+    seen = []
+    model.g_s.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.train()
+    model.gaussian_conditional.eval()  # no noise
+    with torch.no_grad():
+        ours, theirs = model(y)["likelihoods"]["y"], codec(y, params)
+    assert torch.allclose(ours, theirs["likelihoods"]["y"], atol=1e-5)
+    assert torch.allclose(seen[0], theirs["y_hat"], atol=1e-5)
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_forward_is_what_a_file_gives(paper):
+    """One quantiser for forward, compress and decompress: the same bits enter g_s."""
+    model = build(paper)
+    x = torch.rand(2, 3, 128, 192)
+    result, seen = model.compress(x), []
+    model.g_s.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(x)
+    model.decompress(result["strings"], result["shape"])
+    assert torch.equal(*seen)
+
+
+def test_rounded_forward_is_compressai_s():
+    torch.manual_seed(3)
+    model = MODELS["joint_ar"].build(8, 12, quantize="rounded")
+    baseline = MODELS["joint_ar"].BASELINE(8, 12).eval()
+    baseline.load_state_dict(lively(model).state_dict())
+    x = torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        ours, theirs = model(x), baseline(x)
+    assert torch.allclose(ours["x_hat"], theirs["x_hat"], atol=1e-5)
+    assert torch.allclose(ours["likelihoods"]["y"], theirs["likelihoods"]["y"], atol=1e-5)
+
+
+def test_training_context_has_no_gradient_through_masked_weights():
+    for model in (JointAutoregressive(4, 6), Checkerboard(4, 6)):
+        model.train()
+        model(torch.rand(1, 3, 64, 64))["likelihoods"]["y"].log().sum().backward()
+        layer = model.context_prediction
+        assert (layer.weight.grad[layer.mask == 0] == 0).all()
+        assert (layer.weight.grad[layer.mask == 1] != 0).any()
+
+
+# --------------------------------------------------------------------------- variants, warm start
+def test_seminar_mixes_gdn1():
+    model = MODELS["joint_ar"].build(4, 6, gdn_variant="seminar")
+    kinds = [type(layer) is GDN1 for part in (model.g_a, model.g_s) for layer in part[1::2]]
+    assert kinds == [True, False, False, True, True, True]
+    other = MODELS["joint_ar"].build(4, 6)
+    other.load_state_dict(model.state_dict())  # the weights do not tell the two apart
+    x = torch.rand(1, 3, 64, 64)
+    assert not torch.allclose(model.eval().g_a(x), other.eval().g_a(x))
+    layer = GDN1(4)
+    assert layer(torch.full((1, 4, 1, 1), 2.0)).flatten().tolist() == pytest.approx(
+        [1.666667] * 4, abs=1e-5)
+    layer.inverse = True
+    assert layer(torch.full((1, 4, 1, 1), 2.0)).flatten().tolist() == pytest.approx([2.4] * 4,
+                                                                                   abs=1e-5)
+
+
+def test_checkerboard_starts_from_joint_ar():
+    source, model = build("joint_ar"), build("checkerboard")
+    keys = list(model.state_dict())
+    assert keys == list(source.state_dict())
+    mask = model.context_prediction.mask.clone()
+    model.load_state_dict(source.state_dict())
+    assert torch.equal(model.context_prediction.mask, mask)
+    both = source.context_prediction.mask * mask
+    live = model.context_prediction.weight * mask
+    assert torch.equal(live, source.context_prediction.weight * both)
+    assert int(both[0, 0].sum()) == 6
+    for name in ("g_a.0.weight", "entropy_parameters.4.bias", "h_s.2.weight"):
+        assert torch.equal(model.state_dict()[name], source.state_dict()[name])
+
+
+@pytest.mark.parametrize("paper, option, value", [
+    ("joint_ar", "gdn_variant", "seminar"), ("checkerboard", "anchor_parity", "odd")])
+def test_checkpoint_remembers_what_its_weights_do_not_tell(paper, option, value, tmp_path):
+    from common import runs
+
+    model = build(paper, **{option: value})
+    runs.export(tmp_path / "a.pth", model, config={option: value, "lmbda": 0.01})
+    loaded = MODELS[paper].load(tmp_path / "a.pth")
+    assert getattr(loaded, option) == value
+    x = torch.rand(1, 3, 64, 128)
+    assert loaded.compress(x)["strings"] == model.compress(x)["strings"]
+
+
+def test_bottlenecks_are_compressai_s():
+    for paper in PAPERS:
+        model = MODELS[paper].build(8, 12)
+        assert type(model.entropy_bottleneck) is EntropyBottleneck
+        assert type(model.gaussian_conditional) is GaussianConditional
