@@ -32,32 +32,48 @@ Step = Callable[[], object]
 
 
 @torch.no_grad()
-def widen(model: nn.Module) -> nn.Module:
-    """A network of twice the width that computes the same: each channel stands twice.
+def widen(model: nn.Module, N: int, M: int) -> nn.Module:
+    """A wider network that computes the same: each channel stands several times.
 
-    It turns the bundled half-width weights into a paper-size network with trained statistics; a
-    random one codes almost nothing.
+    It turns the bundled small weights into a paper-size network with trained statistics; a random
+    one codes almost nothing. Copies stand side by side, so halves of a tensor stay its halves.
     """
-    wide = type(model)(2 * model.N, 2 * model.M)
-    for narrow, target in zip(model.parameters(), wide.parameters(), strict=True):
-        for dim in range(narrow.dim()):
-            if target.size(dim) == 2 * narrow.size(dim):
-                narrow = torch.cat([narrow, narrow], dim)
-        target.copy_(narrow)
-    for module in wide.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and module.in_channels != 3:
-            module.weight /= 2  # twice as many inputs
-        elif isinstance(module, GDN):
-            module.gamma /= 2**0.5  # stored as a square root
-    wide.update(force=True)
-    return wide.eval()
+
+    def source(wide: int, narrow: int) -> torch.Tensor:
+        return torch.arange(wide) * narrow // wide
+
+    target = type(model)(N, M)
+    for small, large in zip(model.parameters(), target.parameters(), strict=True):
+        for dim in range(small.dim()):
+            if small.size(dim) != large.size(dim):
+                small = small.index_select(dim, source(large.size(dim), small.size(dim)))
+        large.copy_(small)
+    for small, large in zip(model.modules(), target.modules(), strict=True):
+        weight, dim = getattr(large, "weight", None), 1
+        if isinstance(large, nn.ConvTranspose2d):
+            dim = 0
+        elif isinstance(large, GDN):
+            small, large, weight = small.gamma, large.gamma, large.gamma  # gamma's square root
+        elif not isinstance(large, nn.Conv2d):
+            continue
+        narrow = small.size(1) if isinstance(small, torch.Tensor) else small.weight.size(dim)
+        of = source(weight.size(dim), narrow)
+        copies = torch.bincount(of, minlength=narrow)[of].to(weight)  # of each input channel
+        copies = copies.sqrt() if weight is large else copies
+        weight /= copies.view([-1 if d == dim else 1 for d in range(weight.dim())])
+    target.update(force=True)
+    return target.eval()
 
 
-def pair(paper: str) -> tuple[nn.Module, nn.Module]:
-    """(ours, CompressAI's) with the same weights, 128/192 channels."""
+def pair(paper: str, N: int | None = None, M: int | None = None) -> tuple[nn.Module, nn.Module]:
+    """(ours, CompressAI's) with the same weights, at the paper's width."""
     module = importlib.import_module(f"{paper}.model")
-    ours = widen(module.load(sorted((ROOT / paper / "weights").glob("*.pth"))[-1]))
-    baseline = module.BASELINE(ours.N, ours.M).eval()
+    default = module.build()
+    small = module.load(sorted((ROOT / paper / "weights").glob("*.pth"))[-1])
+    ours = widen(small, N or default.N, M or default.M)
+    has_own = (ROOT / paper / "baseline.py").exists()
+    kind = (importlib.import_module(f"{paper}.baseline") if has_own else module).BASELINE
+    baseline = kind(ours.N, ours.M).eval()
     baseline.load_state_dict(ours.state_dict())
     return ours.to(memory_format=torch.channels_last), baseline
 
@@ -86,11 +102,34 @@ def coding(paper: str, rounds: int) -> None:
     """Entropy coder alone, then compress + decompress, 512x768, in this process."""
     ours, baseline = pair(paper)
     x = data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None]
-    calls_ours, calls_theirs = entropy_calls(ours, x), entropy_calls(baseline, x, theirs=True)
-    for (name, mine), (_, theirs) in zip(calls_ours, calls_theirs, strict=True):
-        compare(f"{paper}: {name}, 512x768", mine, theirs, 3 * rounds)
-    compare(f"{paper}: compress + decompress, same process", code(ours, x), code(baseline, x),
-            rounds)
+    if not hasattr(ours, "context_prediction"):
+        calls = entropy_calls(ours, x), entropy_calls(baseline, x, theirs=True)
+        for (name, mine), (_, theirs) in zip(*calls, strict=True):
+            compare(f"{paper}: {name}, 512x768", mine, theirs, 3 * rounds)
+        compare(f"{paper}: compress + decompress, same process", code(ours, x), code(baseline, x),
+                rounds)
+        return
+    compare(f"{paper}: compress, same process", lambda: ours.compress(x),
+            lambda: baseline.compress(x), rounds)
+    compare(f"{paper}: decompress, same process", decode(ours, x), decode(baseline, x), rounds)
+    files = ours.compress(x), baseline.compress(x)
+    ours.g_s = baseline.g_s = nn.Identity()
+    compare(f"{paper}: decompress without g_s", decode(ours, x, files[0]),
+            decode(baseline, x, files[1]), rounds)
+
+
+def among_papers(papers: list[str], rounds: int) -> None:
+    """Our decoders at equal widths, in turns: seconds, and relative to the first paper's."""
+    x = data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None]
+    steps = [decode(pair(paper, 192, 192)[0], x) for paper in papers]
+    for step in steps:
+        step()
+    times = [[seconds(step) for step in steps] for _ in range(rounds)]
+    for i, paper in enumerate(papers):
+        ratio = statistics.median(row[i] / row[0] for row in times)
+        median = statistics.median(row[i] for row in times)
+        print(f"decompress, N=M=192: {paper:20s} {1e3 * median:9.1f} ms"
+              f"   {ratio:5.2f} times {papers[0]}", flush=True)
 
 
 @torch.no_grad()
@@ -141,6 +180,16 @@ def code(model: nn.Module, x: torch.Tensor) -> Step:
     return run
 
 
+@torch.no_grad()
+def decode(model: nn.Module, x: torch.Tensor, file: dict | None = None) -> Step:
+    result = file or model.compress(x)
+
+    def run() -> None:
+        with torch.no_grad():
+            model.decompress(result["strings"], result["shape"])
+    return run
+
+
 # ------------------------------------------------------------------------ processes of their own
 def worker(job: str, paper: str, side: str) -> None:
     """Run one side of one job in this process and print its median seconds."""
@@ -156,10 +205,13 @@ def worker(job: str, paper: str, side: str) -> None:
 
 
 def training_step(paper: str, side: str) -> Step:
-    """One step, 128/192 channels, 8 crops of 256x256; side: baseline, bf16 or compiled."""
+    """One step at the paper's width, 8 crops of 256x256; side: baseline, bf16 or compiled."""
     module = importlib.import_module(f"{paper}.model")
     ours = side != "baseline"
-    model = (module.build if ours else module.BASELINE)(N=128, M=192).train()
+    model = module.build()
+    if not ours:
+        model = module.BASELINE(model.N, model.M)
+    model.train()
     layout = torch.channels_last if ours else torch.contiguous_format
     model = model.to(memory_format=layout)
     net = runs.parallel(model, compile=side == "compiled")
@@ -205,13 +257,18 @@ def main() -> None:
     if args.worker:
         worker(*args.worker)
         return
-    print(f"{runs.describe(torch.device('cpu'))}, torch {torch.__version__}; N=128, M=192")
+    print(f"{runs.describe(torch.device('cpu'))}, torch {torch.__version__}; the papers' widths")
     print(f"{'':58s} {'CompressAI':>12s} {'ours':>12s}   ratio")
     for paper in args.papers:
-        coding(paper, 3 * args.rounds)
-        processes("codec", paper, "ours", args.rounds)
-        for side in ("bf16", "compiled"):
-            processes("train", paper, side, args.rounds)
+        context = hasattr(importlib.import_module(f"{paper}.model").build(4, 6),
+                          "context_prediction")
+        coding(paper, args.rounds if context else 3 * args.rounds)
+        if not context:
+            processes("codec", paper, "ours", args.rounds)
+            for side in ("bf16", "compiled"):
+                processes("train", paper, side, args.rounds)
+    if len(args.papers) > 1:
+        among_papers(args.papers, 3 * args.rounds)
 
 
 if __name__ == "__main__":

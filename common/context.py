@@ -22,6 +22,7 @@ from . import exact
 
 MEAN_BITS = 8  # means are multiples of 2^-8
 HYPER_BYTES = 2**28  # hyper parameters go through their first layer at once up to this size
+ROWS = 4  # matrix products of a multiple of so many rows are up to 1.6 times faster on CPUs
 
 
 class Context:
@@ -54,38 +55,39 @@ class Context:
         self.taps = torch.tensor(
             [(t // k - k // 2) * self.stride + t % k - k // 2 for t in self.neighbours.taps],
             device=device)
-        self.params = params.flatten(2).transpose(1, 2)  # (B, H*W, 2M)
+        self.params = params.flatten(2).transpose(1, 2).reshape(batch * height * width, -1)
         self.hyper = None
-        if batch * height * width * 8 * len(self.first.bias) <= HYPER_BYTES:
-            rows = self.first.sums(self.params.reshape(-1, self.params.shape[2]))
-            self.hyper = rows.view(batch, height * width, -1)
+        if len(self.params) * len(self.first.bias) * 8 <= HYPER_BYTES:
+            self.hyper = self.first.sums(self.params)
 
     def predict(self, positions: Tensor, context: bool = True) -> tuple[Tensor, Tensor]:
         """CDF indexes and means, each (B, n, M), of the latents at positions (n,).
 
         context: whether neighbours are looked at. Without, the context is zero, its bias included.
         """
-        batch, channels, _, _ = self.shape
-        if self.hyper is None:
-            params = self.params[:, positions]
-            x = self.first.sums(params.reshape(-1, params.shape[2]))
-        else:
-            x = self.hyper.index_select(1, positions).flatten(0, 1)
+        batch, channels, height, width = self.shape
+        n = batch * len(positions)
+        places = self._images(positions, height * width)
+        if (missing := -n % ROWS) > 0:
+            places = torch.cat([places, places[:1].expand(missing)])
+        x = (self.first.sums(self.params.index_select(0, places)) if self.hyper is None
+             else self.hyper.index_select(0, places))
         if context:
-            taps = (self._rows(positions)[:, None] + self.taps).view(-1)
-            patches = self.rows.index_select(0, taps).view(len(x), -1)
-            x = self.first(self.neighbours(patches), x)
+            taps = self._rows(places)[:, None] + self.taps
+            patches = self.rows.index_select(0, taps.view(-1))
+            x = self.first(self.neighbours(patches.view(len(x), -1)), x)
         else:
             x = x * self.first.scale
         for layer in self.rest:
             x = layer(x)
-        scales, means = x.view(batch, len(positions), -1).chunk(2, dim=2)
+        scales, means = x[:n].view(batch, len(positions), -1).chunk(2, dim=2)
         return (torch.bucketize(scales.contiguous(), self.boundaries, out_int32=True),
                 exact.round_to_grid(means, MEAN_BITS))
 
     def put(self, positions: Tensor, y_hat: Tensor) -> None:
         """Enter decoded latents y_hat (B, n, M) at positions (n,)."""
-        self.rows[self._rows(positions)] = y_hat.flatten(0, 1)
+        places = self._images(positions, self.shape[2] * self.shape[3])
+        self.rows.index_copy_(0, self._rows(places), y_hat.flatten(0, 1))
 
     def y_hat(self) -> Tensor:
         """All latents (B, M, H, W), float32."""
@@ -95,10 +97,14 @@ class Context:
         inner = plane[:, border : border + height, border : border + width]
         return inner.permute(0, 3, 1, 2).float()
 
-    def _rows(self, positions: Tensor) -> Tensor:
-        """Rows of `self.rows` that hold these positions, image by image: (B * n,)."""
-        batch, _, _, width = self.shape
-        y, x = positions // width, positions % width
-        rows = (y + self.border) * self.stride + x + self.border
-        images = torch.arange(batch, device=positions.device) * self.plane
-        return (images[:, None] + rows).view(-1)
+    def _images(self, positions: Tensor, plane: int) -> Tensor:
+        """Positions in all images, image by image: (B * n,)."""
+        images = torch.arange(0, self.shape[0] * plane, plane, device=positions.device)
+        return (images[:, None] + positions).view(-1)
+
+    def _rows(self, places: Tensor) -> Tensor:
+        """Rows of `self.rows` for places (image * H + y) * W + x."""
+        _, _, height, width = self.shape
+        lines, x = places // width, places % width
+        return (lines + lines // height * 2 * self.border + self.border) * self.stride + (
+            x + self.border)

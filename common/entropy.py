@@ -179,9 +179,10 @@ class Decoder:
 
     def decode(self, indexes: np.ndarray) -> np.ndarray:
         """The next symbols (n,), as int32; indexes: their rows of the tables (n,), int32."""
-        tables = self.tables
+        tables, top = self.tables, int(indexes.max()) + 1  # the coder copies all rows it is given
         values = self.decoder.decode_stream(
-            _integers(indexes), tables.rows, tables.lengths, tables.biased_offsets
+            _integers(indexes), tables.rows[:top], tables.lengths[:top],
+            tables.biased_offsets[:top]
         )
         try:
             symbols = np.frombuffer(bytearray(values), np.uint8).astype(np.int32)

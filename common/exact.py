@@ -50,7 +50,7 @@ class _Layer:
     groups: int
     grid_bits: int
     clamp_bits: int
-    rows: Tensor | None = None  # the weight as `Rows` wants it
+    rows: tuple[Tensor, list[int]] | None = None  # weight and live taps, for `Rows`
 
 
 _prepared: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary()
@@ -87,7 +87,7 @@ def activate(layer: nn.Module, name: str, x: Tensor) -> Tensor:
     if isinstance(layer, nn.ReLU):
         return x.clamp_min(0)
     if isinstance(layer, nn.LeakyReLU):
-        return torch.where(x < 0, x * layer.negative_slope, x)
+        return F.leaky_relu(x, layer.negative_slope)
     if isinstance(layer, SMOOTH):
         return _smooth(layer, name, x)
     if isinstance(layer, nn.PixelShuffle):
@@ -108,29 +108,30 @@ class Rows:
     @torch.no_grad()
     def __init__(self, layer: nn.Module, name: str, device: torch.device):
         prepared = _prepare(layer, name, device)
-        out, inputs, kh, kw = prepared.weight.shape
-        mask = getattr(layer, "mask", None)
-        live = torch.ones(kh * kw) if mask is None else mask.flatten(2).amax(dim=(0, 1))
-        self.taps = live.nonzero().flatten().tolist()
-        if prepared.groups != 1 or (mask is None and kh * kw > 1):
-            raise UserError(f"layer {name} is not one that acts on rows")
         if prepared.rows is None:
-            kernel = prepared.weight.reshape(out, inputs, kh * kw)[:, :, self.taps]
-            prepared.rows = kernel.permute(2, 1, 0).reshape(-1, out).contiguous()
-        self.weight, self.bias = prepared.rows, prepared.bias.view(-1)
+            out, inputs, kh, kw = prepared.weight.shape
+            mask = getattr(layer, "mask", None)
+            if prepared.groups != 1 or (mask is None and kh * kw > 1):
+                raise UserError(f"layer {name} is not one that acts on rows")
+            live = torch.ones(kh * kw) if mask is None else mask.flatten(2).amax(dim=(0, 1))
+            taps = live.nonzero().flatten().tolist()
+            kernel = prepared.weight.reshape(out, inputs, kh * kw)[:, :, taps]
+            prepared.rows = kernel.transpose(1, 2).reshape(out, -1).contiguous(), taps
+        self.weight, self.taps = prepared.rows
+        self.bias = prepared.bias.view(-1)
         self.scale = prepared.scale.view(-1)
         self.grid_bits, self.clamp_bits = prepared.grid_bits, prepared.clamp_bits
 
     def sums(self, x: Tensor) -> Tensor:
         """Bias and products of the first x.shape[1] inputs: integers, to be completed later."""
         x = _quantise(x, self.grid_bits, self.clamp_bits)
-        return torch.addmm(self.bias, x, self.weight[: x.shape[1]])
+        return torch.mm(x, self.weight[:, : x.shape[1]].t()).add_(self.bias)
 
     def __call__(self, x: Tensor, begun: Tensor | None = None) -> Tensor:
         """x (n, inputs) float64; or the last inputs alone, with the `sums` of the others."""
         x = _quantise(x, self.grid_bits, self.clamp_bits)
         start = self.bias if begun is None else begun
-        return torch.addmm(start, x, self.weight[-x.shape[1] :]).mul_(self.scale)
+        return torch.mm(x, self.weight[:, -x.shape[1] :].t()).add_(start).mul_(self.scale)
 
 
 def spec(layers: nn.Module) -> dict:
