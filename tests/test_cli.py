@@ -15,7 +15,10 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-PAPERS = ("factorized", "hyperprior")
+PAPERS = ("factorized", "hyperprior", "joint_ar", "checkerboard")
+PREFIXES = {"factorized": "FactorizedPrior", "hyperprior": "Hyperprior",
+            "joint_ar": "JointAutoregressiveHierarchicalPriors",
+            "checkerboard": "CheckerboardAutogressive"}
 TINY = ("--epoch 1 --steps-per-epoch 2 --batch_size 2 --patch-size 64 --N 4 --M 6 --seed 1 "
         "--num_workers 0 --precision fp32 --no-compile").split()
 
@@ -70,20 +73,23 @@ def test_readme_commands(paper, images, tmp_path):
     """In their order, in one folder, as a reader would type them; only sizes are made tiny."""
     commands = readme_commands(paper)
     scripts = [shlex.split(c)[1] for c in commands]
-    assert scripts == ["train.py"] * 3 + ["eval.py"] * 2 + ["codec.py"] * 2
+    assert scripts == sorted(scripts, key=["train.py", "eval.py", "codec.py"].index)
+    assert len(scripts) >= 7
     (tmp_path / "photo.png").write_bytes((images / "photo.png").read_bytes())
     for command in commands:
         words = shlex.split(command.replace("/path/to/vimeo", str(images)))[1:]
         if words[0] == "train.py":
             words = [str(ROOT / paper / w) if w.endswith(".yaml") else w for w in words]
+            words = [str(ROOT / w[3:]) if w.startswith("../") else w for w in words]
             words += [*TINY, "--test_dataset", images / "test"]
+            if any(w.endswith(".pth") for w in map(str, words)):
+                words += ["--N", 48, "--M", 64]  # the weights' widths
         elif words[0] == "eval.py":
             words = ["0" if w == "199" else w for w in words] + ["--dataset_path", images / "test"]
         run(paper, *words, cwd=tmp_path)
     assert Image.open(tmp_path / "decoded.png").size == (97, 65)
     for version in ("1", "2"):
-        prefix = {"factorized": "FactorizedPrior", "hyperprior": "Hyperprior"}[paper]
-        assert (tmp_path / "ckpts" / prefix / version / "epoch_0.pth").is_file()
+        assert (tmp_path / "ckpts" / PREFIXES[paper] / version / "epoch_0.pth").is_file()
     assert list((tmp_path / "results").glob("*.json"))
 
 
@@ -145,7 +151,9 @@ def test_mistakes_are_one_line(paper, command, words, tmp_path, refused):
     assert not (tmp_path / "ckpts").exists()
 
 
-@pytest.mark.parametrize("paper, other", [PAPERS, PAPERS[::-1]])
+@pytest.mark.parametrize("paper, other", [("factorized", "hyperprior"),
+                                          ("hyperprior", "factorized"), ("joint_ar", "hyperprior"),
+                                          ("checkerboard", "factorized")])
 def test_weights_of_the_other_paper(paper, other, images, tmp_path, refused):
     weights = ROOT / other / "weights" / "small-0.0067.pth"
     refused(paper, "codec.py", "encode", images / "photo.png", "--checkpoint", weights,

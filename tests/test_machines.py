@@ -21,6 +21,7 @@ SETTINGS = {  # name: (environment, worker flags)
     "oneDNN off": ({}, ["--threads", "2", "--no-onednn"]),
     "contiguous": ({}, ["--threads", "2", "--contiguous"]),
 }
+PAPERS = ("factorized", "hyperprior", "joint_ar", "checkerboard")
 IMAGES = ("kodim05", "kodim08", "kodim13", "kodim21")
 
 
@@ -47,7 +48,7 @@ def decoded(encoded):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_setting_decodes_the_encoder_s_symbols(setting, encoded, decoded):
-    assert len(encoded[1]) == 2 * len(IMAGES)
+    assert len(encoded[1]) == len(PAPERS) * len(IMAGES)
     assert decoded[setting]["symbols"] == encoded[1]
 
 
@@ -64,14 +65,12 @@ def _digest(tensor):
 
 def _main():
     import argparse
+    import importlib
 
     import common  # noqa: F401  (first)
     from common import data, entropy, evaluate
 
     import torch
-
-    from factorized import model as factorized
-    from hyperprior import model as hyperprior
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int)
@@ -85,8 +84,8 @@ def _main():
     layout = torch.contiguous_format if args.contiguous else torch.channels_last
 
     symbols, float_indexes = {}, {}
-    for paper in (factorized, hyperprior):
-        name = paper.__name__.split(".")[0]
+    for name in PAPERS:
+        paper = importlib.import_module(f"{name}.model")
         model = paper.load(ROOT / name / "weights" / "small-0.0067.pth").to(memory_format=layout)
         seen = []
         model.g_s.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))

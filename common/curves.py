@@ -1,0 +1,67 @@
+"""Training curves of several runs in one plot, and their last epochs in one table.
+
+    python -m common.curves hyperprior/logs/quick/0 joint_ar/logs/quick/0 --plot curves.png
+
+Reads the log.txt of each run folder: the mean loss over all steps of an epoch. Runs compare when
+lmbda, steps and batches are the same; runs of equal --seed even see the same crops.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from common import UserError, bitstream, runs
+
+LINE = re.compile(r"epoch (\d+)  step (\d+)  train loss ([\d.]+) bpp ([\d.]+)"
+                  r"(?:  test loss ([\d.]+) bpp ([\d.]+) psnr ([\d.]+))?")
+
+
+def read(folder: Path) -> list[dict[str, float]]:
+    """A row per epoch of a run: step, loss, bpp; test_loss, test_bpp, test_psnr when validated."""
+    text = bitstream.read(folder / "log.txt").decode(errors="replace")
+    keys = ("step", "loss", "bpp", "test_loss", "test_bpp", "test_psnr")
+    epochs = {}  # a run that went back writes an epoch again: the last line counts
+    for match in LINE.finditer(text):
+        values = zip(keys, match.groups()[1:], strict=True)
+        epochs[int(match[1])] = {key: float(v) for key, v in values if v is not None}
+    if not epochs:
+        raise UserError(f"{folder}/log.txt: holds no finished epoch")
+    return [epochs[epoch] for epoch in sorted(epochs)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = runs.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", type=Path, nargs="+", help="<paper>/logs/<prefix>/<exp_version>")
+    parser.add_argument("--plot", type=Path, default=Path("curves.png"), help="PNG to write")
+    args = parser.parse_args(argv)
+    names = [f.parts[0] if len({x.parts[0] for x in args.folders}) > 1 else str(f)
+             for f in args.folders]
+    rows = {name: read(folder) for name, folder in zip(names, args.folders, strict=True)}
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    print("| run | steps | train loss | train bpp | test loss | test bpp | test PSNR |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, epochs in rows.items():
+        last = epochs[-1]
+        test = [f"{last[k]:.4f}" if k in last else "-" for k in ("test_loss", "test_bpp")]
+        psnr = f"{last['test_psnr']:.2f}" if "test_psnr" in last else "-"
+        print(f"| {name} | {last['step']:,.0f} | {last['loss']:.4f} | {last['bpp']:.4f} | "
+              f"{' | '.join(test)} | {psnr} |")
+        axes.plot([e["step"] for e in epochs], [e["loss"] for e in epochs], marker=".", label=name)
+    axes.set(xlabel="training step", ylabel="loss = bpp + lmbda * 255² * MSE, mean over an epoch",
+             yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    args.plot.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.plot, dpi=150)
+    print(f"\nplot: {args.plot}")
+
+
+if __name__ == "__main__":
+    runs.cli(main)
