@@ -218,3 +218,21 @@ def test_exact_h_s_costs_no_rate():
         for i, index in enumerate(indexes):
             sizes[i] += len(entropy.encode(y.round(), index, entropy.Tables.of(gaussian))[0])
     assert sizes[0] <= 1.001 * sizes[1]
+
+
+@pytest.mark.gpu
+def test_files_cross_devices(paper):
+    """A file made on the CPU decodes on a GPU, and the reverse: the same latents on both."""
+    module = MODELS[paper]
+    path = ROOT / paper / "weights" / "small-0.0067.pth"
+    models = {device: module.load(path, device) for device in ("cpu", "cuda")}
+    x = data.to_float(data.read_image(data.KODAK / "kodim08.png"))
+    for source in models:
+        file = evaluate.encode_image(models[source], x.to(source), module.TAG)
+        latents = []
+        for model in models.values():
+            hook = model.g_s.register_forward_pre_hook(
+                lambda _, inputs, seen=latents: seen.append(inputs[0].cpu()))
+            evaluate.decode_image(model, file, module.TAG)
+            hook.remove()
+        assert torch.equal(*latents)
