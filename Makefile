@@ -18,7 +18,7 @@ help:
 	@echo "make reproduce-PAPER    train, code the 24 Kodak images, table and plot; PAPER is one of:"
 	@echo "                            $(PAPERS)"
 	@echo "                        CONFIG=config.yaml DATASET=/path runs the paper's own recipe"
-	@echo "make compare            all papers' results in one table and one plot"
+	@echo "make compare            all papers' bundled results in one table and one plot, rd.png"
 	@echo "make bench              measure training and coding speed"
 	@echo "make clean              remove $(VENV) and caches"
 	@echo "PYTHON=python3.11 chooses the interpreter that $(VENV) is made with."
@@ -47,7 +47,7 @@ bench: $(STAMP)
 	$(PY) -m common.bench $(PAPERS)
 
 compare: $(STAMP)
-	$(PY) -m common.compare
+	$(PY) -m common.compare --results $(wildcard */results/small.json) --plot rd.png
 
 # --resume takes up a run that was interrupted; --reproduce codes Kodak with the weights just trained
 # and with the bundled ones, and prints both beside the published numbers.

@@ -131,6 +131,7 @@ class Checkerboard(CompressionModel):
         self.h_a = hyper_analysis(N, M)
         self.h_s = hyper_synthesis(N, M)
         self.context_prediction = CheckerboardConv(M, 2 * M, kernel_size=5, padding=2)
+        self.context_prediction.weight.data *= self.context_prediction.mask
         self.entropy_parameters = parameters_network(M)
         self.gaussian_conditional = GaussianConditional(None)
 
@@ -205,7 +206,7 @@ class Checkerboard(CompressionModel):
     def _encode(self, y: Tensor, params: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """y_hat (B, M, h, w); for both passes symbols and CDF indexes (B, h*w/2, M)."""
         context = self._context(params)
-        y_rows = y.flatten(2).transpose(1, 2)  # (B, h*w, M)
+        y_rows = y.to(params.device).flatten(2).transpose(1, 2)  # (B, h*w, M)
         coded = []
         for use_context, blocks in self._passes(params):
             parts = []
@@ -227,18 +228,22 @@ class Checkerboard(CompressionModel):
                 for use_context, mask in ((False, is_anchor), (True, ~is_anchor))]
 
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
-        """Also loads joint_ar's weights: its kernel with the taps it had, into this mask."""
+        """Also loads joint_ar's weights: of its kernel the taps that this mask has too."""
         key = "context_prediction.mask"
         mask = self.context_prediction.mask
         if key in state_dict and state_dict[key].shape == mask.shape:
-            weight = state_dict["context_prediction.weight"] * state_dict[key].to(mask)
+            weight = state_dict["context_prediction.weight"] * (state_dict[key].to(mask) * mask)
             state_dict = {**state_dict, "context_prediction.weight": weight, key: mask}
         return super().load_state_dict(state_dict, strict)
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Tensor], **options: Any) -> Checkerboard:
-        """Build with the N and M of the weights and load them, strictly."""
+        """Build with the N and M of the weights and load them, strictly; joint_ar's are refused."""
         net = cls(state_dict["g_a.0.weight"].size(0), state_dict["g_a.6.weight"].size(0), **options)
+        mask = net.context_prediction.mask
+        if not torch.equal(state_dict["context_prediction.mask"].to(mask), mask):
+            raise RuntimeError("its context_prediction.mask is no checkerboard (joint_ar's weights "
+                               "can start a training, with --init_ckpt)")
         net.load_state_dict(state_dict)
         return net
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import data, entropy, runs
+from common import UserError, data, entropy, runs
 from common.loss import RateDistortionLoss
 
 import torch
@@ -249,11 +249,15 @@ def processes(job: str, paper: str, side: str, rounds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("papers", nargs="*", help="paper folders")
+    parser = runs.Parser(description=__doc__.splitlines()[0])
+    known = sorted(path.parent.name for path in ROOT.glob("*/model.py"))
+    parser.add_argument("papers", nargs="*", help=f"of {', '.join(known)}; none: all")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each comparison")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if unknown := set(args.papers) - set(known):
+        raise UserError(f"no paper {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
+    args.papers = args.papers or known
     if args.worker:
         worker(*args.worker)
         return
@@ -272,4 +276,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    runs.cli(main)

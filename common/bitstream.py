@@ -1,4 +1,4 @@
-"""The compressed file: a header of at most 29 bytes, the payload, a checksum.
+"""The compressed file: a header of about 25 bytes, the payload, a checksum.
 
     magic          3   not text, so that no text file starts with it
     version        1
@@ -48,7 +48,7 @@ class File:
 
 
 def fingerprint(model: nn.Module) -> bytes:
-    """8 bytes of SHA-256 over weights, CDF tables and fixed-point settings (`exact_parts`).
+    """8 bytes of SHA-256 over weights, CDF tables, fixed-point settings (`exact_parts`), `options`.
 
     The same on each device, in each memory layout and for weights kept in fewer bits.
     """
@@ -61,6 +61,8 @@ def fingerprint(model: nn.Module) -> bytes:
     for name in getattr(model, "exact_parts", ()):
         spec = exact.spec(model.get_submodule(name))
         digest.update(json.dumps([name, spec], sort_keys=True, default=Tensor.tolist).encode())
+    for name in getattr(model, "options", ()):
+        digest.update(f"{name}={getattr(model, name)}\n".encode())
     return digest.digest()[:8]
 
 

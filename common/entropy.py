@@ -110,7 +110,8 @@ def decode(strings: list[bytes], indexes: Tensor, tables: Tables) -> Tensor:
     """Inverse of `encode`: int32 symbols on the CPU, in the shape of indexes (B, ...).
 
     Raises ValueError when a string is truncated or is not one of these symbols' (unless by a chance
-    of about 2^-50).
+    of about 2^-50). A change inside the raw bits of a symbol outside its table goes unnoticed here;
+    the checksum of the file finds it.
     """
     indexes = _rows(indexes, tuple(indexes.shape), tables)
     if len(strings) != len(indexes):

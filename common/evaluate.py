@@ -112,17 +112,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, default=0, help="CPU threads; 0: all")
 
 
-def find_checkpoints(args: argparse.Namespace, bundled: Path) -> dict[str, list[Path]]:
+def find_checkpoints(args: argparse.Namespace, bundled: Path, prefix: str
+                     ) -> dict[str, list[Path]]:
     """What to evaluate, by the name of its curve: see the flags above and --load_model_epoch.
 
-    An epoch is looked for in all runs under ./ckpts that trained this --model_name.
+    prefix: train.py's default. An epoch is looked for in all runs under ./ckpts that trained this
+    --model_name.
     """
     small = sorted(bundled.glob("small-*.pth"))
     if args.checkpoint:
         return {args.checkpoint[0].stem: args.checkpoint}
     if args.reproduce:
-        config = runs.read_yaml(args.config) if args.config else {}
-        folder = Path("ckpts", str(config.get("prefix")), str(config.get("exp_version", 0)))
+        if not args.config:
+            raise UserError("--reproduce needs --config, the file that the run was trained with")
+        config = runs.read_yaml(args.config)
+        prefix = config.get("prefix", prefix)
+        folder = Path("ckpts", str(prefix), str(config.get("exp_version", 0)))
         trained = sorted(folder.glob("epoch_*.pth"), key=lambda p: int(p.stem.split("_")[1]))
         if not trained:
             raise UserError(f"{folder}: holds no trained epoch; run train.py --config first")

@@ -109,7 +109,7 @@ def complexity(model: nn.Module, size: tuple[int, int] = (512, 768)) -> dict[str
     Biases, activations and entropy models cost nothing here. The forward runs on tensors without
     values, so that it takes no time.
     """
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(model).train()  # coding needs values, not shapes alone
     macs = dict.fromkeys(("macs_true", "macs_thop", "macs_gdn", "macs_masked"), 0)
 
     def count(layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:

@@ -488,6 +488,11 @@ class Checkpoints:
             raise UserError(f"{path}: cannot be resumed, it has no {', '.join(missing)} "
                             "(start from its weights with --init_ckpt)")
         mine = state["rng"][min(rank(), len(state["rng"]) - 1)]
+        for key in ("metric", "lmbda", *getattr(self.parts["model"], "options", ())):
+            before, now = state["config"].get(key), self.config.get(key)
+            if before != now:
+                raise UserError(f"{path}: was trained with --{key} {before}, not {now} (to start "
+                                "another run from its weights: --init_ckpt and --exp_version)")
         try:
             for key, part in self.parts.items():
                 part.load_state_dict(mine[key] if key in mine else state[key])

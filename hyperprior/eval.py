@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     images = data.list_images(args.dataset_path or data.KODAK)
     curves = []
-    for name, checkpoints in evaluate.find_checkpoints(args, HERE / "weights").items():
+    found = evaluate.find_checkpoints(args, HERE / "weights", prefix="Hyperprior")
+    for name, checkpoints in found.items():
         points = []
         for checkpoint in checkpoints:
             model = load(checkpoint, device)

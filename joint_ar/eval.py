@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     images = data.list_images(args.dataset_path or data.KODAK)
     curves = []
-    for name, checkpoints in evaluate.find_checkpoints(args, HERE / "weights").items():
+    found = evaluate.find_checkpoints(args, HERE / "weights", prefix=MODEL_NAMES[0])
+    for name, checkpoints in found.items():
         points = []
         for checkpoint in checkpoints:
             model = load(checkpoint, device)
@@ -65,12 +66,13 @@ def main(argv: list[str] | None = None) -> None:
 def complexity() -> None:
     """Parameters and multiply-accumulates for one 768x512 image, by both counting rules."""
     print("one 768x512 image; 'thop' charges transposed convolutions by output pixels, 4x too much,"
-          " and skips GDN and entropy models")
+          " and skips GDN, entropy models and the masked convolution")
     for code_rate, (N, M) in WIDTHS.items():
         counts = metrics.complexity(build(N, M))
         print(f"{code_rate:5s} N={N} M={M}  parameters {counts['params_total']:,} "
               f"(thop {counts['params_thop']:,})  MACs {counts['macs_true'] / 1e9:.3f} G + GDN "
-              f"{counts['macs_gdn'] / 1e9:.3f} G (thop {counts['macs_thop'] / 1e9:.3f} G)")
+              f"{counts['macs_gdn'] / 1e9:.3f} G + context {counts['macs_masked'] / 1e9:.3f} G "
+              f"(thop {counts['macs_thop'] / 1e9:.3f} G)")
 
 
 if __name__ == "__main__":

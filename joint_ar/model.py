@@ -221,6 +221,14 @@ class JointAutoregressive(CompressionModel):
         decoder.finish()
         return context.y_hat()
 
+    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
+        """RuntimeError also for another mask: it would show the model latents not yet decoded."""
+        mask, given = self.context_prediction.mask, state_dict.get("context_prediction.mask")
+        if given is not None and not torch.equal(given.to(mask), mask):
+            raise RuntimeError("its context_prediction.mask is not causal, or of another M "
+                               "(checkerboard's weights?)")
+        return super().load_state_dict(state_dict, strict)
+
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Tensor], **options: Any) -> JointAutoregressive:
         """Build with the N and M of the weights and load them, strictly."""

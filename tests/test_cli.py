@@ -153,11 +153,43 @@ def test_mistakes_are_one_line(paper, command, words, tmp_path, refused):
 
 @pytest.mark.parametrize("paper, other", [("factorized", "hyperprior"),
                                           ("hyperprior", "factorized"), ("joint_ar", "hyperprior"),
-                                          ("checkerboard", "factorized")])
+                                          ("checkerboard", "factorized"),
+                                          ("joint_ar", "checkerboard"),
+                                          ("checkerboard", "joint_ar")])
 def test_weights_of_the_other_paper(paper, other, images, tmp_path, refused):
     weights = ROOT / other / "weights" / "small-0.0067.pth"
     refused(paper, "codec.py", "encode", images / "photo.png", "--checkpoint", weights,
             cwd=tmp_path, words=["small-0.0067.pth"])
+
+
+@pytest.mark.parametrize("paper, width, counts", [
+    ("factorized", "N=128 M=192", ["2,998,147", "28.941", "4.228", "72.352"]),
+    ("hyperprior", "N=128 M=192", ["5,075,843", "30.013", "4.228", "74.014"]),
+    ("joint_ar", "N=192 M=192", ["14,130,467", "12,052,835", "66.946", "2.831", "162.232"]),
+    ("checkerboard", "N=192 M=192", ["14,130,467", "12,052,835", "66.946", "9.513", "162.232"])])
+def test_complexity(paper, width, counts, capsys):
+    """Parameters, and MACs of one Kodak image; the checkerboard's contexts in one pass."""
+    importlib.import_module(f"{paper}.eval").main(["--complexity"])
+    line, = (x for x in capsys.readouterr().out.splitlines() if width in x)
+    for count in counts:
+        assert count in line
+
+
+def test_training_curves_of_two_runs(tmp_path, capsys, monkeypatch):
+    from common import curves
+
+    monkeypatch.chdir(tmp_path)
+    line = "epoch {}  step {}  train loss {} bpp 0.5"
+    for name, loss in (("a", 2.0), ("b", 1.0)):
+        (tmp_path / name).mkdir()
+        lines = [line.format(0, 10, 3.0), line.format(1, 20, 9.0), line.format(1, 20, loss)
+                 + "  test loss 1.5 bpp 0.4 psnr 27.25"]  # the second epoch was done twice
+        (tmp_path / name / "log.txt").write_text("\n".join(lines))
+    curves.main(["a", "b", "--plot", "c.png"])
+    rows = capsys.readouterr().out.splitlines()[2:4]
+    assert rows == [f"| {name} | 20 | {loss:.4f} | 0.5000 | 1.5000 | 0.4000 | 27.25 |"
+                    for name, loss in (("a", 2.0), ("b", 1.0))]
+    assert Image.open("c.png").width > 500
 
 
 def test_mistake_exit_status_of_the_script(tmp_path):

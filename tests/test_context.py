@@ -380,6 +380,42 @@ def test_checkpoint_remembers_what_its_weights_do_not_tell(paper, option, value,
     assert loaded.compress(x)["strings"] == model.compress(x)["strings"]
 
 
+@pytest.mark.parametrize("paper", PAPERS)
+def test_model_in_memory_is_that_of_its_checkpoint(paper, tmp_path):
+    """Dead taps too: a file coded during training decodes with the checkpoint saved then."""
+    from common import bitstream, runs
+
+    torch.manual_seed(0)
+    model = MODELS[paper].build(8, 12)
+    model.update(force=True)
+    runs.save_checkpoint(tmp_path / "a.pth", runs.coding_state(model))
+    assert bitstream.fingerprint(MODELS[paper].load(tmp_path / "a.pth")) == bitstream.fingerprint(
+        model)
+
+
+@pytest.mark.parametrize("paper, option, value", [
+    ("joint_ar", "gdn_variant", "seminar"), ("checkerboard", "anchor_parity", "odd")])
+def test_fingerprint_tells_variants_of_equal_weights_apart(paper, option, value):
+    from common import bitstream
+
+    model = build(paper)
+    before = bitstream.fingerprint(model)
+    setattr(model, option, value)
+    assert bitstream.fingerprint(model) != before
+
+
+@pytest.mark.parametrize("paper, other", [PAPERS, PAPERS[::-1]])
+def test_weights_of_the_other_mask_are_refused(paper, other, tmp_path):
+    from common import UserError, runs
+
+    runs.export(tmp_path / "a.pth", build(other))
+    with pytest.raises(UserError, match="a.pth: not .*context_prediction.mask"):
+        MODELS[paper].load(tmp_path / "a.pth")
+    if paper == "joint_ar":
+        with pytest.raises(UserError, match="a.pth: not .*context_prediction.mask"):
+            runs.load_weights(build(paper), tmp_path / "a.pth")
+
+
 def test_bottlenecks_are_compressai_s():
     for paper in PAPERS:
         model = MODELS[paper].build(8, 12)

@@ -14,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+from checkerboard import train as checkerboard_train
 from factorized import train as factorized_train
 from factorized.model import Factorized
 from hyperprior import train as hyperprior_train
 from hyperprior.model import Hyperprior
+from joint_ar import train as joint_ar_train
 
 ROOT = Path(__file__).parents[1]
 TINY = ("--steps-per-epoch 6 --batch_size 2 --patch-size 64 --N 4 --M 6 --precision fp32 "
@@ -120,6 +122,20 @@ def test_resumed_in_mid_epoch_equals_straight(flags, train):
     assert_equal(whole, load(folder, 0))
 
 
+@pytest.mark.parametrize("module, prefix", [
+    (joint_ar_train, "JointAutoregressiveHierarchicalPriors"),
+    (checkerboard_train, "CheckerboardAutogressive")])
+def test_context_models_resume_exactly(module, prefix, train):
+    """From latest.pth of step 20, with Muon; masked weights included."""
+    flags = ["--optimizer", "muon", "--steps-per-epoch", 24, "--epoch", 1, "--check_time", 0]
+    folder = train(*flags, module=module)
+    path = folder / "ckpts" / prefix / "0" / "epoch_0.pth"
+    whole = torch.load(path, weights_only=True)
+    path.unlink()
+    train(*flags, "--resume", module=module)
+    assert_equal(whole, torch.load(path, weights_only=True))
+
+
 def test_two_and_two_epochs_equal_four(train):
     train("--epoch", 4, "--lr-schedule", "constant", "--prefix", "four")
     train("--epoch", 2, "--lr-schedule", "constant", "--prefix", "two")
@@ -196,7 +212,9 @@ def test_another_configuration_cannot_be_resumed(train):
     folder = train("--epoch", 1)
     path = folder / "ckpts" / "Hyperprior" / "0" / "epoch_0.pth"
     content = path.read_bytes()
-    for flags, words in [(["--optimizer", "muon"], "parameter groups"), (["--N", 8], "quantiles")]:
+    for flags, words in [(["--optimizer", "muon"], "parameter groups"), (["--N", 8], "quantiles"),
+                         (["--lmbda", 0.5], "trained with --lmbda"),
+                         (["--metric", "ms-ssim"], "trained with --metric")]:
         with pytest.raises(UserError, match=words):
             train("--epoch", 2, "--resume", *flags)
     assert path.read_bytes() == content
