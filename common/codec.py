@@ -13,6 +13,8 @@ from common import UserError, bitstream, data, evaluate, runs
 
 from torch import nn
 
+DECODED = ".decoded.png"  # not .png: the original may lie beside its .bin
+
 
 def flags(description: str) -> tuple[runs.Parser, argparse.ArgumentParser, argparse.ArgumentParser]:
     """The parser, and those of its commands `encode` and `decode`."""
@@ -23,11 +25,11 @@ def flags(description: str) -> tuple[runs.Parser, argparse.ArgumentParser, argpa
     encode.add_argument("--weights", default="0.0067", help="lmbda of the bundled small weights")
     decode = commands.add_parser("decode", help=".bin -> image")
     decode.add_argument("input", type=Path, help="a file made by encode")
-    for command, suffix in ((encode, ".bin"), (decode, ".png")):
+    for command, suffix in ((encode, ".bin"), (decode, DECODED)):
         command.add_argument("-o", "--output", type=Path, help=f"default: INPUT with {suffix}")
         command.add_argument("--checkpoint", type=Path, help="weights other than the bundled ones")
         command.add_argument("--device", default="auto", help="auto, cpu or cuda")
-        command.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all")
+        command.add_argument("--threads", type=runs.count, default=0, help="CPU threads; 0: all")
     return parser, encode, decode
 
 
@@ -44,7 +46,8 @@ def run(args: argparse.Namespace, tag: bytes, load: Callable[..., nn.Module],
         file = bitstream.read(args.input)
         checkpoints = [args.checkpoint] if args.checkpoint else bundled
         model = evaluate.model_of(file, tag, checkpoints, load, device)
-        output = args.output or args.input.with_suffix(".png")
+        output = args.output or args.input.with_suffix(DECODED)
+        _refuse_same(args.input, output)
         data.write_image(evaluate.decode_image(model, file, tag), output)
         print(f"{output}: decoded from {args.input}")
         return
@@ -52,9 +55,15 @@ def run(args: argparse.Namespace, tag: bytes, load: Callable[..., nn.Module],
     if not args.checkpoint and checkpoint not in bundled:
         have = ", ".join(path.stem.removeprefix("small-") for path in bundled)
         raise UserError(f"--weights {args.weights}: choose from {have}")
+    output = args.output or args.input.with_suffix(".bin")
+    _refuse_same(args.input, output)
     image = data.read_image(args.input)
     height, width = image.shape[-2:]
     file = evaluate.encode_image(load(checkpoint, device), data.to_float(image.to(device)), tag)
-    output = args.output or args.input.with_suffix(".bin")
     runs.write_atomic(output, file)
     print(f"{output}: {len(file)} bytes, {8 * len(file) / (height * width):.4f} bpp")
+
+
+def _refuse_same(source: Path, output: Path) -> None:
+    if source.exists() and output.exists() and source.samefile(output):
+        raise UserError(f"{output}: would replace the input; name another file with -o")

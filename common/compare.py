@@ -133,7 +133,10 @@ def _csv(curve: Results) -> str:
 
 
 def _curve(curve: Results) -> tuple[list[float], list[float]]:
-    return curve["results"]["bpp"], curve["results"]["psnr-rgb"]
+    """Rates and PSNRs; a point of identical images (infinite, null in JSON) is on no curve."""
+    points = [(b, p) for b, p in zip(curve["results"]["bpp"], curve["results"]["psnr-rgb"],
+                                     strict=True) if p is not None and math.isfinite(p)]
+    return [b for b, _ in points], [p for _, p in points]
 
 
 def _psnr_at(curve: Results, rate: float) -> float | None:

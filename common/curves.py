@@ -55,9 +55,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"| {name} | {last['step']:,.0f} | {last['loss']:.4f} | {last['bpp']:.4f} | "
               f"{' | '.join(test)} | {psnr} |")
         axes.plot([e["step"] for e in epochs], [e["loss"] for e in epochs], marker=".", label=name)
-    axes.set(xlabel="training step", ylabel="loss = bpp + lmbda * 255² * MSE, mean over an epoch",
-             yscale="log")
-    axes.grid(alpha=0.3, which="both")
+    axes.set(xlabel="training step", ylabel="loss = bpp + lmbda * 255² * MSE, mean over an epoch")
+    late = [e["loss"] for epochs in rows.values() for e in epochs[min(1, len(epochs) - 1):]]
+    margin = 0.05 * (max(late) - min(late)) + 1e-3
+    axes.set_ylim(min(late) - margin, max(late) + margin)  # the first epoch would hide the others
+    axes.grid(alpha=0.3)
     axes.legend()
     args.plot.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.plot, dpi=150)

@@ -8,6 +8,7 @@ only on (seed, k): a run that is resumed, or spread over more loader processes, 
 from __future__ import annotations
 
 import io
+import struct
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ def read_image(path: str | Path | io.BytesIO, notice: Callable[[str], None] = pr
             rgb, lost = _to_rgb(ImageOps.exif_transpose(image), sixteen_bit)
     except FileNotFoundError:
         raise UserError(f"{name}: no such image file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except (OSError, SyntaxError, ValueError, OverflowError, MemoryError, EOFError, struct.error,
+            Image.DecompressionBombError) as e:
         raise UserError(f"{name}: not a readable image ({e}); replace or remove it") from None
     if lost:
         notice(f"{name}: {lost}, coded as 8-bit RGB")

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+ESTIMATE_PIXELS = 4_000_000  # larger images are coded in tiles; forward would not fit
 MEASURES = ("bpp", "psnr-rgb", "ms-ssim-rgb", "encoding_time", "decoding_time", "bpp_estimated")
 
 
@@ -109,7 +110,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--config", type=Path, help="training configuration, for --reproduce")
     add("--complexity", action="store_true", help="print parameters and MACs, code nothing")
     add("--device", default="auto", help="auto, cpu or cuda")
-    add("--threads", type=int, default=0, help="CPU threads; 0: all")
+    add("--threads", type=runs.count, default=0, help="CPU threads; 0: all")
 
 
 def find_checkpoints(args: argparse.Namespace, bundled: Path, prefix: str
@@ -187,7 +188,9 @@ def evaluate(model: nn.Module, paths: list[Path], tag: bytes, name: str, descrip
             files = [bitstream.read(folder / f"{stem}.bin") for stem in group]
             x_hat, decoding = _timed(
                 lambda files=files: decode_images(model, files, tag, fingerprint), device)
-            estimates = _estimate(model, x) if entropy_estimation else [None] * len(group)
+            small = x.shape[-2] * x.shape[-1] <= ESTIMATE_PIXELS
+            estimates = (_estimate(model, x) if entropy_estimation and small
+                         else [None] * len(group))
             decoded = data.to_uint8(x_hat).cpu()
             for i, stem in enumerate(group):
                 if out_dir:

@@ -39,8 +39,12 @@ def cli(main: Callable[[], None]) -> None:
         message = str(e).strip().splitlines()[-1].removeprefix("common.UserError: ")
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+    except OSError as e:
+        name = f"{e.filename}: " if e.filename else ""
+        print(f"error: {name}{e.strerror or e}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        print("error: interrupted; continue with --resume", file=sys.stderr)
+        print("error: interrupted (a training goes on with --resume)", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
@@ -90,7 +94,7 @@ def add_flags(parser: argparse.ArgumentParser, lr_schedule: str) -> None:
     add("--steps-per-epoch", type=count, default=0, help="0: one pass over the data")
     add("--test-every", type=positive_int, default=1, help="epochs between validations")
     add("--save-every", type=positive_int, default=1, help="epochs between kept checkpoints")
-    add("--seed", type=int, default=0, help="of weights, noise, crops")
+    add("--seed", type=seed_number, default=0, help="of weights, noise, crops")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--precision", default="auto", choices=["auto", *PRECISIONS],
         help="of training; auto: bf16 where the hardware has it")
@@ -156,8 +160,10 @@ def launch(gpu_ids: str) -> None:
         raise UserError(f"--gpu_id '{gpu_ids}': give GPU numbers separated by spaces, as '0 1 2'")
     if "RANK" in os.environ:
         return
-    if gpu_ids != "0":
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", ",".join(ids))
+    if gpu_ids != "0":  # numbers count within a list that is set already, as clusters do
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        names = [visible[int(i)] if int(i) < len(visible) and visible != [""] else i for i in ids]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)
     if len(ids) > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(ids))))
         sys.stdout.flush()
@@ -212,7 +218,8 @@ def default_precision(device: torch.device | None = None) -> str:
     if device is None or device.type == "cuda":
         if torch.cuda.is_available():
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    onednn = torch.backends.mkldnn.is_available()
+    return "bf16" if onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -222,11 +229,24 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works: on a CPU it needs a C++ compiler and Python's headers."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception:
+        return False
+    return True
+
+
 def parallel(model: nn.Module, compile: bool = False) -> nn.Module:
     """The module to call for training: `model`, compiled and/or averaged over the processes.
 
     Quantiles stay out of the gradient average: their loss sees no data, so it is equal everywhere.
     """
+    if compile and not agree(can_compile(next(model.parameters()).device)):
+        compile = False
+        if rank() == 0:
+            print("torch.compile finds no working compiler here: training without --compile")
     net = torch.compile(model) if compile else model
     if world() == 1:
         return net
@@ -308,9 +328,14 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Write to a temporary file beside `path`, then rename; UserError when it cannot."""
-    path = Path(path)
+    name, path = path, Path(os.path.realpath(path))  # a link stays one
+    if path.is_dir():
+        raise UserError(f"cannot write {name}: it is a folder")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if path.exists() and not path.is_file():  # /dev/stdout, a pipe
+            path.write_bytes(data)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
             f.write(data)
@@ -321,7 +346,7 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         kept = "; the file that was there is kept" if path.exists() else ""
-        raise UserError(f"cannot write {path}: {e.strerror or e}{kept}") from None
+        raise UserError(f"cannot write {name}: {e.strerror or e}{kept}") from None
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -367,7 +392,10 @@ def load_model(path: str | Path, kind: type, device: torch.device | str = "cpu")
     except RuntimeError as e:
         raise UserError(f"{path}: not the weights of a {kind.__name__}: {_reason(e)}") from None
     if any(name.endswith("_quantized_cdf") and b.numel() == 0 for name, b in model.named_buffers()):
-        model.update(force=True)
+        try:
+            model.update(force=True)
+        except ValueError:
+            raise UserError(f"{path}: its densities are broken (NaN?), no CDF tables fit") from None
     for name, spec in state.get("exact", {}).items():
         exact.restore(model.get_submodule(name), spec)
     model.info = {k: state[k] for k in ("config", "step", "epoch", "hardware") if k in state}
@@ -416,6 +444,11 @@ def export(path: Path, model: nn.Module, **info: Any) -> None:
         for name in plain.namelist():  # the CDF tables are mostly zeros; torch.load reads deflate
             small.writestr(zipfile.ZipInfo(name), plain.read(name), zipfile.ZIP_DEFLATED)
     write_atomic(path, packed.getvalue())
+
+
+SAME_RUN = ("metric", "lmbda", "optimizer", "lr", "aux_lr", "lr_schedule", "milestones",
+            "batch_size", "patch_size", "flip", "steps_per_epoch", "seed",
+            "clip_max_norm")  # what --resume must not change
 
 
 class Checkpoints:
@@ -488,7 +521,10 @@ class Checkpoints:
             raise UserError(f"{path}: cannot be resumed, it has no {', '.join(missing)} "
                             "(start from its weights with --init_ckpt)")
         mine = state["rng"][min(rank(), len(state["rng"]) - 1)]
-        for key in ("metric", "lmbda", *getattr(self.parts["model"], "options", ())):
+        same = [*SAME_RUN, *getattr(self.parts["model"], "options", ())]
+        if self.config.get("lr_schedule") == "cosine":
+            same.append("epoch")  # the whole schedule depends on it
+        for key in same:
             before, now = state["config"].get(key), self.config.get(key)
             if before != now:
                 raise UserError(f"{path}: was trained with --{key} {before}, not {now} (to start "
@@ -616,6 +652,14 @@ def count(text: str) -> int:
     """argparse type: a whole number, zero or above."""
     value = int(text)
     if value < 0:
+        raise ValueError(text)
+    return value
+
+
+def seed_number(text: str) -> int:
+    """argparse type: what a random generator takes, -2^63 ... 2^63 - 1."""
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
         raise ValueError(text)
     return value
 

@@ -28,6 +28,7 @@ from factorized.model import Factorized, build
 
 MODEL_NAMES = ("Factorized", "FactorizedPrior")
 WIDTHS = {"low": (128, 192), "high": (192, 320)}  # --code_rate -> N, M
+SOURCE_EPOCH = 1_010  # steps of the source's epochs, for the few bundled photographs
 LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18)  # --quality 1..8
 
 
@@ -68,8 +69,11 @@ def main(argv: list[str] | None = None) -> None:
     # data
     items = data.find_items(args.dataset)
     crops = data.Crops(items, args.patch_size, args.seed, args.flip)
-    steps_per_epoch = args.steps_per_epoch or max(1, len(items) // args.batch_size)
+    one_pass = max(1, len(items) // args.batch_size)
+    steps_per_epoch = args.steps_per_epoch or (one_pass if args.dataset else SOURCE_EPOCH)
     test_images = data.list_images(args.test_dataset or data.KODAK)
+    for path in test_images:
+        data.read_image(path, notice=lambda _: None)  # a broken one is named now, not after hours
     batch = runs.share(args.batch_size)
 
     # model, optimisers (Adam, and Adam for the quantiles of p(y)), schedule
@@ -137,10 +141,10 @@ def main(argv: list[str] | None = None) -> None:
             test = validate(model, test_images, args.test_batch_size, criterion, device, log, step)
             best = min(best, test["loss"])
             line += f"  test loss {test['loss']:.4f} bpp {test['bpp']:.4f} psnr {test['psnr']:.2f}"
-        log.line(line)
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epoch:
             checkpoints.save(f"epoch_{epoch}.pth", epoch, step, best=best)
             saved = time.monotonic()
+        log.line(line)
     log.close()
 
 

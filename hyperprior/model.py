@@ -2,8 +2,8 @@
 S. J. Hwang, N. Johnston, ICLR 2018 (arXiv:1802.01436).
 
 State-dict keys are those of CompressAI's ScaleHyperprior, so its published weights load.
-Coding differs from CompressAI in one point: h_s runs in exact arithmetic (common/exact.py), so that
-a file decodes on every machine.
+Coding differs from CompressAI in two points: h_s runs in exact arithmetic (common/exact.py), so
+that a file decodes on every machine, and of the 64 tables it takes the nearest, not the next.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def test_codec_round_trip_is_close(paper, images, tmp_path):
     run(paper, "codec.py", "encode", images / "photo.png", "-o", tmp_path / "a.bin", cwd=tmp_path)
     run(paper, "codec.py", "decode", tmp_path / "a.bin", cwd=tmp_path)
     a = np.asarray(Image.open(images / "photo.png"), dtype=float)
-    b = np.asarray(Image.open(tmp_path / "a.png"), dtype=float)
+    b = np.asarray(Image.open(tmp_path / "a.decoded.png"), dtype=float)
     assert 10 * np.log10(255**2 / ((a - b) ** 2).mean()) > 24
 
 
@@ -173,6 +173,72 @@ def test_complexity(paper, width, counts, capsys):
     line, = (x for x in capsys.readouterr().out.splitlines() if width in x)
     for count in counts:
         assert count in line
+
+
+def test_decoding_leaves_the_original_alone(images, tmp_path, refused):
+    photo = tmp_path / "photo.png"
+    photo.write_bytes((images / "photo.png").read_bytes())
+    codec = importlib.import_module("factorized.codec")
+    codec.main(["encode", str(photo)])
+    codec.main(["decode", str(tmp_path / "photo.bin")])
+    assert photo.read_bytes() == (images / "photo.png").read_bytes()
+    assert (tmp_path / "photo.decoded.png").is_file()
+    refused("factorized", "codec.py", "encode", photo, "-o", photo, cwd=tmp_path,
+            words=["would replace the input"])
+    refused("factorized", "codec.py", "encode", photo, "-o", ".", cwd=tmp_path, words=["folder"])
+
+
+def test_blank_images_are_evaluated(tmp_path, monkeypatch, capsys):
+    """Decoded without loss, or coded by JPEG so: an infinite PSNR is on no curve."""
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (180, 200), "white").save(tmp_path / "in" / "blank.png")
+    monkeypatch.chdir(tmp_path)
+    importlib.import_module("factorized.eval").main(["--dataset_path", "in"])
+    assert "small" in capsys.readouterr().out
+
+
+def test_no_compiler_means_no_compilation(images, tmp_path):
+    environment = dict(os.environ, CXX="/nonexistent", PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1",
+                       TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    tiny = [word for word in TINY if word != "--no-compile"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "factorized" / "train.py", *tiny, "--compile", "--dataset", images,
+         "--test_dataset", images / "test"], cwd=tmp_path, env=environment, text=True,
+        capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "training without --compile" in done.stdout
+
+
+def test_export_makes_weights_that_code_alike(images, tmp_path, monkeypatch):
+    from common import data, evaluate, export
+
+    from hyperprior import model, train
+
+    monkeypatch.chdir(tmp_path)
+    train.main([*TINY, "--dataset", str(images), "--test_dataset", str(images / "test")])
+    export.main(["hyperprior", "ckpts/Hyperprior/0/epoch_0.pth", "-o", "small.pth", "--steps", "7"])
+    weights = model.load("small.pth")
+    assert weights.info["step"] == 7 and weights.info["config"]["lmbda"] == 0.01
+    x = data.to_float(data.read_image(images / "photo.png"))
+    file = evaluate.encode_image(weights, x, model.TAG)
+    assert evaluate.decode_image(model.load("small.pth"), file, model.TAG).shape == x.shape
+
+
+def test_front_page(images, tmp_path, monkeypatch):
+    """Its make targets exist, its Python runs, its figures are filled in."""
+    text = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"make ([a-z][a-z_-]*)", text)) - {"reproduce-"}
+    for target in sorted(targets):
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, (target, done.stderr)
+    (tmp_path / "photo.png").write_bytes((images / "photo.png").read_bytes())
+    for paper in PAPERS:
+        (tmp_path / paper).symlink_to(ROOT / paper)
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(compile(block, "README.md", "exec"), {})
+    for page in [ROOT / "README.md", *(ROOT / p / "README.md" for p in PAPERS)]:
+        assert not re.findall(r"^[A-Z]{4,}$|\| [A-Z]{3,} \|", page.read_text(), re.M), page
 
 
 def test_training_curves_of_two_runs(tmp_path, capsys, monkeypatch):

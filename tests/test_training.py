@@ -212,7 +212,9 @@ def test_another_configuration_cannot_be_resumed(train):
     folder = train("--epoch", 1)
     path = folder / "ckpts" / "Hyperprior" / "0" / "epoch_0.pth"
     content = path.read_bytes()
-    for flags, words in [(["--optimizer", "muon"], "parameter groups"), (["--N", 8], "quantiles"),
+    for flags, words in [(["--optimizer", "muon"], "trained with --optimizer"),
+                         (["--N", 8], "quantiles"),
+                         (["--lr", 0.5], "trained with --lr"),
                          (["--lmbda", 0.5], "trained with --lmbda"),
                          (["--metric", "ms-ssim"], "trained with --metric")]:
         with pytest.raises(UserError, match=words):
