@@ -85,10 +85,16 @@ def seconds(step: Step) -> float:
 
 
 def compare(name: str, ours: Step, baseline: Step, rounds: int) -> None:
-    """Time both in turns, after one warm-up each, and print medians and the median ratio."""
-    ours(), baseline()
-    times = [(seconds(baseline), seconds(ours)) for _ in range(rounds)]
-    show(name, times)
+    """Time both in turns and print medians and the median ratio.
+
+    Before each timed call comes one that is not: the first after the other side's pays for the
+    memory and the caches that it left behind.
+    """
+    def timed(step: Step) -> float:
+        step()
+        return seconds(step)
+
+    show(name, [(timed(baseline), timed(ours)) for _ in range(rounds)])
 
 
 def show(name: str, times: list[tuple[float, float]]) -> None:
@@ -122,9 +128,7 @@ def among_papers(papers: list[str], rounds: int) -> None:
     """Our decoders at equal widths, in turns: seconds, and relative to the first paper's."""
     x = data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None]
     steps = [decode(pair(paper, 192, 192)[0], x) for paper in papers]
-    for step in steps:
-        step()
-    times = [[seconds(step) for step in steps] for _ in range(rounds)]
+    times = [[(step(), seconds(step))[1] for step in steps] for _ in range(rounds)]
     for i, paper in enumerate(papers):
         ratio = statistics.median(row[i] / row[0] for row in times)
         median = statistics.median(row[i] for row in times)

@@ -22,7 +22,7 @@ SETTINGS = {  # name: (environment, worker flags)
     "contiguous": ({}, ["--threads", "2", "--contiguous"]),
 }
 PAPERS = ("factorized", "hyperprior", "joint_ar", "checkerboard")
-IMAGES = ("kodim05", "kodim08", "kodim13", "kodim21")
+IMAGES = ("kodim08", "kodim13")
 
 
 def work(setting, *arguments):
