@@ -371,7 +371,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: holds no state dict")
     for prefix in ("module.", "_orig_mod."):
         weights = {k.removeprefix(prefix): v for k, v in weights.items()}
-    state["model"] = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+    steps = state.pop("int8_steps", {})  # of a file of `export`
+    state["model"] = {k: v * steps[k] if k in steps else v.float() if v.is_floating_point() else v
+                      for k, v in weights.items()}
     return state
 
 
@@ -424,26 +426,59 @@ def coding_state(model: nn.Module) -> dict[str, Any]:
 
 
 def export(path: Path, model: nn.Module, **info: Any) -> None:
-    """Write a small checkpoint for coding only: convolution kernels in fp16, tables as they are.
+    """Write a small checkpoint for coding only: kernels in 8 bits, tables as they are.
 
     The model's own weights are rounded too, so that it stays the model in the file.
     """
+    kernels, steps = {}, {}
     with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 4:
-                p.copy_(p.half())
+        for name, module in model.named_modules():
+            weight = getattr(module, "weight", None)
+            if not isinstance(weight, nn.Parameter) or weight.dim() != 4:
+                continue
+            name = f"{name}.weight"
+            if weight.numel() < SMALL_KERNEL:
+                kernels[name] = weight.half()
+                weight.copy_(kernels[name])
+            else:
+                out = 1 if isinstance(module, nn.ConvTranspose2d) else 0
+                kernels[name], steps[name] = _to_int8(weight, out)
+                weight.copy_(kernels[name] * steps[name])
     for name in model.exact_parts:
         exact.restore(model.get_submodule(name), None)  # exponents that fit the rounded weights
     state = coding_state(model)
-    kernels = {name for name, p in model.named_parameters() if p.dim() == 4}
-    state["model"] = {k: v.half() if k in kernels else v for k, v in state["model"].items()}
+    state["model"] = {**state["model"], **kernels}
     buffer, packed = io.BytesIO(), io.BytesIO()
-    torch.save({**state, **info}, buffer)
+    torch.save({**state, "int8_steps": steps, **info}, buffer)
     with zipfile.ZipFile(buffer) as plain, \
             zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as small:
         for name in plain.namelist():  # the CDF tables are mostly zeros; torch.load reads deflate
             small.writestr(zipfile.ZipInfo(name), plain.read(name), zipfile.ZIP_DEFLATED)
     write_atomic(path, packed.getvalue())
+
+
+SMALL_KERNEL = 20_000  # those next to the image: 8 bits there cost most and save nothing
+
+
+def _to_int8(weight: Tensor, out: int) -> tuple[Tensor, Tensor]:
+    """Integers in [-127, 127] and the step of each output channel (dimension `out`).
+
+    Of four steps, up to the one that fits the largest weight, each channel takes that with the
+    least squared error: for bell-shaped weights a few clipped ones cost less than a coarser step.
+    """
+    others = [d for d in range(weight.dim()) if d != out]
+    largest = weight.abs().amax(others, keepdim=True).clamp_min(1e-12)
+    candidates = []
+    for share in (0.7, 0.8, 0.9, 1.0):
+        step = largest * share / 127
+        q = (weight / step).round().clamp(-127, 127)
+        candidates.append((((q * step - weight) ** 2).sum(others, keepdim=True), q, step))
+    error, q, step = candidates[-1]
+    for e, other_q, other_step in candidates[:-1]:
+        better = e < error
+        error = torch.where(better, e, error)
+        q, step = torch.where(better, other_q, q), torch.where(better, other_step, step)
+    return q.to(torch.int8), step
 
 
 SAME_RUN = ("metric", "lmbda", "optimizer", "lr", "aux_lr", "lr_schedule", "milestones",

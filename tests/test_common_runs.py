@@ -195,7 +195,9 @@ def test_tables_come_from_the_checkpoint(tmp_path):
     assert torch.equal(exact.spec(loaded.h_s)["shifts"][0], state["exact"]["h_s"]["shifts"][0])
 
 
-def test_export_is_the_model_in_the_file(tmp_path):
+@pytest.mark.parametrize("small_kernel", [0, 2000, 10**9])  # all in 8 bits, some, none
+def test_export_is_the_model_in_the_file(small_kernel, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "SMALL_KERNEL", small_kernel)
     torch.manual_seed(0)
     model = Hyperprior(8, 12).eval()
     model.update()
@@ -214,6 +216,19 @@ def test_export_is_the_model_in_the_file(tmp_path):
         load_hyperprior(tmp_path / "b.pth").entropy_bottleneck._quantized_cdf, table)
     plain = sum(v.numel() * v.element_size() for v in model.state_dict().values())
     assert (tmp_path / "a.pth").stat().st_size < plain / 2
+
+
+@pytest.mark.parametrize("out", [0, 1])
+def test_eight_bit_kernels_are_close(out):
+    weight = torch.randn(64, 48, 5, 5, generator=torch.Generator().manual_seed(0))
+    weight.select(out, 0).zero_()  # a dead channel stays zero
+    weight.select(out, 1).mul_(1e-3)  # and a faint one has a step of its own
+    q, step = runs._to_int8(weight, out)
+    assert q.dtype == torch.int8 and step.numel() == weight.size(out)
+    assert q.select(out, 0).abs().max() == 0
+    error = (q * step - weight).transpose(0, out).flatten(1).square().mean(1)[1:]
+    power = weight.transpose(0, out).flatten(1).square().mean(1)[1:]
+    assert (10 * torch.log10(power / error)).min() > 38  # dB, each channel
 
 
 # ------------------------------------------------------------------------ optimisers, schedules
