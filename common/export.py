@@ -3,7 +3,7 @@
     python -m common.export hyperprior hyperprior/ckpts/small/67/epoch_15.pth \\
         -o hyperprior/weights/small-0.0067.pth --steps 28000
 
-Kernels are kept in 8 bits, CDF tables and fixed-point exponents inside; the optimizers are left out.
+Kernels are kept in 8 bits, with CDF tables and fixed-point exponents; no optimizer state.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Every command of every README runs, on tiny data; every mistake is one line and exit status 2."""
 
 import importlib
+import json
 import os
 import re
 import shlex
