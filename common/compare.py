@@ -198,6 +198,9 @@ def main(argv: list[str] | None = None) -> None:
                         help="images of the results; JPEG is measured on them")
     args = parser.parse_args(argv)
     results = [evaluate.load_json(path) for path in args.results]
+    if len({r["name"] for r in results}) < len(results):  # "small" of several papers
+        for path, r in zip(args.results, results, strict=True):
+            r["name"] = f"{path.resolve().parents[1].name} {r['name']}"
     published = evaluate.load_json(args.published)["curves"] if args.published else []
     jpeg = classical.jpeg(data.list_images(args.dataset), ms_ssim=False)
     print(table(results, published, jpeg), end="")

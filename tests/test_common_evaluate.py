@@ -232,3 +232,13 @@ def test_compare_command(curves, folder, tmp_path, capsys):
                   "--dataset", str(folder), "--plot", str(tmp_path / "rd.png")])
     assert "BD-rate of ours against reference" in capsys.readouterr().out
     assert data.read_image(tmp_path / "rd.png").shape[0] == 3
+
+
+def test_compare_tells_papers_with_equal_names_apart(curves, folder, tmp_path, capsys):
+    ours = curves[0][0]
+    for paper in ("one", "two"):
+        evaluate.save_json(tmp_path / paper / "results" / "small.json", ours)
+    files = [str(path) for path in sorted(tmp_path.glob("*/results/small.json"))]
+    compare.main(["--results", *files, "--dataset", str(folder)])
+    table = capsys.readouterr().out
+    assert f"| one {ours['name']}" in table and f"| two {ours['name']}" in table
