@@ -29,7 +29,7 @@ def flags(description: str) -> tuple[runs.Parser, argparse.ArgumentParser, argpa
         command.add_argument("-o", "--output", type=Path, help=f"default: INPUT with {suffix}")
         command.add_argument("--checkpoint", type=Path, help="weights other than the bundled ones")
         command.add_argument("--device", default="auto", help="auto, cpu or cuda")
-        command.add_argument("--threads", type=runs.count, default=0, help="CPU threads; 0: all")
+        command.add_argument("--threads", type=runs.threads, default=0, help="CPU threads; 0: all")
     return parser, encode, decode
 
 

@@ -9,11 +9,12 @@ Gathering all papers' results and the classical codecs on one page belongs here 
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
 
-from common import classical, data, evaluate, metrics, runs
+from common import UserError, classical, data, evaluate, metrics, runs
 
 Results = dict[str, Any]
 
@@ -98,9 +99,20 @@ def plot(results: list[Results], published: list[Results], jpeg: Results,
              title=f"{_at(results[0].get('meta', {}), 'images', 0) or ''} test images, mean")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a matplotlib figure in the format of the file's name, and close it."""
+    from matplotlib import pyplot as plt
+
+    kind = Path(path).suffix.removeprefix(".").lower()
+    if kind not in figure.canvas.get_supported_filetypes() and not Path(path).is_dir():
+        raise UserError(f"cannot write {path}: name a plot .png, .pdf or .svg")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, format=kind or "png")
     plt.close(figure)
+    runs.write_atomic(path, buffer.getvalue())
 
 
 def report(results: list[Results], published: Path, paths: list[Path], folder: Path,
@@ -109,7 +121,7 @@ def report(results: list[Results], published: Path, paths: list[Path], folder: P
 
     published: a paper's published.json; paths: the images that were coded.
     """
-    curves = evaluate.load_json(published)["curves"]
+    curves = evaluate.load_published(published)
     jpeg = classical.jpeg(paths, ms_ssim=False)
     for curve in results:
         stem = f"{name}-{curve['name']}".replace(" ", "-")
@@ -201,7 +213,10 @@ def main(argv: list[str] | None = None) -> None:
     if len({r["name"] for r in results}) < len(results):  # "small" of several papers
         for path, r in zip(args.results, results, strict=True):
             r["name"] = f"{path.resolve().parents[1].name} {r['name']}"
-    published = evaluate.load_json(args.published)["curves"] if args.published else []
+    if len({r["name"] for r in results}) < len(results):
+        for path, r in zip(args.results, results, strict=True):
+            r["name"] = str(path)
+    published = evaluate.load_published(args.published) if args.published else []
     jpeg = classical.jpeg(data.list_images(args.dataset), ms_ssim=False)
     print(table(results, published, jpeg), end="")
     if args.plot:

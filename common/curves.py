@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from common import UserError, bitstream, runs
+from common import UserError, bitstream, compare, runs
 
 LINE = re.compile(r"epoch (\d+)  step (\d+)  train loss ([\d.]+) bpp ([\d.]+)"
                   r"(?:  test loss ([\d.]+) bpp ([\d.]+) psnr ([\d.]+))?")
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folders", type=Path, nargs="+", help="<paper>/logs/<prefix>/<exp_version>")
     parser.add_argument("--plot", type=Path, default=Path("curves.png"), help="PNG to write")
     args = parser.parse_args(argv)
-    names = [f.parts[0] for f in args.folders]
+    names = [(f.resolve().parents[2:3] or [f])[0].name for f in args.folders]
     if len(set(names)) < len(names):
         names = [str(f) for f in args.folders]
     rows = {name: read(folder) for name, folder in zip(names, args.folders, strict=True)}
@@ -61,8 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     axes.set_ylim(min(late) - margin, max(late) + margin)  # the first epoch would hide the others
     axes.grid(alpha=0.3)
     axes.legend()
-    args.plot.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.plot, dpi=150)
+    compare.save_figure(figure, args.plot)
     print(f"\nplot: {args.plot}")
 
 

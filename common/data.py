@@ -7,6 +7,7 @@ only on (seed, k): a run that is resumed, or spread over more loader processes, 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import tarfile
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError
+from common import UserError, runs
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ def read_image(path: str | Path | io.BytesIO, notice: Callable[[str], None] = pr
         with Image.open(path) as image:
             sixteen_bit = ";16" in str(image.tile)  # load() empties the list of tiles
             image.load()
+            sixteen_bit |= image.format == "PNG" and image.mode == "I"
             rgb, lost = _to_rgb(ImageOps.exif_transpose(image), sixteen_bit)
     except FileNotFoundError:
         raise UserError(f"{name}: no such image file") from None
@@ -63,10 +65,10 @@ def _to_rgb(image: Image.Image, sixteen_bit: bool) -> tuple[Image.Image, str]:
         return image, "16 bits a sample" if sixteen_bit else ""
     if mode.startswith("I") or mode == "F":
         a = np.asarray(image, dtype=np.float64)
-        if mode != "F" or a.max(initial=0) > 255:
-            a = a / 257  # 65535 -> 255
-        gray = Image.fromarray(np.clip(np.rint(a), 0, 255).astype(np.uint8))
-        return gray.convert("RGB"), f"{'float' if mode == 'F' else '16-bit'} grayscale"
+        peak = 65535 if sixteen_bit or mode.startswith("I;16") else _peak(a, mode)
+        gray = Image.fromarray(np.clip(np.rint(a * (255 / peak)), 0, 255).astype(np.uint8))
+        kind = "float" if mode == "F" else "16-bit" if peak == 65535 else "32-bit"
+        return gray.convert("RGB"), f"{kind} grayscale, 0 to {peak:g} taken as black to white"
     if "A" in mode or mode == "PA" or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
@@ -76,16 +78,29 @@ def _to_rgb(image: Image.Image, sixteen_bit: bool) -> tuple[Image.Image, str]:
     return image.convert("RGB"), names.get(mode, f"mode {mode}")
 
 
+def _peak(a: np.ndarray, mode: str) -> int:
+    """White in a file that does not say: the least of 1 (float), 255, 65535 that holds all."""
+    for peak in (1, 255, 65535) if mode == "F" else (255, 65535):
+        if a.size == 0 or (a.min() >= 0 and a.max() <= peak):
+            return peak
+    raise ValueError("grayscale values outside 0 to 65535, or NaN")
+
+
 def write_image(x: Tensor, path: str | Path) -> None:
     """Write (3, H, W), uint8 or float in [0, 1] (rounded to 8 bits), as an image file."""
     if x.dtype != torch.uint8:
         x = to_uint8(x)
-    image = Image.fromarray(x.permute(1, 2, 0).cpu().contiguous().numpy())
+    if Path(path).is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise UserError(f"cannot write {path}: name an image file, as {Path(path).stem}.png")
+    buffer = io.BytesIO()
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
+        Image.fromarray(x.permute(1, 2, 0).cpu().contiguous().numpy()).save(buffer, kind)
     except (OSError, ValueError) as e:
         raise UserError(f"cannot write {path}: {e}") from None
+    runs.write_atomic(path, buffer.getvalue())
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -168,6 +183,12 @@ def find_items(root: str | Path | None, split: str = "train") -> list[Item]:
         raise UserError(f"--dataset {folder}: holds no images; leave --dataset out to train on "
                         "the bundled photographs")
     return [Item(p) for p in files]
+
+
+def digest(items: list[Item]) -> str:
+    """What tells one training set from another, wherever it lies: number and hash of the names."""
+    names = "\n".join(item.member or "/".join(item.path.parts[-2:]) for item in items)
+    return f"{len(items)} images {hashlib.sha256(names.encode()).hexdigest()[:8]}"
 
 
 def _tar_items(path: Path) -> list[Item]:

@@ -110,7 +110,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--config", type=Path, help="training configuration, for --reproduce")
     add("--complexity", action="store_true", help="print parameters and MACs, code nothing")
     add("--device", default="auto", help="auto, cpu or cuda")
-    add("--threads", type=runs.count, default=0, help="CPU threads; 0: all")
+    add("--threads", type=runs.threads, default=0, help="CPU threads; 0: all")
 
 
 def find_checkpoints(args: argparse.Namespace, bundled: Path, prefix: str
@@ -129,7 +129,7 @@ def find_checkpoints(args: argparse.Namespace, bundled: Path, prefix: str
         config = runs.read_yaml(args.config)
         prefix = config.get("prefix", prefix)
         folder = Path("ckpts", str(prefix), str(config.get("exp_version", 0)))
-        trained = sorted(folder.glob("epoch_*.pth"), key=lambda p: int(p.stem.split("_")[1]))
+        trained = runs.epochs(folder)
         if not trained:
             raise UserError(f"{folder}: holds no trained epoch; run train.py --config first")
         return {args.config.stem: trained[-1:], "small": small}
@@ -257,11 +257,39 @@ def save_json(path: str | Path, results: dict[str, Any]) -> None:
 
 
 def load_json(path: str | Path) -> dict[str, Any]:
-    """Read results; UserError when the file cannot be read."""
+    """Read results of one codec; UserError when the file holds something else."""
+    return _checked(_parse(path), path)
+
+
+def load_published(path: str | Path) -> list[dict[str, Any]]:
+    """The curves of a published.json; UserError when the file holds something else."""
+    content = _parse(path)
+    curves = content.get("curves") if isinstance(content, dict) else None
+    if not isinstance(curves, list):
+        raise UserError(f"{path}: not published curves, there are no \"curves\" in it")
+    return [_checked(curve, path) for curve in curves]
+
+
+def _parse(path: str | Path) -> Any:
     try:
         return json.loads(bitstream.read(path))
     except ValueError as e:
         raise UserError(f"{path}: not a results JSON ({e})") from None
+
+
+def _checked(curve: Any, path: str | Path) -> dict[str, Any]:
+    """`curve` if it has a name, and rates and PSNRs (numbers or null) in lists of equal length."""
+    try:
+        name, lists = curve["name"], [curve["results"][key] for key in ("bpp", "psnr-rgb")]
+        numbers = [v for values in lists for v in values if v is not None]
+        good = (isinstance(name, str) and all(isinstance(v, (int, float)) for v in numbers)
+                and len(lists[0]) == len(lists[1]) > 0 and None not in lists[0])
+    except (TypeError, KeyError, AttributeError):
+        good = False
+    if not good:
+        raise UserError(f"{path}: not a results JSON: it needs a name, and bpp and psnr-rgb as "
+                        "lists of equal length (published.json goes to --published)")
+    return curve
 
 
 # -------------------------------------------------------------------------------------- helpers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from common import UserError
 
 from pytorch_msssim import ms_ssim
@@ -41,9 +43,7 @@ class RateDistortionLoss(nn.Module):
         for that metric.
         """
         batch, _, height, width = x.shape
-        if self.metric == "ms-ssim" and min(height, width) < MS_SSIM_SIDE:
-            raise UserError(f"--metric ms-ssim needs images and crops of {MS_SSIM_SIDE} pixels or "
-                            f"more, not {width}x{height}; set a larger --patch-size")
+        check_size(self.metric, (height, width))
         terms = {f"bpp_{name}": bits(p) / (batch * height * width)
                  for name, p in output["likelihoods"].items()}
         bpp = sum(terms.values())
@@ -57,6 +57,15 @@ class RateDistortionLoss(nn.Module):
         else:
             loss = bpp + self.lmbda * mse
         return {"loss": loss, "bpp": bpp, **terms, "mse": mse}
+
+
+def check_size(metric: str, size: Iterable[int], name: object = "") -> None:
+    """UserError when an image, or a crop of --patch-size, of (height, width) is too small."""
+    height, width = size
+    if metric == "ms-ssim" and min(height, width) < MS_SSIM_SIDE:
+        what, remedy = (f"{name}: ", "remove it") if name else ("", "set a larger --patch-size")
+        raise UserError(f"{what}--metric ms-ssim needs images and crops of {MS_SSIM_SIDE} pixels "
+                        f"or more, not {width}x{height}; {remedy}")
 
 
 def bits(likelihoods: Tensor) -> Tensor:

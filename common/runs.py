@@ -8,10 +8,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import io
 import math
 import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
 import sys
+import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,13 +27,14 @@ from typing import Any
 
 from common import UserError, exact
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
+from tqdm import tqdm
 
 PRECISIONS = ("bf16", "fp32")
+TOLD = "LIC_ERROR_TOLD"  # file that the first of several processes makes when it reports an error
 SWITCHES = (argparse._StoreTrueAction, argparse.BooleanOptionalAction)  # flags without a value
 
 
@@ -36,19 +45,32 @@ def cli(main: Callable[[], None]) -> None:
         main()
     except UserError as e:
         # a loader process sends its whole traceback; the message is the last line of it
-        message = str(e).strip().splitlines()[-1].removeprefix("common.UserError: ")
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(e).strip().splitlines()[-1].removeprefix("common.UserError: "), 2)
     except OSError as e:
-        name = f"{e.filename}: " if e.filename else ""
-        print(f"error: {name}{e.strerror or e}", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"{e.filename}: {e.strerror or e}" if e.filename else str(e.strerror or e), 2)
     except KeyboardInterrupt:
-        print("error: interrupted (a training goes on with --resume)", file=sys.stderr)
-        sys.exit(130)
+        _fail("interrupted (a training goes on with --resume)", 130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _fail(message: str, status: int) -> None:
+    """One line on stderr, once for all processes of `launch`, and the exit status."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # ends its line
+    first = True
+    if told := os.environ.get(TOLD):
+        try:
+            os.close(os.open(told, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            first = False
+    if first:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    if told:
+        sys.stdout.flush()
+        os._exit(status)  # the others may wait for this process: `launch` ends them
+    sys.exit(status)
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,7 +122,7 @@ def add_flags(parser: argparse.ArgumentParser, lr_schedule: str) -> None:
         help="of training; auto: bf16 where the hardware has it")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="torch.compile: pays after about five minutes")
-    add("--threads", type=count, default=0, help="CPU threads; 0: all")
+    add("--threads", type=threads, default=0, help="CPU threads; 0: all")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -122,7 +144,7 @@ def _read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     result = {}
     for key, value in values.items():
         action = actions.get(str(key).replace("-", "_"))
-        if action is None:
+        if action is None or action.dest in ("help", "config"):
             raise UserError(f"--config {path}: there is no flag --{key}")
         result[action.dest] = _convert(action, value, f"--config {path}: {key}")
     return result
@@ -150,10 +172,10 @@ def _convert(action: argparse.Action, value: Any, where: str) -> Any:
 
 # ----------------------------------------------------------------- processes, device, precision
 def launch(gpu_ids: str) -> None:
-    """Obey --gpu_id '0 1 2': one process per id, started again under torchrun.
+    """Obey --gpu_id '0 1 2': one process per id, as torchrun would start them.
 
     Without a GPU the same number of processes runs on the CPU (gloo). Returns in the processes
-    that do the work.
+    that do the work; the one that started them ends with the exit status of the first to fail.
     """
     ids = gpu_ids.replace(",", " ").split()
     if not ids or not all(i.isdigit() for i in ids):
@@ -166,9 +188,34 @@ def launch(gpu_ids: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)
     if len(ids) > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(ids))))
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                  f"--nproc_per_node={len(ids)}", *sys.argv])
+        sys.exit(_processes(len(ids)))
+
+
+def _processes(world: int) -> int:
+    """Run this command `world` times at once; when one fails the others are ended."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    sys.stdout.flush()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with tempfile.TemporaryDirectory() as folder:
+        common = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                  TOLD: Path(folder, "told")}
+        running = [subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {
+            key: str(value) for key, value in {**common, "RANK": r, "LOCAL_RANK": r}.items()})
+            for r in range(world)]
+        try:
+            while any(p.poll() is None for p in running):
+                if failed := [p.returncode for p in running if p.poll()]:
+                    return failed[0] if failed[0] > 0 else 1
+                time.sleep(0.1)
+            return max(abs(p.returncode) for p in running)
+        except KeyboardInterrupt:  # the terminal has told all of them
+            return 130
+        finally:
+            for p in running:
+                p.kill()
+                p.wait()
 
 
 def start(device: str = "auto", seed: int | None = None, threads: int = 0) -> torch.device:
@@ -254,7 +301,9 @@ def parallel(model: nn.Module, compile: bool = False) -> nn.Module:
     prefix = "_orig_mod." if compile else ""
     ddp = nn.parallel.DistributedDataParallel
     ddp._set_params_and_buffers_to_ignore_for_model(net, [prefix + n for n in names])
-    return ddp(net, broadcast_buffers=False)
+    known = inspect.signature(ddp).parameters  # the name changed with torch 2.13
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return ddp(net, **{name: False})
 
 
 # --------------------------------------------------------------------- optimisers, schedules
@@ -355,12 +404,22 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     `module.` and `_orig_mod.` prefixes of the keys are dropped. UserError when unreadable.
     """
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:  # torch.load does not look at the checksums
+                if (part := parts.testzip()) is not None:
+                    raise UserError(f"{path}: damaged ({part} has another checksum): copy it again")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
+    except UserError:
+        raise
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: not a checkpoint that can be read: give one of train.py, or a "
+                        "state dict (torch.save of tensors, no other objects)") from None
     except Exception as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise UserError(f"{path}: not a checkpoint that can be read ({reason[:100]})") from None
+        raise UserError(f"{path}: not a checkpoint that can be read, it is damaged or cut short "
+                        f"({reason[:100]})") from None
     if not isinstance(state, dict) or not state:
         raise UserError(f"{path}: holds no state dict")
     if "model" not in state:
@@ -372,6 +431,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     for prefix in ("module.", "_orig_mod."):
         weights = {k.removeprefix(prefix): v for k, v in weights.items()}
     steps = state.pop("int8_steps", {})  # of a file of `export`
+    if {k for k, v in weights.items() if v.dtype == torch.int8} != set(steps):
+        raise UserError(f"{path}: the steps of its 8-bit kernels are missing: export it again")
     state["model"] = {k: v * steps[k] if k in steps else v.float() if v.is_floating_point() else v
                       for k, v in weights.items()}
     return state
@@ -406,9 +467,14 @@ def load_model(path: str | Path, kind: type, device: torch.device | str = "cpu")
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Copy a checkpoint's weights into `model`, strictly (--init_ckpt)."""
-    weights = load_checkpoint(path)["model"]
+    state = load_checkpoint(path)
+    for name in getattr(model, "options", ()):
+        trained = state.get("config", {}).get(name)
+        if trained is not None and trained != getattr(model, name):
+            raise UserError(f"{path}: was trained with --{name} {trained}, not "
+                            f"{getattr(model, name)}")
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(state["model"])
     except RuntimeError as e:
         raise UserError(f"{path}: not weights of this model: {_reason(e)}") from None
 
@@ -482,7 +548,7 @@ def _to_int8(weight: Tensor, out: int) -> tuple[Tensor, Tensor]:
 
 
 SAME_RUN = ("metric", "lmbda", "optimizer", "lr", "aux_lr", "lr_schedule", "milestones",
-            "batch_size", "patch_size", "flip", "steps_per_epoch", "seed",
+            "batch_size", "patch_size", "flip", "images", "steps_per_epoch", "seed",
             "clip_max_norm")  # what --resume must not change
 
 
@@ -562,7 +628,8 @@ class Checkpoints:
         for key in same:
             before, now = state["config"].get(key), self.config.get(key)
             if before != now:
-                raise UserError(f"{path}: was trained with --{key} {before}, not {now} (to start "
+                flag = "dataset" if key == "images" else key
+                raise UserError(f"{path}: was trained with --{flag} {before}, not {now} (to start "
                                 "another run from its weights: --init_ckpt and --exp_version)")
         try:
             for key, part in self.parts.items():
@@ -578,8 +645,14 @@ class Checkpoints:
 
     def _by_age(self) -> list[Path]:
         """Oldest first. Steps would mislead: --load_model_epoch leaves later epochs behind."""
-        found = [*self.folder.glob("latest.pth"), *self.folder.glob("epoch_*.pth")]
+        found = [*self.folder.glob("latest.pth"), *epochs(self.folder)]
         return sorted(found, key=lambda p: p.stat().st_mtime_ns)
+
+
+def epochs(folder: Path) -> list[Path]:
+    """The epoch_<n>.pth of a run, by n; copies with other names are not among them."""
+    found = [p for p in folder.glob("epoch_*.pth") if re.fullmatch(r"epoch_\d+", p.stem)]
+    return sorted(found, key=lambda p: int(p.stem.split("_")[1]))
 
 
 # --------------------------------------------------------------------------------------- logs
@@ -597,7 +670,6 @@ class Log:
         if not self.active:
             return
         from torch.utils.tensorboard import SummaryWriter
-        from tqdm import tqdm
 
         self.folder.mkdir(parents=True, exist_ok=True)
         self.board = SummaryWriter(str(self.folder))
@@ -676,9 +748,25 @@ def describe(device: torch.device) -> str:
 
 
 def positive_float(text: str) -> float:
-    """argparse type: a finite number above zero."""
+    """argparse type: a number above zero that float32 holds."""
     value = float(text)
-    if not (np.isfinite(value) and value > 0):
+    if not 0 < value <= 1e30:
+        raise ValueError(text)
+    return value
+
+
+def minutes(text: str) -> float:
+    """argparse type: zero or above."""
+    value = float(text)
+    if not value >= 0:
+        raise ValueError(text)
+    return value
+
+
+def threads(text: str) -> int:
+    """argparse type: a number of threads that a machine can have; 0 leaves it to torch."""
+    value = count(text)
+    if value > 1024:
         raise ValueError(text)
     return value
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common import UserError, data, runs
 from common.evaluate import crop, pad
-from common.loss import RateDistortionLoss
+from common.loss import RateDistortionLoss, check_size
 
 import torch
 import yaml
@@ -50,7 +50,7 @@ def flags() -> argparse.ArgumentParser:
     add("--init_ckpt", default="", help="start from these weights")
     add("--load_model_epoch", type=int, help="continue this run from its epoch_<n>.pth")
     add("--num_workers", type=runs.count, default=0, help="data loader processes")
-    add("--check_time", type=float, default=10, help="minutes between saves of latest.pth")
+    add("--check_time", type=runs.minutes, default=10, help="minutes between saves of latest.pth")
     runs.add_flags(parser, lr_schedule="multistep")
     parser.add_argument("--N", type=runs.positive_int, help="overrides --code_rate")
     parser.add_argument("--M", type=runs.positive_int, help="overrides --code_rate")
@@ -70,10 +70,12 @@ def main(argv: list[str] | None = None) -> None:
     items = data.find_items(args.dataset)
     crops = data.Crops(items, args.patch_size, args.seed, args.flip)
     one_pass = max(1, len(items) // args.batch_size)
-    steps_per_epoch = args.steps_per_epoch or (one_pass if args.dataset else SOURCE_EPOCH)
+    args.steps_per_epoch = args.steps_per_epoch or (one_pass if args.dataset else SOURCE_EPOCH)
+    args.images, steps_per_epoch = data.digest(items), args.steps_per_epoch
     test_images = data.list_images(args.test_dataset or data.KODAK)
-    for path in test_images:
-        data.read_image(path, notice=lambda _: None)  # a broken one is named now, not after hours
+    check_size(args.metric, (args.patch_size, args.patch_size))
+    for path in test_images:  # what is wrong with one is said now, not after hours
+        check_size(args.metric, data.read_image(path, notice=lambda _: None).shape[-2:], path)
     batch = runs.share(args.batch_size)
 
     # model, optimisers (Adam, and Adam for the quantiles of p(z)), schedule
@@ -101,6 +103,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{len(items)} training images{'' if args.dataset else ' (bundled photographs)'}, "
               f"{steps_per_epoch} steps an epoch, on {runs.describe(device)}", flush=True)
 
+    if step >= args.epoch * steps_per_epoch and runs.rank() == 0:
+        print(f"nothing to do: this run has its {args.epoch} epochs already (--epoch for more)")
     saved = time.monotonic()
     for epoch in range(step // steps_per_epoch, args.epoch):
         model.train()

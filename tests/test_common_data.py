@@ -8,7 +8,7 @@ import tarfile
 import zlib
 from pathlib import Path
 
-from common import UserError, data
+from common import UserError, data, runs
 
 import numpy as np
 import pytest
@@ -67,9 +67,9 @@ def palette(transparency=None):
     return image
 
 
-def stored(image, **options):
+def stored(image, kind="PNG", **options):
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -103,6 +103,12 @@ DEEP = RGB.astype(np.uint16) * 257  # v * 257 is v cut to 8 bits, whichever way 
     pytest.param(stored(Image.fromarray(BITS).convert("1")), gray_rgb(BITS), "black and white",
                  id="1"),
     pytest.param(stored(Image.fromarray(DEEP[..., 0])), gray_rgb(GRAY), "16-bit", id="I;16"),
+    pytest.param(stored(Image.fromarray(GRAY.astype(np.float32) / 255), "TIFF"), gray_rgb(GRAY),
+                 "float grayscale, 0 to 1 taken", id="float to 1"),
+    pytest.param(stored(Image.fromarray(GRAY.astype(np.float32)), "TIFF"), gray_rgb(GRAY),
+                 "float grayscale, 0 to 255 taken", id="float to 255"),
+    pytest.param(stored(Image.fromarray(GRAY.astype(np.int32)), "TIFF"), gray_rgb(GRAY),
+                 "32-bit grayscale, 0 to 255 taken", id="32 bit"),
     pytest.param(png16(DEEP[..., :1], 0), gray_rgb(GRAY), "16-bit", id="16-bit gray"),
     pytest.param(png16(DEEP, 2), RGB, "16 bits", id="16-bit RGB"),
 ])
@@ -124,6 +130,30 @@ def test_cmyk_jpeg(tmp_path):
     x, said = read(path)
     assert x.shape == (16, 24, 3) and "CMYK" in said[0]
     assert np.abs(x.astype(int) - [255, 0, 0]).max() <= 8
+
+
+def test_grayscale_beyond_16_bits_is_refused(tmp_path):
+    for values in ([[70000, 3]], [[-1, 3]]):
+        Image.fromarray(np.array(values, np.int32)).save(tmp_path / "x.tiff")
+        with pytest.raises(UserError, match="x.tiff: .*outside 0 to 65535"):
+            read(tmp_path / "x.tiff")
+
+
+def test_an_image_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "x.png"
+    path.write_bytes(b"old")
+    with pytest.raises(UserError, match="it is a folder"):
+        data.write_image(torch.zeros(3, 2, 2), tmp_path)
+    with pytest.raises(UserError, match="name an image file, as x.png"):
+        data.write_image(torch.zeros(3, 2, 2), tmp_path / "x.bin")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs.os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device; the file that was there is kept"):
+        data.write_image(torch.zeros(3, 2, 2), path)
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["x.png"]
 
 
 @pytest.mark.parametrize("orientation, turned", [

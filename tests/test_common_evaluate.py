@@ -242,3 +242,21 @@ def test_compare_tells_papers_with_equal_names_apart(curves, folder, tmp_path, c
     compare.main(["--results", *files, "--dataset", str(folder)])
     table = capsys.readouterr().out
     assert f"| one {ours['name']}" in table and f"| two {ours['name']}" in table
+
+
+@pytest.mark.parametrize("content", [
+    "{}", "[1]", "3", '{"name": "a", "results": {"bpp": [1]}}', '{"name": "a", "results": 3}',
+    '{"name": "a", "results": {"bpp": ["1"], "psnr-rgb": [2]}}', '{"curves": [{}]}', "not JSON"])
+def test_other_json_is_refused(content, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    for read in (evaluate.load_json, evaluate.load_published):
+        with pytest.raises(UserError, match="a.json: not"):
+            read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("name, words", [("a.xyz", "name a plot"), ("", "it is a folder")])
+def test_plots_that_cannot_be_written(name, words, curves, tmp_path):
+    results, published, jpeg = curves
+    with pytest.raises(UserError, match=words):
+        compare.plot(results, published, jpeg, tmp_path / name)
+    assert not list(tmp_path.parent.glob(f"{tmp_path.name}.*"))

@@ -307,3 +307,51 @@ def test_newest_checkpoint_is_the_last_written(tmp_path):
 def test_gpu_id_must_be_numbers(ids):
     with pytest.raises(UserError, match="gpu_id"):
         runs.launch(ids)
+
+
+def test_a_damaged_checkpoint_is_not_loaded(tmp_path):
+    """torch.load reads past the checksums of the zip file that a checkpoint is."""
+    path = tmp_path / "a.pth"
+    runs.export(path, Hyperprior(8, 12).eval())
+    whole = path.read_bytes()
+    for position in range(300, len(whole) - 300, len(whole) // 40):
+        damaged = bytearray(whole)
+        damaged[position] ^= 4
+        path.write_bytes(bytes(damaged))
+        try:
+            state = runs.load_checkpoint(path)["model"]
+        except UserError:
+            continue
+        path.write_bytes(whole)  # a flip that changed no content, as in a time stamp
+        good = runs.load_checkpoint(path)["model"]
+        assert all(torch.equal(v, good[k]) for k, v in state.items())
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"# a text\n", "give one of train.py"), (b"PK\3\4", "give one of train.py|damaged"),
+    (b"", "cannot be read")])
+def test_what_is_no_checkpoint(content, words, tmp_path):
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        runs.load_checkpoint(tmp_path / "a.pth")
+    assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def test_kernels_without_steps_are_refused(tmp_path):
+    torch.save({"model": {"a": torch.ones(2, dtype=torch.int8)}}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="8-bit kernels are missing"):
+        runs.load_checkpoint(tmp_path / "a.pth")
+
+
+def test_epochs_are_numbers(tmp_path):
+    for name in ("epoch_10.pth", "epoch_9.pth", "epoch_best.pth", "latest.pth"):
+        (tmp_path / name).touch()
+    assert [p.name for p in runs.epochs(tmp_path)] == ["epoch_9.pth", "epoch_10.pth"]
+
+
+@pytest.mark.parametrize("kind, text", [
+    (runs.positive_float, "1e31"), (runs.positive_float, "nan"), (runs.threads, "100000"),
+    (runs.minutes, "nan"), (runs.minutes, "-1")])
+def test_values_out_of_range(kind, text):
+    with pytest.raises(ValueError):
+        kind(text)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from common import UserError, data, runs
-from common.loss import RateDistortionLoss
+from common.loss import RateDistortionLoss, check_size
 
 import pytest
 import torch
@@ -208,7 +208,7 @@ def test_mistakes_are_named_before_anything_is_saved(flags, words, module, train
     assert not list(tmp_path.rglob("*.pth"))
 
 
-def test_another_configuration_cannot_be_resumed(train):
+def test_another_configuration_cannot_be_resumed(train, images):
     folder = train("--epoch", 1)
     path = folder / "ckpts" / "Hyperprior" / "0" / "epoch_0.pth"
     content = path.read_bytes()
@@ -216,10 +216,34 @@ def test_another_configuration_cannot_be_resumed(train):
                          (["--N", 8], "quantiles"),
                          (["--lr", 0.5], "trained with --lr"),
                          (["--lmbda", 0.5], "trained with --lmbda"),
-                         (["--metric", "ms-ssim"], "trained with --metric")]:
+                         (["--dataset", images / "test"], "trained with --dataset 2 images"),
+                         (["--metric", "ms-ssim"], "161 pixels or more")]:
         with pytest.raises(UserError, match=words):
             train("--epoch", 2, "--resume", *flags)
     assert path.read_bytes() == content
+
+
+def test_a_finished_run_says_so(train, capsys):
+    train("--epoch", 1)
+    assert "nothing to do" not in capsys.readouterr().out
+    train("--epoch", 1, "--resume")
+    assert "nothing to do: this run has its 1 epochs already" in capsys.readouterr().out
+
+
+def test_images_too_small_for_ms_ssim_are_named_before_training(train, images):
+    with pytest.raises(UserError, match="set a larger --patch-size"):
+        train("--epoch", 1, "--metric", "ms-ssim")
+    with pytest.raises(UserError, match="0.png: --metric ms-ssim needs .*90x90; remove it"):
+        check_size("ms-ssim", (90, 90), images / "test" / "0.png")
+    folder = images.parent / "ckpts"
+    assert not folder.exists()
+
+
+def test_weights_of_another_variant_do_not_start_a_training(train):
+    folder = train("--epoch", 1, "--gdn_variant", "seminar", module=joint_ar_train)
+    path = next((folder / "ckpts").glob("**/epoch_0.pth"))
+    with pytest.raises(UserError, match="was trained with --gdn_variant seminar, not paper"):
+        train("--epoch", 1, "--exp_version", 1, "--init_ckpt", path, module=joint_ar_train)
 
 
 # --------------------------------------------------------------------------- learning, divergence
@@ -317,6 +341,10 @@ def test_two_processes_resume_exactly(images, tmp_path):
     _, errors = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, errors[-2000:]
     assert_equal(first, load(tmp_path, 0))
+    again = process(images, tmp_path, *flags)
+    _, errors = again.communicate(timeout=120)
+    assert again.returncode == 2, errors
+    assert errors.startswith("error: ") and len(errors.splitlines()) == 1  # not one a process
 
 
 def _gradients(rank, world):
