@@ -329,7 +329,7 @@ def test_a_damaged_checkpoint_is_not_loaded(tmp_path):
 
 @pytest.mark.parametrize("content, words", [
     (b"# a text\n", "give one of train.py"), (b"PK\3\4", "give one of train.py|damaged"),
-    (b"", "cannot be read")])
+    (b"", "can be read, it is damaged")])
 def test_what_is_no_checkpoint(content, words, tmp_path):
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(UserError, match=words) as caught:
