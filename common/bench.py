@@ -84,16 +84,17 @@ def seconds(step: Step) -> float:
     return time.perf_counter() - start
 
 
-def compare(name: str, ours: Step, baseline: Step, rounds: int) -> None:
-    """Time both in turns and print medians and the median ratio.
+def timed(step: Step) -> float:
+    """Seconds of the second of two calls.
 
-    Before each timed call comes one that is not: the first after the other side's pays for the
-    memory and the caches that it left behind.
+    The first after another model's pays for the memory and the caches that it left behind.
     """
-    def timed(step: Step) -> float:
-        step()
-        return seconds(step)
+    step()
+    return seconds(step)
 
+
+def compare(name: str, ours: Step, baseline: Step, rounds: int) -> None:
+    """Time both in turns and print medians and the median ratio."""
     show(name, [(timed(baseline), timed(ours)) for _ in range(rounds)])
 
 
@@ -128,7 +129,7 @@ def among_papers(papers: list[str], rounds: int) -> None:
     """Our decoders at equal widths, in turns: seconds, and relative to the first paper's."""
     x = data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None]
     steps = [decode(pair(paper, 192, 192)[0], x) for paper in papers]
-    times = [[(step(), seconds(step))[1] for step in steps] for _ in range(rounds)]
+    times = [[timed(step) for step in steps] for _ in range(rounds)]
     for i, paper in enumerate(papers):
         ratio = statistics.median(row[i] / row[0] for row in times)
         median = statistics.median(row[i] for row in times)

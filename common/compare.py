@@ -106,13 +106,19 @@ def save_figure(figure: Any, path: str | Path) -> None:
     """Write a matplotlib figure in the format of the file's name, and close it."""
     from matplotlib import pyplot as plt
 
+    runs.refuse_folder(path)
     kind = Path(path).suffix.removeprefix(".").lower()
-    if kind not in figure.canvas.get_supported_filetypes() and not Path(path).is_dir():
+    if kind not in figure.canvas.get_supported_filetypes():
         raise UserError(f"cannot write {path}: name a plot .png, .pdf or .svg")
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150, format=kind or "png")
+    figure.savefig(buffer, dpi=150, format=kind)
     plt.close(figure)
     runs.write_atomic(path, buffer.getvalue())
+
+
+def distinct(*choices: list[str]) -> list[str]:
+    """The first list of names in which no two are equal; the last if there is none."""
+    return next((names for names in choices if len(set(names)) == len(names)), choices[-1])
 
 
 def report(results: list[Results], published: Path, paths: list[Path], folder: Path,
@@ -210,12 +216,12 @@ def main(argv: list[str] | None = None) -> None:
                         help="images of the results; JPEG is measured on them")
     args = parser.parse_args(argv)
     results = [evaluate.load_json(path) for path in args.results]
-    if len({r["name"] for r in results}) < len(results):  # "small" of several papers
-        for path, r in zip(args.results, results, strict=True):
-            r["name"] = f"{path.resolve().parents[1].name} {r['name']}"
-    if len({r["name"] for r in results}) < len(results):
-        for path, r in zip(args.results, results, strict=True):
-            r["name"] = str(path)
+    pairs = list(zip(args.results, results, strict=True))
+    names = distinct([r["name"] for r in results],
+                     [f"{p.resolve().parents[1].name} {r['name']}" for p, r in pairs],
+                     [str(p) for p in args.results])
+    for result, name in zip(results, names, strict=True):
+        result["name"] = name
     published = evaluate.load_published(args.published) if args.published else []
     jpeg = classical.jpeg(data.list_images(args.dataset), ms_ssim=False)
     print(table(results, published, jpeg), end="")

@@ -35,9 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folders", type=Path, nargs="+", help="<paper>/logs/<prefix>/<exp_version>")
     parser.add_argument("--plot", type=Path, default=Path("curves.png"), help="PNG to write")
     args = parser.parse_args(argv)
-    names = [(f.resolve().parents[2:3] or [f])[0].name for f in args.folders]
-    if len(set(names)) < len(names):
-        names = [str(f) for f in args.folders]
+    names = compare.distinct([f.resolve().parts[-4:][0] for f in args.folders],  # the papers'
+                             [str(f) for f in args.folders])
     rows = {name: read(folder) for name, folder in zip(names, args.folders, strict=True)}
 
     import matplotlib

@@ -44,9 +44,9 @@ def read_image(path: str | Path | io.BytesIO, notice: Callable[[str], None] = pr
     name = name or str(path)
     try:
         with Image.open(path) as image:
-            sixteen_bit = ";16" in str(image.tile)  # load() empties the list of tiles
+            sixteen_bit = (";16" in f"{image.mode} {image.tile}"  # load() empties the tiles
+                           or (image.format, image.mode) == ("PNG", "I"))
             image.load()
-            sixteen_bit |= image.format == "PNG" and image.mode == "I"
             rgb, lost = _to_rgb(ImageOps.exif_transpose(image), sixteen_bit)
     except FileNotFoundError:
         raise UserError(f"{name}: no such image file") from None
@@ -65,7 +65,7 @@ def _to_rgb(image: Image.Image, sixteen_bit: bool) -> tuple[Image.Image, str]:
         return image, "16 bits a sample" if sixteen_bit else ""
     if mode.startswith("I") or mode == "F":
         a = np.asarray(image, dtype=np.float64)
-        peak = 65535 if sixteen_bit or mode.startswith("I;16") else _peak(a, mode)
+        peak = 65535 if sixteen_bit else _peak(a, mode)
         gray = Image.fromarray(np.clip(np.rint(a * (255 / peak)), 0, 255).astype(np.uint8))
         kind = "float" if mode == "F" else "16-bit" if peak == 65535 else "32-bit"
         return gray.convert("RGB"), f"{kind} grayscale, 0 to {peak:g} taken as black to white"
@@ -90,8 +90,7 @@ def write_image(x: Tensor, path: str | Path) -> None:
     """Write (3, H, W), uint8 or float in [0, 1] (rounded to 8 bits), as an image file."""
     if x.dtype != torch.uint8:
         x = to_uint8(x)
-    if Path(path).is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
+    runs.refuse_folder(path)
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind not in Image.SAVE:
         raise UserError(f"cannot write {path}: name an image file, as {Path(path).stem}.png")

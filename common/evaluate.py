@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, bitstream, data, metrics, runs
+from common.tiles import LIMIT
 
 import compressai
 import torch
@@ -25,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-ESTIMATE_PIXELS = 4_000_000  # larger images are coded in tiles; forward would not fit
 MEASURES = ("bpp", "psnr-rgb", "ms-ssim-rgb", "encoding_time", "decoding_time", "bpp_estimated")
 
 
@@ -145,6 +145,12 @@ def find_checkpoints(args: argparse.Namespace, bundled: Path, prefix: str
     return {"small": small}
 
 
+def folder_of(outdir: str, name: str, checkpoint: Path) -> Path:
+    """Where the files of one operating point go: epochs of several runs do not meet there."""
+    run = "-".join(checkpoint.with_suffix("").parts[-3:])  # epoch_9 of which run
+    return Path(outdir, name, run if name != "small" else checkpoint.stem)
+
+
 def _trained_as(path: Path) -> str | None:
     return runs.load_checkpoint(path).get("config", {}).get("model_name")
 
@@ -188,7 +194,7 @@ def evaluate(model: nn.Module, paths: list[Path], tag: bytes, name: str, descrip
             files = [bitstream.read(folder / f"{stem}.bin") for stem in group]
             x_hat, decoding = _timed(
                 lambda files=files: decode_images(model, files, tag, fingerprint), device)
-            small = x.shape[-2] * x.shape[-1] <= ESTIMATE_PIXELS
+            small = x.shape[-2] * x.shape[-1] <= LIMIT  # forward of a larger one would not fit
             estimates = (_estimate(model, x) if entropy_estimation and small
                          else [None] * len(group))
             decoded = data.to_uint8(x_hat).cpu()

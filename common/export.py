@@ -9,13 +9,70 @@ Kernels are kept in 8 bits, with CDF tables and fixed-point exponents; no optimi
 from __future__ import annotations
 
 import importlib
+import io
+import zipfile
 from pathlib import Path
+from typing import Any
 
-from common import UserError, runs
+from common import UserError, exact, runs
 
 import torch
+from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[1]
+SMALL_KERNEL = 20_000  # those next to the image: 8 bits there cost most and save nothing
+SHARES = (1.0, 0.9, 0.8, 0.7)  # of the largest weight, that 127 steps may reach
+
+
+def write(path: Path, model: nn.Module, **info: Any) -> None:
+    """Write a small checkpoint for coding only: kernels in 8 bits, tables as they are.
+
+    The model's own weights are rounded too, so that it stays the model in the file.
+    """
+    kernels, steps = {}, {}
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            weight = getattr(module, "weight", None)
+            if not isinstance(weight, nn.Parameter) or weight.dim() != 4:
+                continue
+            name = f"{name}.weight"
+            if weight.numel() < SMALL_KERNEL:
+                kernels[name] = weight.half()
+                weight.copy_(kernels[name])
+            else:
+                out = 1 if isinstance(module, nn.ConvTranspose2d) else 0
+                kernels[name], steps[name] = _to_int8(weight, out)
+                weight.copy_(kernels[name] * steps[name])
+    for name in model.exact_parts:
+        exact.restore(model.get_submodule(name), None)  # exponents that fit the rounded weights
+    state = runs.coding_state(model)
+    state["model"] = {**state["model"], **kernels}
+    buffer, packed = io.BytesIO(), io.BytesIO()
+    torch.save({**state, "int8_steps": steps, **info}, buffer)
+    with zipfile.ZipFile(buffer) as plain, \
+            zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as small:
+        for name in plain.namelist():  # the CDF tables are mostly zeros; torch.load reads deflate
+            small.writestr(zipfile.ZipInfo(name), plain.read(name), zipfile.ZIP_DEFLATED)
+    runs.write_atomic(path, packed.getvalue())
+
+
+def _to_int8(weight: Tensor, out: int) -> tuple[Tensor, Tensor]:
+    """Integers in [-127, 127] and the step of each output channel (dimension `out`).
+
+    Of four steps, up to the one that fits the largest weight, each channel takes that with the
+    least squared error: for bell-shaped weights a few clipped ones cost less than a coarser step.
+    """
+    others = [d for d in range(weight.dim()) if d != out]
+    largest = weight.abs().amax(others, keepdim=True).clamp_min(1e-12)
+    steps = torch.stack([largest * share / 127 for share in SHARES])
+
+    def rounded(step: Tensor) -> Tensor:
+        return (weight / step).round().clamp(-127, 127)
+
+    errors = torch.stack([((rounded(step) * step - weight) ** 2).sum(others, keepdim=True)
+                          for step in steps])
+    step = steps.gather(0, errors.argmin(0, keepdim=True))[0]
+    return rounded(step).to(torch.int8), step
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,20 +83,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=runs.count,
                         help="trained in all, where runs started from others; none: the last run's")
     args = parser.parse_args(argv)
-    state = runs.load_checkpoint(args.checkpoint)
-    if "config" not in state:
-        raise UserError(f"{args.checkpoint}: not a checkpoint of train.py, it has no config")
     model = importlib.import_module(f"{args.paper}.model").load(args.checkpoint)
+    if "config" not in model.info:
+        raise UserError(f"{args.checkpoint}: not a checkpoint of train.py, it has no config")
     with torch.no_grad():
         for module in model.modules():
             if hasattr(module, "mask"):  # what no forward uses takes no room
                 module.weight.mul_(module.mask)
     model.update(force=True, update_quantiles=True)
-    config = {key: value for key, value in state["config"].items()
+    config = {key: value for key, value in model.info["config"].items()
               if not str(value).startswith("/") and key not in ("dataset", "test_dataset")}
-    step = args.steps if args.steps is not None else state["step"]
-    runs.export(args.output, model, config=config, step=step,
-                hardware=runs.describe(torch.device("cpu")))
+    step = args.steps if args.steps is not None else model.info["step"]
+    write(args.output, model, config=config, step=step,
+          hardware=runs.describe(torch.device("cpu")))
     print(f"{args.output}: {args.output.stat().st_size:,} bytes, {step:,} steps")
 
 

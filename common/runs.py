@@ -377,9 +377,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Write to a temporary file beside `path`, then rename; UserError when it cannot."""
+    refuse_folder(path)
     name, path = path, Path(os.path.realpath(path))  # a link stays one
-    if path.is_dir():
-        raise UserError(f"cannot write {name}: it is a folder")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.exists() and not path.is_file():  # /dev/stdout, a pipe
@@ -396,6 +395,12 @@ def write_atomic(path: str | Path, data: bytes) -> None:
             temporary.unlink()
         kept = "; the file that was there is kept" if path.exists() else ""
         raise UserError(f"cannot write {name}: {e.strerror or e}{kept}") from None
+
+
+def refuse_folder(path: str | Path) -> None:
+    """UserError when a file is to be written where a folder is."""
+    if Path(path).is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -430,7 +435,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: holds no state dict")
     for prefix in ("module.", "_orig_mod."):
         weights = {k.removeprefix(prefix): v for k, v in weights.items()}
-    steps = state.pop("int8_steps", {})  # of a file of `export`
+    steps = state.pop("int8_steps", {})  # of a file of common/export.py
     if {k for k, v in weights.items() if v.dtype == torch.int8} != set(steps):
         raise UserError(f"{path}: the steps of its 8-bit kernels are missing: export it again")
     state["model"] = {k: v * steps[k] if k in steps else v.float() if v.is_floating_point() else v
@@ -489,62 +494,6 @@ def coding_state(model: nn.Module) -> dict[str, Any]:
     """What a checkpoint needs so that files written with it can be decoded for ever."""
     return {"model": model.state_dict(),
             "exact": {name: exact.spec(model.get_submodule(name)) for name in model.exact_parts}}
-
-
-def export(path: Path, model: nn.Module, **info: Any) -> None:
-    """Write a small checkpoint for coding only: kernels in 8 bits, tables as they are.
-
-    The model's own weights are rounded too, so that it stays the model in the file.
-    """
-    kernels, steps = {}, {}
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            weight = getattr(module, "weight", None)
-            if not isinstance(weight, nn.Parameter) or weight.dim() != 4:
-                continue
-            name = f"{name}.weight"
-            if weight.numel() < SMALL_KERNEL:
-                kernels[name] = weight.half()
-                weight.copy_(kernels[name])
-            else:
-                out = 1 if isinstance(module, nn.ConvTranspose2d) else 0
-                kernels[name], steps[name] = _to_int8(weight, out)
-                weight.copy_(kernels[name] * steps[name])
-    for name in model.exact_parts:
-        exact.restore(model.get_submodule(name), None)  # exponents that fit the rounded weights
-    state = coding_state(model)
-    state["model"] = {**state["model"], **kernels}
-    buffer, packed = io.BytesIO(), io.BytesIO()
-    torch.save({**state, "int8_steps": steps, **info}, buffer)
-    with zipfile.ZipFile(buffer) as plain, \
-            zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as small:
-        for name in plain.namelist():  # the CDF tables are mostly zeros; torch.load reads deflate
-            small.writestr(zipfile.ZipInfo(name), plain.read(name), zipfile.ZIP_DEFLATED)
-    write_atomic(path, packed.getvalue())
-
-
-SMALL_KERNEL = 20_000  # those next to the image: 8 bits there cost most and save nothing
-
-
-def _to_int8(weight: Tensor, out: int) -> tuple[Tensor, Tensor]:
-    """Integers in [-127, 127] and the step of each output channel (dimension `out`).
-
-    Of four steps, up to the one that fits the largest weight, each channel takes that with the
-    least squared error: for bell-shaped weights a few clipped ones cost less than a coarser step.
-    """
-    others = [d for d in range(weight.dim()) if d != out]
-    largest = weight.abs().amax(others, keepdim=True).clamp_min(1e-12)
-    candidates = []
-    for share in (0.7, 0.8, 0.9, 1.0):
-        step = largest * share / 127
-        q = (weight / step).round().clamp(-127, 127)
-        candidates.append((((q * step - weight) ** 2).sum(others, keepdim=True), q, step))
-    error, q, step = candidates[-1]
-    for e, other_q, other_step in candidates[:-1]:
-        better = e < error
-        error = torch.where(better, e, error)
-        q, step = torch.where(better, other_q, q), torch.where(better, other_step, step)
-    return q.to(torch.int8), step
 
 
 SAME_RUN = ("metric", "lmbda", "optimizer", "lr", "aux_lr", "lr_schedule", "milestones",
@@ -747,49 +696,22 @@ def describe(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def positive_float(text: str) -> float:
-    """argparse type: a number above zero that float32 holds."""
-    value = float(text)
-    if not 0 < value <= 1e30:
-        raise ValueError(text)
-    return value
+# ------------------------------------------------------------------------------ argparse types
+def _number(name: str, kind: type, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """A type for argparse, which gives its name in error messages; NaN holds nothing."""
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not holds(value):
+            raise ValueError(text)
+        return value
+
+    parse.__name__ = name
+    return parse
 
 
-def minutes(text: str) -> float:
-    """argparse type: zero or above."""
-    value = float(text)
-    if not value >= 0:
-        raise ValueError(text)
-    return value
-
-
-def threads(text: str) -> int:
-    """argparse type: a number of threads that a machine can have; 0 leaves it to torch."""
-    value = count(text)
-    if value > 1024:
-        raise ValueError(text)
-    return value
-
-
-def count(text: str) -> int:
-    """argparse type: a whole number, zero or above."""
-    value = int(text)
-    if value < 0:
-        raise ValueError(text)
-    return value
-
-
-def seed_number(text: str) -> int:
-    """argparse type: what a random generator takes, -2^63 ... 2^63 - 1."""
-    value = int(text)
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(text)
-    return value
-
-
-def positive_int(text: str) -> int:
-    """argparse type: a whole number above zero."""
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+positive_float = _number("positive_float", float, lambda v: 0 < v <= 1e30)  # float32 holds it
+positive_int = _number("positive_int", int, lambda v: v > 0)
+count = _number("count", int, lambda v: v >= 0)
+minutes = _number("minutes", float, lambda v: v >= 0)
+threads = _number("threads", int, lambda v: 0 <= v <= 1024)  # 0 leaves it to torch
+seed_number = _number("seed_number", int, lambda v: -(2**63) <= v < 2**63)  # a generator's range

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+LIMIT = 4_000_000  # image pixels: above, transforms work in tiles
+
 
 def tiled(
     transform: Callable[[Tensor], Tensor],
@@ -12,7 +14,7 @@ def tiled(
     up: int = 1,
     halo: int = 2,
     tile: int = 1024,
-    limit: int = 4_000_000,
+    limit: int = LIMIT,
 ) -> Tensor:
     """Apply transform to x (B, C, H, W); in overlapping tiles above `limit` image pixels.
 

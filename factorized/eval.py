@@ -54,8 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         points = []
         for checkpoint in checkpoints:
             model = load(checkpoint, device)
-            run = "-".join(checkpoint.with_suffix("").parts[-3:])  # epoch_9 of which run
-            out = Path(args.outdir, name, run if name != "small" else checkpoint.stem)
+            out = evaluate.folder_of(args.outdir, name, checkpoint)
             points.append(evaluate.evaluate(model, images, TAG, name, str(checkpoint.name), out,
                                             args.test_batch_size, {"steps_source": SOURCE_STEPS}))
         curves.append(evaluate.merge(points))

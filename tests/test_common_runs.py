@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import UserError, exact, runs
+from common import UserError, exact, export, runs
 
 import pytest
 import torch
@@ -197,11 +197,11 @@ def test_tables_come_from_the_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("small_kernel", [0, 2000, 10**9])  # all in 8 bits, some, none
 def test_export_is_the_model_in_the_file(small_kernel, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "SMALL_KERNEL", small_kernel)
+    monkeypatch.setattr(export, "SMALL_KERNEL", small_kernel)
     torch.manual_seed(0)
     model = Hyperprior(8, 12).eval()
     model.update()
-    runs.export(tmp_path / "a.pth", model, config={"lmbda": 0.013}, step=5)
+    export.write(tmp_path / "a.pth", model, config={"lmbda": 0.013}, step=5)
     loaded = load_hyperprior(tmp_path / "a.pth")
     assert (loaded.info["config"]["lmbda"], loaded.info["step"]) == (0.013, 5)
     for name, value in model.state_dict().items():
@@ -211,7 +211,7 @@ def test_export_is_the_model_in_the_file(small_kernel, tmp_path, monkeypatch):
     table = model.entropy_bottleneck._quantized_cdf.clone()
     table[0, 1] += 1  # of older weights, say: what the file holds is what its streams were coded by
     model.entropy_bottleneck._quantized_cdf.copy_(table)
-    runs.export(tmp_path / "b.pth", model)
+    export.write(tmp_path / "b.pth", model)
     assert torch.equal(
         load_hyperprior(tmp_path / "b.pth").entropy_bottleneck._quantized_cdf, table)
     plain = sum(v.numel() * v.element_size() for v in model.state_dict().values())
@@ -223,7 +223,7 @@ def test_eight_bit_kernels_are_close(out):
     weight = torch.randn(64, 48, 5, 5, generator=torch.Generator().manual_seed(0))
     weight.select(out, 0).zero_()  # a dead channel stays zero
     weight.select(out, 1).mul_(1e-3)  # and a faint one has a step of its own
-    q, step = runs._to_int8(weight, out)
+    q, step = export._to_int8(weight, out)
     assert q.dtype == torch.int8 and step.numel() == weight.size(out)
     assert q.select(out, 0).abs().max() == 0
     error = (q * step - weight).transpose(0, out).flatten(1).square().mean(1)[1:]
@@ -312,7 +312,7 @@ def test_gpu_id_must_be_numbers(ids):
 def test_a_damaged_checkpoint_is_not_loaded(tmp_path):
     """torch.load reads past the checksums of the zip file that a checkpoint is."""
     path = tmp_path / "a.pth"
-    runs.export(path, Hyperprior(8, 12).eval())
+    export.write(path, Hyperprior(8, 12).eval())
     whole = path.read_bytes()
     for position in range(300, len(whole) - 300, len(whole) // 40):
         damaged = bytearray(whole)

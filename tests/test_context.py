@@ -370,10 +370,10 @@ def test_checkerboard_starts_from_joint_ar():
 @pytest.mark.parametrize("paper, option, value", [
     ("joint_ar", "gdn_variant", "seminar"), ("checkerboard", "anchor_parity", "odd")])
 def test_checkpoint_remembers_what_its_weights_do_not_tell(paper, option, value, tmp_path):
-    from common import runs
+    from common import export
 
     model = build(paper, **{option: value})
-    runs.export(tmp_path / "a.pth", model, config={option: value, "lmbda": 0.01})
+    export.write(tmp_path / "a.pth", model, config={option: value, "lmbda": 0.01})
     loaded = MODELS[paper].load(tmp_path / "a.pth")
     assert getattr(loaded, option) == value
     x = torch.rand(1, 3, 64, 128)
@@ -406,9 +406,9 @@ def test_fingerprint_tells_variants_of_equal_weights_apart(paper, option, value)
 
 @pytest.mark.parametrize("paper, other", [PAPERS, PAPERS[::-1]])
 def test_weights_of_the_other_mask_are_refused(paper, other, tmp_path):
-    from common import UserError, runs
+    from common import UserError, export, runs
 
-    runs.export(tmp_path / "a.pth", build(other))
+    export.write(tmp_path / "a.pth", build(other))
     with pytest.raises(UserError, match="a.pth: not .*context_prediction.mask"):
         MODELS[paper].load(tmp_path / "a.pth")
     if paper == "joint_ar":
