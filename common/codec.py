@@ -11,18 +11,22 @@ from pathlib import Path
 
 from common import UserError, bitstream, data, evaluate, runs
 
-from torch import nn
+from torch import Tensor, nn
 
 DECODED = ".decoded.png"  # not .png: the original may lie beside its .bin
 
 
-def flags(description: str) -> tuple[runs.Parser, argparse.ArgumentParser, argparse.ArgumentParser]:
-    """The parser, and those of its commands `encode` and `decode`."""
+def flags(description: str, weights: str = "0.0067", which: str = "lmbda"
+          ) -> tuple[runs.Parser, argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The parser, and those of its commands `encode` and `decode`.
+
+    weights: the bundled weights/small-<weights>.pth that encode; which: what their name says.
+    """
     parser = runs.Parser(description=description)
     commands = parser.add_subparsers(dest="command", required=True)
     encode = commands.add_parser("encode", help="image -> .bin")
     encode.add_argument("input", type=Path, help="any image that Pillow reads")
-    encode.add_argument("--weights", default="0.0067", help="lmbda of the bundled small weights")
+    encode.add_argument("--weights", default=weights, help=f"{which} of the bundled small weights")
     decode = commands.add_parser("decode", help=".bin -> image")
     decode.add_argument("input", type=Path, help="a file made by encode")
     for command, suffix in ((encode, ".bin"), (decode, DECODED)):
@@ -33,12 +37,13 @@ def flags(description: str) -> tuple[runs.Parser, argparse.ArgumentParser, argpa
     return parser, encode, decode
 
 
-def run(args: argparse.Namespace, tag: bytes, load: Callable[..., nn.Module],
-        weights: Path) -> None:
+def run(args: argparse.Namespace, tag: bytes, load: Callable[..., nn.Module], weights: Path,
+        encode: Callable[[nn.Module, Tensor], tuple[bytes, str]] | None = None) -> None:
     """Do what the command line says. tag, load: the paper's; weights: folder of the bundled ones.
 
     Without --checkpoint, encoding takes the bundled weights --weights, and decoding those that the
-    fingerprint in the file names.
+    fingerprint in the file names. encode(model, x): in place of `evaluate.encode_image`, the file
+    and what else to print.
     """
     device = runs.start(args.device, threads=args.threads)
     bundled = sorted(weights.glob("small-*.pth"))
@@ -59,9 +64,10 @@ def run(args: argparse.Namespace, tag: bytes, load: Callable[..., nn.Module],
     _refuse_same(args.input, output)
     image = data.read_image(args.input)
     height, width = image.shape[-2:]
-    file = evaluate.encode_image(load(checkpoint, device), data.to_float(image.to(device)), tag)
+    model, x = load(checkpoint, device), data.to_float(image.to(device))
+    file, note = encode(model, x) if encode else (evaluate.encode_image(model, x, tag), "")
     runs.write_atomic(output, file)
-    print(f"{output}: {len(file)} bytes, {8 * len(file) / (height * width):.4f} bpp")
+    print(f"{output}: {len(file)} bytes, {8 * len(file) / (height * width):.4f} bpp{note}")
 
 
 def _refuse_same(source: Path, output: Path) -> None:

@@ -32,16 +32,17 @@ class Context:
     entropy_parameters: Sequential of 1x1 convolutions and activations, 4M -> ... -> 2M, on hyper
         parameters and context concatenated in this order; its result is scales, then means.
     params: hyper parameters (B, 2M, H, W), float64 from `exact.run`.
+    gain: what latents are multiplied by before rounding, and so their scales.
     Positions are y * W + x, the same for all images of the batch.
     """
 
     @torch.no_grad()
     def __init__(self, context_prediction: nn.Conv2d, entropy_parameters: nn.Sequential,
-                 params: Tensor, scale_table: Tensor):
+                 params: Tensor, scale_table: Tensor, gain: float = 1.0):
         batch, _, height, width = params.shape
         device, channels = params.device, context_prediction.in_channels
         self.shape = (batch, channels, height, width)
-        self.boundaries = exact.scale_boundaries(scale_table.to(device))
+        self.boundaries = exact.scale_boundaries(scale_table.to(device)) / gain
         self.neighbours = exact.Rows(context_prediction, "context_prediction", device)
         self.first, *self.rest = (
             exact.Rows(layer, f"entropy_parameters.{i}", device) if isinstance(layer, nn.Conv2d)

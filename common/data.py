@@ -206,11 +206,13 @@ class Crops(Dataset):
     """Random crops of a list of images, addressed by the sample number k = 0, 1, 2, ... of a run.
 
     Pass p = k // len(items) visits every image once in an order drawn from (seed, p); crop position
-    and flip are drawn from (seed, k). `self[k]` -> uint8 (3, crop, crop).
+    and flip are drawn from (seed, k). `self[k]` -> uint8 (3, *crop); an int is a square's side.
     """
 
-    def __init__(self, items: list[Item], crop: int, seed: int = 0, flip: bool = False):
-        self.items, self.crop, self.flip = items, crop, flip
+    def __init__(self, items: list[Item], crop: int | tuple[int, int], seed: int = 0,
+                 flip: bool = False):
+        self.items, self.flip = items, flip
+        self.crop = (crop, crop) if isinstance(crop, int) else crop
         self.seed = seed % 2**32  # Philox wants a key >= 0; keys from 2**32 on order the passes
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
         self._cache: dict[int, Tensor] = {}
@@ -220,9 +222,10 @@ class Crops(Dataset):
         rng = np.random.Generator(np.random.Philox(key=self.seed, counter=k))
         image = self._image(self._index(k))
         height, width = image.shape[-2:]
-        top = int(rng.integers(height - self.crop + 1))
-        left = int(rng.integers(width - self.crop + 1))
-        patch = image[:, top : top + self.crop, left : left + self.crop]
+        rows, columns = self.crop
+        top = int(rng.integers(height - rows + 1))
+        left = int(rng.integers(width - columns + 1))
+        patch = image[:, top : top + rows, left : left + columns]
         return patch.flip(-1) if self.flip and rng.random() < 0.5 else patch
 
     def _index(self, k: int) -> int:
@@ -238,9 +241,10 @@ class Crops(Dataset):
         item = self.items[index]
         image = item.read()
         height, width = image.shape[-2:]
-        if min(height, width) < self.crop:
-            raise UserError(f"{item.name}: {width}x{height} is smaller than the {self.crop}x"
-                            f"{self.crop} crop; remove it or set a smaller --patch-size")
+        rows, columns = self.crop
+        if height < rows or width < columns:
+            raise UserError(f"{item.name}: {width}x{height} is smaller than the {columns}x{rows} "
+                            "crop; remove it or set a smaller --patch-size")
         if self._cached_pixels + height * width <= CACHE_PIXELS:
             self._cache[index] = image
             self._cached_pixels += height * width
@@ -265,7 +269,7 @@ class _Steps:
 
 def loader(crops: Crops, first: int, last: int, batch: int, rank: int = 0, world: int = 1,
            num_workers: int = 0) -> DataLoader:
-    """Batches uint8 (batch, 3, crop, crop) of steps first..last-1; `batch` is per process."""
+    """Batches uint8 (batch, 3, *crop) of steps first..last-1; `batch` is per process."""
     return DataLoader(
         crops,
         batch_sampler=_Steps(first, last, batch, rank, world),

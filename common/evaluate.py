@@ -43,37 +43,47 @@ def crop(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def encode_images(model: nn.Module, x: Tensor, tag: bytes,
-                  fingerprint: bytes | None = None) -> list[bytes]:
-    """x (B, 3, H, W) in [0, 1], any H and W -> B files. `fingerprint`: the model's, if at hand."""
+                  fingerprint: bytes | None = None, **rate: Any) -> list[bytes]:
+    """x (B, 3, H, W) in [0, 1], any H and W -> B files.
+
+    fingerprint: the model's, if at hand; rate: what a variable-rate model's `compress` takes.
+    """
     fingerprint = fingerprint or bitstream.fingerprint(model)
     try:
-        strings = model.compress(pad(x, model.downsampling_factor))["strings"]
+        coded = model.compress(pad(x, model.downsampling_factor), **rate)
     except ValueError as e:
         raise UserError(f"the model cannot code this image: {e}") from None
-    return [bitstream.pack(tag, fingerprint, *x.shape[-2:], list(sections))
-            for sections in zip(*strings, strict=True)]
+    return pack_images(coded, x.shape[-2:], tag, fingerprint)
+
+
+def pack_images(coded: dict[str, Any], size: tuple[int, int], tag: bytes, fingerprint: bytes
+                ) -> list[bytes]:
+    """Files of what `compress` returned for images of this size."""
+    return [bitstream.pack(tag, fingerprint, *size, list(sections), coded.get("parameters", b""))
+            for sections in zip(*coded["strings"], strict=True)]
 
 
 def encode_image(model: nn.Module, x: Tensor, tag: bytes,
-                 fingerprint: bytes | None = None) -> bytes:
+                 fingerprint: bytes | None = None, **rate: Any) -> bytes:
     """x (3, H, W) or (1, 3, H, W) in [0, 1] -> the file's bytes."""
-    return encode_images(model, x.reshape(1, *x.shape[-3:]), tag, fingerprint)[0]
+    return encode_images(model, x.reshape(1, *x.shape[-3:]), tag, fingerprint, **rate)[0]
 
 
 @torch.no_grad()
 def decode_images(model: nn.Module, files: list[bytes], tag: bytes,
                   fingerprint: bytes | None = None) -> Tensor:
-    """Files of images of one size -> x_hat (B, 3, H, W) in [0, 1].
+    """Files of images of one size and rate -> x_hat (B, 3, H, W) in [0, 1].
 
     Raises UserError for everything that is not a whole file of this model.
     """
     fingerprint = fingerprint or bitstream.fingerprint(model)
     parts = [bitstream.unpack(file, tag, fingerprint) for file in files]
+    rate = model.read_parameters(parts[0].parameters) if hasattr(model, "read_parameters") else {}
     size, factor = (parts[0].height, parts[0].width), model.downsampling_factor
     shape = tuple(-(-side // factor) for side in size)  # of the last latent; so it is not stored
     try:
         strings = [list(s) for s in zip(*(part.sections for part in parts), strict=True)]
-        x_hat = model.decompress(strings, shape)["x_hat"]
+        x_hat = model.decompress(strings, shape, **rate)["x_hat"]
     except ValueError as e:
         raise UserError(f"the file's content does not decode ({e}): encode the image again") \
             from None
@@ -157,8 +167,8 @@ def _trained_as(path: Path) -> str | None:
 
 def evaluate(model: nn.Module, paths: list[Path], tag: bytes, name: str, description: str = "",
              out_dir: str | Path | None = None, batch_size: int = 1,
-             meta: dict[str, Any] | None = None, entropy_estimation: bool = True
-             ) -> dict[str, Any]:
+             meta: dict[str, Any] | None = None, entropy_estimation: bool = True,
+             rate: dict[str, Any] | None = None) -> dict[str, Any]:
     """Results of one operating point on the images `paths`: see the module's docstring.
 
     Every image is written to a file, read back and decoded. bpp counts all bytes of the file and
@@ -168,9 +178,11 @@ def evaluate(model: nn.Module, paths: list[Path], tag: bytes, name: str, descrip
 
     out_dir: keeps <name>.bin and the decoded <name>.png. batch_size: neighbours of equal size that
     are coded together. meta: what the table should say, as lmbda, steps, steps_source (of the
-    paper's recipe). Under torchrun each process codes a part; all return the whole result.
+    paper's recipe). rate: the operating point of a variable-rate model. Under torchrun each process
+    codes a part; all return the whole result.
     """
     model.eval()
+    rate = rate or {}
     device = next(model.parameters()).device
     fingerprint = bitstream.fingerprint(model)
     stems = [p.stem for p in paths]
@@ -186,16 +198,18 @@ def evaluate(model: nn.Module, paths: list[Path], tag: bytes, name: str, descrip
             group = [names[p] for p in batch]
             x = data.to_float(images.to(device))
             if not warm:
-                decode_images(model, encode_images(model, x, tag, fingerprint), tag, fingerprint)
+                files = encode_images(model, x, tag, fingerprint, **rate)
+                decode_images(model, files, tag, fingerprint)
                 warm = True
-            files, encoding = _timed(lambda x=x: encode_images(model, x, tag, fingerprint), device)
+            files, encoding = _timed(
+                lambda x=x: encode_images(model, x, tag, fingerprint, **rate), device)
             for stem, file in zip(group, files, strict=True):
                 runs.write_atomic(folder / f"{stem}.bin", file)
             files = [bitstream.read(folder / f"{stem}.bin") for stem in group]
             x_hat, decoding = _timed(
                 lambda files=files: decode_images(model, files, tag, fingerprint), device)
             small = x.shape[-2] * x.shape[-1] <= LIMIT  # forward of a larger one would not fit
-            estimates = (_estimate(model, x) if entropy_estimation and small
+            estimates = (_estimate(model, x, rate) if entropy_estimation and small
                          else [None] * len(group))
             decoded = data.to_uint8(x_hat).cpu()
             for i, stem in enumerate(group):
@@ -311,9 +325,9 @@ def _timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, floa
 
 
 @torch.no_grad()
-def _estimate(model: nn.Module, x: Tensor) -> list[float]:
+def _estimate(model: nn.Module, x: Tensor, rate: dict[str, Any]) -> list[float]:
     """Bits per original pixel that the likelihoods promise, for each image of x (B, 3, H, W)."""
-    likelihoods = model(pad(x, model.downsampling_factor))["likelihoods"].values()
+    likelihoods = model(pad(x, model.downsampling_factor), **rate)["likelihoods"].values()
     bits = sum(-p.double().log2().sum(dim=(1, 2, 3)) for p in likelihoods)
     return (bits / (x.shape[-2] * x.shape[-1])).tolist()
 

@@ -98,9 +98,18 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     return parser.parse_args(argv)
 
 
-def add_flags(parser: argparse.ArgumentParser, lr_schedule: str) -> None:
-    """The flags that all our training scripts have beside those of their sources."""
-    add = parser.add_argument_group("ours, beside the source's flags").add_argument
+def add_flags(parser: argparse.ArgumentParser, lr_schedule: str, without: tuple[str, ...] = ()
+              ) -> None:
+    """The flags that all our training scripts have beside those of their sources.
+
+    without: those that the source has too, in a form of its own.
+    """
+    group = parser.add_argument_group("ours, beside the source's flags")
+
+    def add(flag: str, **settings: Any) -> None:
+        if flag not in without:
+            group.add_argument(flag, **settings)
+
     add("--config", help="YAML file of flags; the command line wins over it")
     add("--resume", action="store_true", help="continue this run from its newest checkpoint")
     add("--metric", default="mse", choices=["mse", "ms-ssim"], help="distortion")
@@ -331,14 +340,15 @@ def optimizers(model: nn.Module, name: str, lr: float,
 
 
 def schedule(optimizer: torch.optim.Optimizer, name: str, epochs: int,
-             milestones: Iterable[int]) -> Any:
-    """Learning-rate schedule, stepped once an epoch with the epoch's mean training loss.
+             milestones: Iterable[int], patience: int = 10) -> Any:
+    """Learning-rate schedule, stepped once an epoch with the loss to watch.
 
-    plateau: halve after 10 epochs without progress; multistep: halve at each milestone;
+    plateau: halve after `patience` epochs without progress; multistep: halve at each milestone;
     cosine: to zero over the run.
     """
     if name == "plateau":
-        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "min", factor=0.5)
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "min", factor=0.5,
+                                                          patience=patience)
     if name == "multistep":
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(milestones), gamma=0.5)
     if name == "constant":
@@ -428,7 +438,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not state:
         raise UserError(f"{path}: holds no state dict")
     if "model" not in state:
-        state = {"model": state.get("state_dict", state)}
+        state = {"model": state.get("state_dict", state.get("network", state))}
     weights = state["model"]
     if not isinstance(weights, dict) or not all(
             isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
@@ -458,7 +468,7 @@ def load_model(path: str | Path, kind: type, device: torch.device | str = "cpu")
     except KeyError as e:
         raise UserError(f"{path}: not the weights of a {kind.__name__}: {e} is missing") from None
     except RuntimeError as e:
-        raise UserError(f"{path}: not the weights of a {kind.__name__}: {_reason(e)}") from None
+        raise UserError(f"{path}: not the weights of a {kind.__name__}: {reason(e)}") from None
     if any(name.endswith("_quantized_cdf") and b.numel() == 0 for name, b in model.named_buffers()):
         try:
             model.update(force=True)
@@ -481,10 +491,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as e:
-        raise UserError(f"{path}: not weights of this model: {_reason(e)}") from None
+        raise UserError(f"{path}: not weights of this model: {reason(e)}") from None
 
 
-def _reason(e: Exception) -> str:
+def reason(e: Exception) -> str:
     """The keys that torch complains of, on one line; its first line is a heading."""
     lines = [line.strip() for line in str(e).splitlines()]
     return " ".join(lines[1:] or lines)[:300]
@@ -509,8 +519,10 @@ class Checkpoints:
 
     own = ("log",)  # parts that each process has of its own, kept beside its random generators
 
-    def __init__(self, folder: Path, parts: dict[str, Any], config: dict[str, Any]):
-        self.folder, self.parts, self.config = folder, parts, config
+    def __init__(self, folder: Path, parts: dict[str, Any], config: dict[str, Any],
+                 same: tuple[str, ...] = SAME_RUN):
+        """same: the flags that --resume must not change."""
+        self.folder, self.parts, self.config, self.same = folder, parts, config, same
         self.last: Path | None = None
 
     def begin(self, resume: bool, epoch: int | None) -> dict[str, Any]:
@@ -571,7 +583,7 @@ class Checkpoints:
             raise UserError(f"{path}: cannot be resumed, it has no {', '.join(missing)} "
                             "(start from its weights with --init_ckpt)")
         mine = state["rng"][min(rank(), len(state["rng"]) - 1)]
-        same = [*SAME_RUN, *getattr(self.parts["model"], "options", ())]
+        same = [*self.same, *getattr(self.parts["model"], "options", ())]
         if self.config.get("lr_schedule") == "cosine":
             same.append("epoch")  # the whole schedule depends on it
         for key in same:
@@ -585,7 +597,7 @@ class Checkpoints:
                 part.load_state_dict(mine[key] if key in mine else state[key])
         except (RuntimeError, ValueError, KeyError) as e:
             raise UserError(f"{path}: not a checkpoint of this configuration "
-                            f"({_reason(e)})") from None
+                            f"({reason(e)})") from None
         torch.set_rng_state(mine["cpu"])
         if "cuda" in mine and torch.cuda.is_available():
             torch.cuda.set_rng_state(mine["cuda"])
