@@ -1,0 +1,1 @@
+"""QVRF: one model, every rate."""

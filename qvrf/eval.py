@@ -1,0 +1,268 @@
+"""Code a folder of images at the rates of one model, decode them, and write cost and quality.
+
+    python eval.py                                          bundled weights, Kodak, all levels
+    python eval.py -p ./Cheng2020VR.pth.tar --dataset ./dataset/Kodak --s 8      the source's call
+    python eval.py -p W --factormode 1 --factor 1/2.5       a rate between the levels
+    python eval.py -p W --factormode 1 --sweep              the source's 27 factors
+    python eval.py --checkpoint A.pth B.pth --s 0           one point of the curve from each
+    torchrun --nproc_per_node=4 eval.py ...                 images divided over processes
+
+bpp is the size of the file on disk * 8 / original pixels, header included. PSNR and MS-SSIM are
+those of 8-bit images without padding, averaged over images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from common import UserError, bitstream, compare, data, evaluate, metrics, runs
+
+import torch
+
+from qvrf.model import FACTORS, LMBDAS, QVRF, TAG, WIDTHS, build, load
+
+HERE = Path(__file__).parent
+SWEEP = (.5, .7, .9, 1.1, 1.25, 1.45, 1.7, 2, 2.4, 2.8, 3.3, 3.8, 4, 4.6, 5.4, 5.8, 6.5, 6.8, 7.5,
+         7.9, 8.3, 9.1, 9.4, 9.7, 10.5, 11, 12)
+SOURCE_STEPS = 3_219_000  # 3,000 epochs of 1,073
+COLUMNS = ("name", "bits", "pixels", "bpp", "y_bpp", "z_bpp", "mse", "psnr(dB)", "ms-ssim",
+           "enc_time(s)", "dec_time(s)")
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = runs.Parser(description="Code images for real and measure rate and distortion.")
+    add = parser.add_argument_group("the source's flags").add_argument
+    add("--dataset", help="folder of images; none: Kodak")
+    add("--output_path", help="name of the folder, beside the dataset's, of decoded images")
+    add("-c", "--entropy-coder", choices=["ans"], default="ans")
+    add("--cuda", action="store_true", help="a GPU must be there (it is used anyway if it is)")
+    add("--half", action="store_true", help="g_a and g_s in float16")
+    add("--entropy-estimation", action="store_true", help="no files: the likelihoods' bits")
+    add("-p", "--path", help="checkpoint; none: bundled weights")
+    add("--factormode", type=int, choices=[0, 1], default=0, help="1: --factor instead of --s")
+    add("--factor", type=factor, default=1.5,
+        help=f"regulator, as 1.5 or 1/2.5; outside [{FACTORS[0]:g}, {FACTORS[1]:g}]: --sweep")
+    add("--patch", type=runs.positive_int, default=64, help="images are padded to multiples of it")
+    add("--s", type=int, help="level; the number of levels or more: all of them. "
+        "None: all, or with --path the source's 2")
+    add = parser.add_argument_group("ours, of this paper").add_argument
+    add("--sweep", action="store_true", help="with --factormode 1: the source's 27 factors")
+    add("--outdir", default="./output", help="bitstreams and decoded images, without --output_path")
+    add("--resultdir", default="./results", help="JSON, CSV, plot")
+    add("--test_batch_size", type=runs.positive_int, default=1, help="images of equal size")
+    add("--entropy_device", default="cpu", help="where h_s runs when coding: cpu or cuda")
+    evaluate.add_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = flags().parse_args(argv)
+    check(args)
+    device = runs.start("cuda" if args.cuda else args.device, threads=args.threads)
+    entropy_device = runs.usable(args.entropy_device)
+    if args.complexity:
+        complexity()
+        return
+    images = data.list_images(args.dataset or data.KODAK)
+    curves = []
+    for name, checkpoints in find_checkpoints(args).items():
+        points = []
+        for checkpoint in checkpoints:
+            model = load(checkpoint, device)
+            model.entropy_device = entropy_device
+            if args.half:
+                for part in (model.g_a, model.g_s):
+                    in_half(part, device)
+            for rate in rates(model, args):
+                points.append(evaluate_rate(model, images, rate, name, checkpoint, args))
+        curves.append(evaluate.merge(points))
+    if args.reproduce and (HERE / "results" / "fixed.json").exists():
+        curves.append(evaluate.load_json(HERE / "results" / "fixed.json"))
+    if runs.rank() == 0:
+        compare.report(curves, HERE / "results" / "published.json", images, Path(args.resultdir),
+                       "QVRF")
+        if args.reproduce and curves[-1]["name"] == "fixed":
+            print(against_fixed(curves[0], curves[-1]))
+        if args.path:  # what the source's script prints
+            keys = {"psnr-rgb": "psnr", "bpp": "bpp", "encoding_time": "encoding_time",
+                    "decoding_time": "decoding_time"}
+            kind = "entropy estimation" if args.entropy_estimation else "ans"
+            print(json.dumps({"description": f"Inference ({kind})", "results": {
+                name: curves[0]["results"][key] for key, name in keys.items()}}, indent=2))
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be meant."""
+    if args.factormode == 1 and not args.factor > 0:
+        raise UserError(f"--factor {args.factor:g}: give a positive number, as 1.5 or 1/2.5")
+    if args.sweep and args.factormode == 0:
+        raise UserError("--sweep is for continuous rates: give --factormode 1 with it")
+    if args.s is not None and args.s < 0:
+        raise UserError(f"--s {args.s}: levels count from 0")
+    if args.patch % QVRF.downsampling_factor:
+        raise UserError(f"--patch {args.patch}: give a multiple of {QVRF.downsampling_factor}")
+    if args.patch != QVRF.downsampling_factor and not args.entropy_estimation:
+        raise UserError(f"--patch {args.patch}: files hold images padded to multiples of "
+                        f"{QVRF.downsampling_factor}; others only with --entropy-estimation")
+
+
+def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
+    """What to evaluate, by the name of its curve."""
+    small = sorted((HERE / "weights").glob("small-*.pth"))
+    if args.path:
+        return {Path(args.path).name.split(".")[0]: [exported(Path(args.path))]}
+    if args.checkpoint:
+        return {args.checkpoint[0].stem: args.checkpoint}
+    if args.reproduce:
+        if not args.config:
+            raise UserError("--reproduce needs --config, the file that the run was trained with")
+        out = Path(str(runs.read_yaml(args.config).get("out", ".")))
+        best = out / "checkpoint_best_loss.pth.tar"
+        if not best.exists():
+            raise UserError(f"{out}: holds no trained model; run train.py --config first")
+        return {args.config.stem: [best], "small": small}
+    return {"small": small}
+
+
+def exported(path: Path) -> Path:
+    """`path`, or the file to whose name update.py has added a hash: NAME-1a2b3c4d.pth.tar."""
+    stem, dot, suffixes = path.name.partition(".")
+    found = sorted(path.parent.glob(f"{stem}-????????{dot}{suffixes}"))
+    return found[0] if not path.exists() and len(found) == 1 else path
+
+
+def rates(model: QVRF, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The operating points that the flags ask for."""
+    if args.factormode == 1:
+        low, high = factor_range(model)
+        if args.sweep or not low <= args.factor <= high:
+            if not args.sweep:
+                print(f"--factor {args.factor:g} is outside [{low:g}, {high:g}]: the source's "
+                      f"sweep of {len(SWEEP)} factors")
+            return [{"factor": f} for f in SWEEP]
+        return [{"factor": args.factor}]
+    if model.info.get("config", {}).get("lmbda"):  # a fixed-rate model for comparison
+        return [{"s": 0}]
+    s = args.s if args.s is not None else (2 if args.path else model.levels)
+    return [{"s": s}] if s < model.levels else [{"s": s} for s in range(model.levels)]
+
+
+def factor_range(model: QVRF) -> tuple[float, float]:
+    """The source's range; with eleven levels it ends as far above the last gain."""
+    return FACTORS[0], FACTORS[1] * math.sqrt(LMBDAS[model.levels - 1] / LMBDAS[7])
+
+
+def evaluate_rate(model: QVRF, images: list[Path], rate: dict[str, Any], name: str,
+                  checkpoint: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """One operating point; decoded images and the source's CSV in a folder of their own."""
+    label = f"s_{rate['s']}" if "s" in rate else f"factor_{rate['factor']:g}"
+    if args.output_path:
+        dataset = Path(args.dataset or data.KODAK).resolve()
+        folder = dataset.parent / f"{args.output_path}_{label}"
+    else:
+        folder = Path(args.outdir, name, label)
+        if args.checkpoint and len(args.checkpoint) > 1:
+            folder = folder / "-".join(checkpoint.parts[-2:]).split(".")[0]
+    config = model.info.get("config", {})
+    steps = model.info.get("step", 0) + config.get("steps_before", 0)
+    s = rate.get("s")
+    meta = {"model": model.model, "levels": model.levels, "level": s,
+            "factor": float(model.gain(**rate)),
+            "lmbda": config.get("lmbda") or (None if s is None else LMBDAS[s]),
+            "steps": steps or None, "steps_source": SOURCE_STEPS}
+    meta = {key: value for key, value in meta.items() if value is not None}
+    if args.entropy_estimation:
+        point = estimated(model, images, rate, name, str(checkpoint.name), args.patch, meta)
+    else:
+        point = evaluate.evaluate(model, images, TAG, name, str(checkpoint.name), folder,
+                                  args.test_batch_size, meta, rate=rate)
+    if runs.rank() == 0:
+        sections = None if args.entropy_estimation else folder
+        text = csv(point["per_image"][0], images, sections)
+        runs.write_atomic(folder / f"{folder.name}_result.csv", text.encode())
+    return point
+
+
+@torch.no_grad()
+def estimated(model: QVRF, images: list[Path], rate: dict[str, Any], name: str, description: str,
+              patch: int, meta: dict[str, Any]) -> dict[str, Any]:
+    """An operating point without files: bits that the likelihoods promise, no times."""
+    rows = []
+    for path, batch in data.batches(images, 1):
+        x = data.to_float(batch.to(next(model.parameters()).device))
+        output = model(evaluate.pad(x, patch), **rate)
+        bits = {key: float(-p.double().log2().sum()) for key, p in output["likelihoods"].items()}
+        x_hat = data.to_uint8(evaluate.crop(output["x_hat"], x.shape[-2:])[0]).cpu()
+        row = evaluate.row(path[0].stem, batch[0], x_hat, math.ceil(sum(bits.values()) / 8))
+        rows.append(row | {f"{key}_bits": value for key, value in bits.items()})
+    return evaluate.point(name, description, rows, meta)
+
+
+def csv(rows: list[dict[str, Any]], images: list[Path], folder: Path | None) -> str:
+    """The source's table: a row for each image. mse on the 255 scale; y_bpp and z_bpp: payload."""
+    lines = [",".join(COLUMNS)]
+    names = {path.stem: path.name for path in images}
+    for row in rows:
+        pixels = row["height"] * row["width"]
+        if folder:
+            file = bitstream.unpack(bitstream.read(folder / f"{row['image']}.bin"), TAG)
+            y_bits, z_bits = (8 * len(section) for section in file.sections)
+        else:
+            y_bits, z_bits = row["y_bits"], row["z_bits"]
+        psnr = row["psnr-rgb"]
+        mse = 0.0 if psnr is None or math.isinf(psnr) else 255**2 / 10 ** (psnr / 10)
+        values = [8 * row["bytes"], pixels, row["bpp"], y_bits / pixels, z_bits / pixels, mse, psnr,
+                  row["ms-ssim-rgb"], row.get("encoding_time"), row.get("decoding_time")]
+        cells = ["" if v is None else f"{v:.8g}" for v in values]
+        lines.append(",".join([names.get(row["image"], row["image"]), *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def against_fixed(ours: dict[str, Any], fixed: dict[str, Any]) -> str:
+    """BD-rate of one variable-rate model against a model per rate."""
+    curves = [(c["results"]["bpp"], c["results"]["psnr-rgb"]) for c in (fixed, ours)]
+    value = metrics.bd_rate(*curves[0], *curves[1])
+    text = "no common range of PSNR" if value is None else f"{value:+.1f} %"
+    return (f"BD-rate of {ours['name']}, one model for {len(curves[1][0])} rates, against "
+            f"{len(curves[0][0])} models of a fixed rate, each trained as long: {text}")
+
+
+def in_half(module: torch.nn.Module, device: torch.device) -> None:
+    """Run a transform in float16; what must decode on every machine is not among them."""
+    forward = torch.autocast(device.type, torch.float16)(module.forward)
+    module.forward = lambda x: forward(x).float()
+
+
+def complexity() -> None:
+    """Parameters and multiply-accumulates for one 768x512 image, by both counting rules."""
+    print("one 768x512 image; 'thop' charges transposed convolutions by output pixels, 4x too much,"
+          " and skips GDN, entropy models and the masked convolution")
+    for base, (N, M) in WIDTHS.items():
+        counts = metrics.complexity(build(base))
+        print(f"{base:6s} N={N} M={M}  parameters {counts['params_total']:,} "
+              f"(thop {counts['params_thop']:,})  MACs {counts['macs_true'] / 1e9:.3f} G + GDN "
+              f"{counts['macs_gdn'] / 1e9:.3f} G (thop {counts['macs_thop'] / 1e9:.3f} G)")
+
+
+def factor(text: str) -> float:
+    """A number or a fraction as 1/2.5, the reciprocal of the quantisation step."""
+    try:
+        numerator, slash, denominator = text.partition("/")
+        if slash:
+            value = float(Fraction(numerator) / Fraction(denominator))
+        else:
+            value = float(text)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number: give one as 1.5 or 1/2.5")
+    return value
+
+
+if __name__ == "__main__":
+    runs.cli(main)

@@ -1,0 +1,359 @@
+"""QVRF: a quantization-error-aware variable rate framework for learned image compression, K. Tong,
+Y. Wu, Y. Li, K. Zhang, L. Zhang, X. Jin, ICIP 2023 (arXiv:2303.05744).
+
+One scalar, the regulator `a`, multiplies the latent before it is rounded: a large one rounds finely
+and costs rate. A vector of eight, `Gain`, is learned together with eight Lagrange multipliers; any
+other positive number gives a rate between them. Three codecs get it here, with CompressAI's layers
+and state-dict keys: Balle (scale hyperprior), Minnen (joint autoregressive), Cheng (attention).
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import UserError, entropy, exact, runs
+from common.context import Context
+from common.tiles import tiled
+
+import torch
+from compressai.layers import MaskedConv2d
+from compressai.models import (
+    Cheng2020Attention,
+    CompressionModel,
+    JointAutoregressiveHierarchicalPriors,
+    ScaleHyperprior,
+)
+from compressai.zoo.pretrained import load_pretrained
+from torch import Tensor
+
+TAG = b"qvrf"  # names this paper in the header of its files
+BASES = {"balle": ScaleHyperprior, "minnen": JointAutoregressiveHierarchicalPriors,
+         "cheng": Cheng2020Attention}
+WIDTHS = {"balle": (192, 320), "minnen": (192, 320), "cheng": (192, 192)}  # the paper's N, M
+HALO = {"balle": 2, "minnen": 2, "cheng": 12}  # latents that g_a and g_s see to each side
+LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18, 0.36, 0.72, 1.44)
+LEVELS = (8, 11)  # how many of them a model has
+SMALLEST_GAIN = 1e-4
+FACTORS = (0.5, 12.0)  # the source's range of continuous rates
+
+
+class CausalConv(MaskedConv2d):
+    """5x5 convolution that sees the 12 latents above and to the left.
+
+    CompressAI's, but the weight is masked on the way and not overwritten.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight * self.mask, self.bias)
+
+
+def wavefront(height: int, width: int, device: torch.device | str = "cpu") -> list[Tensor]:
+    """Positions y * width + x in the order of coding, those of a wave together.
+
+    With t = x + 3y all that a latent sees has a smaller t, so latents of equal t go together:
+    32x48 latents take 141 waves instead of 1,536 steps.
+    """
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    t = (x + 3 * y).flatten()
+    order = torch.argsort(t, stable=True).to(device)
+    return [wave for wave in order.split(torch.bincount(t).tolist()) if len(wave)]
+
+
+@dataclass
+class Latents:
+    """What does not depend on the rate: analysed once, coded at any."""
+
+    y: Tensor  # (B, M, H/16, W/16)
+    z: Tensor  # (B, N, H/64, W/64)
+    z_hat: Tensor  # rounded
+    params: Tensor  # of h_s, exact (float64): scales (B, M, ...) in balle, else (B, 2M, ...)
+
+
+class QVRF(CompressionModel):
+    """A codec and its regulator a, which is `Gain[s]` at level s or any factor one likes.
+
+        y --( - means )--( * a )-- Q --> symbols --( / a )--( + means )--> y_hat -- g_s -> x_hat
+                                          |
+                                p = N(0, (a * scales)^2) * U
+
+    g_a, h_a, z and h_s never see a: one analysis serves all rates, and z costs the same at each.
+    The context model reads y_hat, in the latent's own units. Rate grows with s and with a.
+
+    `Gain[0]` is 1 for ever: no gradient reaches it, so that level 0 is the base codec, to the byte.
+    """
+
+    downsampling_factor = 64
+    entropy_device: torch.device | None = None  # where the exact part runs; None: with the rest
+
+    def __init__(self, model: str = "cheng", levels: int = 8, N: int | None = None,
+                 M: int | None = None):
+        """model: balle, minnen or cheng (M = N); levels: 8 or 11; N, M: None for the paper's."""
+        super().__init__()
+        if model not in BASES or levels not in LEVELS:
+            raise UserError(f"--model {model} --levels {levels}: choose from {', '.join(BASES)} "
+                            f"and from {LEVELS[0]}, {LEVELS[1]}")
+        N, M = N or WIDTHS[model][0], M or WIDTHS[model][1]
+        if model == "cheng":
+            M = N
+        self.model, self.levels, self.N, self.M = model, levels, N, M
+        base = BASES[model](N) if model == "cheng" else BASES[model](N, M)
+        for name, module in base.named_children():
+            self.add_module(name, module)
+        self.exact_parts: tuple[str, ...] = ("h_s",)
+        if model != "balle":
+            self.context_prediction = CausalConv(M, 2 * M, kernel_size=5, padding=2)
+            self.exact_parts = ("h_s", "context_prediction", "entropy_parameters")
+        self.Gain = torch.nn.Parameter(initial_gain(levels))
+
+    # ------------------------------------------------------------------------------- the rate
+    def gain(self, s: int | None = None, factor: float | None = None) -> Tensor:
+        """The regulator a of level s, or `factor` itself: a float32 scalar.
+
+        Raises UserError for a level that the model has not and a factor that is no positive number.
+        """
+        unused = 0 * self.Gain.sum()  # in the graph at each level, as DistributedDataParallel asks
+        if factor is not None:
+            return check_factor(factor) + unused
+        if s is None or not 0 <= s < self.levels:
+            raise UserError(f"level {s}: this model has 0 to {self.levels - 1}")
+        return (self.Gain[s] if s else self.Gain[0].detach()).clamp_min(SMALLEST_GAIN) + unused
+
+    # ------------------------------------------------------------------------------- training
+    def forward(self, x: Tensor, s: int = 2, factor: float | None = None, ste: bool = False
+                ) -> dict[str, Any]:
+        """x (B, 3, H, W) in [0, 1], H and W multiples of 64 -> x_hat and likelihoods of y, z.
+
+        In training: at level s, with additive noise (stages 1 and 2 of the paper) or, `ste`,
+        rounded around the means with the identity as gradient (stage 3). In evaluation: as
+        `compress` and `decompress` do, whatever `ste`.
+        """
+        if not self.training:
+            latents = self.analyse(x)
+            output = self.estimate(latents, s, factor)
+            with torch.no_grad():
+                output["likelihoods"]["z"] = self.z_likelihoods(latents)
+            return output
+        a = self.gain(s, factor)
+        r = 1 / a.detach()  # no gradient through the decoder's side (section 2.3 of the paper)
+        y = self.g_a(x).float()  # (B, M, H/16, W/16)
+        z = self.h_a(y.abs() if self.model == "balle" else y).float()  # (B, N, H/64, W/64)
+        with torch.autocast(x.device.type, enabled=False):  # likelihoods in float32
+            z_hat, z_likelihoods = self.entropy_bottleneck(z)
+        if ste:
+            z_hat = z + (entropy.dequantize(self.entropy_bottleneck, z) - z).detach()
+        params = self.h_s(z_hat)
+        if ste:
+            symbols, _, means = self._quantize(y.detach(), params.detach().double(), a.detach())
+            symbols, means = symbols.float(), means.float()
+            scaled = (y - means) * a
+            y_hat = (scaled + (symbols - scaled).detach()) * r + means
+        else:
+            y_hat = (y * a + torch.empty_like(y).uniform_(-0.5, 0.5)) * r
+        scales, means = self._distribution(params, y_hat)
+        y_likelihoods = self._likelihoods(y, scales, means, a)
+        x_hat = self.g_s(y_hat)
+        return {"x_hat": x_hat, "likelihoods": {"y": y_likelihoods, "z": z_likelihoods}}
+
+    def _distribution(self, params: Tensor, y_hat: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Scales and means of y, by convolution over all of y_hat."""
+        if self.model == "balle":
+            return params, 0.0
+        context = self.context_prediction(y_hat)
+        return self.entropy_parameters(torch.cat([params, context], 1)).chunk(2, 1)
+
+    def _likelihoods(self, y: Tensor, scales: Tensor, means: Tensor | float, a: Tensor) -> Tensor:
+        with torch.autocast(y.device.type, enabled=False):
+            means = means.float() if isinstance(means, Tensor) else means
+            return self.gaussian_conditional((y - means) * a, scales.float() * a)[1]
+
+    # --------------------------------------------------------------------------------- coding
+    @torch.no_grad()
+    def analyse(self, x: Tensor) -> Latents:
+        """x as in forward -> all that can be computed before the rate is known."""
+        y = tiled(self.g_a, x, down=16, halo=HALO[self.model])
+        z = self.h_a(y.abs() if self.model == "balle" else y)
+        z_hat = entropy.dequantize(self.entropy_bottleneck, z)
+        return Latents(y, z, z_hat, self._params(z_hat))
+
+    @torch.no_grad()
+    def estimate(self, latents: Latents, s: int = 2, factor: float | None = None
+                 ) -> dict[str, Any]:
+        """x_hat as it will be decoded, and the likelihoods of y; those of z are `z_likelihoods`."""
+        a = self.gain(s, factor)
+        symbols, _, means = self._quantize(latents.y, latents.params, a)
+        y_hat = self._dequantize(symbols, means, a)
+        scales, float_means = self._distribution(self.h_s(latents.z_hat), y_hat)
+        likelihoods = {"y": self._likelihoods(latents.y, scales, float_means, a)}
+        x_hat = tiled(self.g_s, y_hat, up=16, halo=HALO[self.model])
+        return {"x_hat": x_hat, "likelihoods": likelihoods}
+
+    def z_likelihoods(self, latents: Latents) -> Tensor:
+        return self.entropy_bottleneck(latents.z, training=False)[1]
+
+    @torch.no_grad()
+    def compress(self, x: Tensor, s: int = 2, factor: float | None = None) -> dict[str, Any]:
+        """x as in forward -> {"strings": [y_strings, z_strings], "shape": (H/64, W/64),
+        "parameters": what `read_parameters` understands}.
+
+        s: the level; factor: instead of it, the regulator itself.
+        """
+        return self.encode(self.analyse(x), s, factor)
+
+    @torch.no_grad()
+    def encode(self, latents: Latents, s: int = 2, factor: float | None = None) -> dict[str, Any]:
+        """`compress` for what `analyse` found, so that a search for a rate repeats little."""
+        a = self.gain(s, factor)
+        symbols, indexes, _ = self._quantize(latents.y, latents.params, a)
+        if self.model != "balle":  # in the order of decoding
+            order = torch.cat(wavefront(*latents.y.shape[-2:], symbols.device))
+            symbols, indexes = (t.flatten(2).transpose(1, 2)[:, order] for t in (symbols, indexes))
+        y_strings = entropy.encode(symbols, indexes, entropy.Tables.of(self.gaussian_conditional))
+        z_strings = entropy.encode_bottleneck(self.entropy_bottleneck, latents.z)
+        parameters = bytes([s]) if factor is None else struct.pack("<f", check_factor(factor))
+        return {"strings": [y_strings, z_strings], "shape": tuple(latents.z.shape[-2:]),
+                "parameters": parameters}
+
+    @torch.no_grad()
+    def decompress(self, strings: list[list[bytes]], shape: tuple[int, int], s: int = 2,
+                   factor: float | None = None) -> dict[str, Tensor]:
+        """Inverse of compress -> {"x_hat": (B, 3, H, W) in [0, 1]}."""
+        y_strings, z_strings = strings
+        a = self.gain(s, factor)
+        z_hat = entropy.decode_bottleneck(self.entropy_bottleneck, z_strings, shape)
+        params = self._params(z_hat)
+        tables = entropy.Tables.of(self.gaussian_conditional)
+        if self.model == "balle":
+            symbols = entropy.decode(y_strings, self._indexes(params, a), tables)
+            y_hat = self._dequantize(symbols.to(params), 0.0, a).to(z_hat.device)
+        else:
+            y_hat = self._decode_waves(y_strings, params, tables, float(a)).to(z_hat.device)
+        x_hat = tiled(self.g_s, y_hat, up=16, halo=HALO[self.model])
+        return {"x_hat": x_hat.clamp_(0, 1)}
+
+    @staticmethod
+    def read_parameters(parameters: bytes) -> dict[str, Any]:
+        """The rate that a file's header holds, as `decompress` takes it."""
+        if len(parameters) == 1:
+            return {"s": parameters[0]}
+        if len(parameters) == 4:
+            return {"factor": struct.unpack("<f", parameters)[0]}
+        raise UserError("the file's header holds no rate: encode the image again")
+
+    def _params(self, z_hat: Tensor) -> Tensor:
+        return exact.run(self.h_s, z_hat.to(self.entropy_device or z_hat.device))
+
+    def _indexes(self, scales: Tensor, a: Tensor) -> Tensor:
+        """CDF tables of the scaled latents. The table's bounds hold after the multiplication."""
+        table = self.gaussian_conditional.scale_table.to(scales.device)
+        boundaries = exact.scale_boundaries(table) / float(a)
+        return torch.bucketize(scales.contiguous(), boundaries, out_int32=True)
+
+    def _context(self, params: Tensor, a: float) -> Context:
+        return Context(self.context_prediction, self.entropy_parameters, params,
+                       self.gaussian_conditional.scale_table, gain=a)
+
+    @staticmethod
+    def _dequantize(symbols: Tensor, means: Tensor | float, a: Tensor | float) -> Tensor:
+        """float32 from float64: each operation is one that IEEE 754 defines."""
+        return (symbols * (1 / float(a)) + means).float()
+
+    @torch.no_grad()
+    @torch.compiler.disable
+    def _quantize(self, y: Tensor, params: Tensor, a: Tensor
+                  ) -> tuple[Tensor, Tensor, Tensor]:
+        """Symbols, CDF indexes and means, each (B, M, h, w); the means of balle are 0.
+
+        params: of h_s, exact where a decoder must find the same. With a context model the means
+        depend on y_hat = symbols / a + means further up and left, so this goes wave by wave.
+        """
+        with torch.autocast(y.device.type, enabled=False):
+            y = y.to(params)
+            if self.model == "balle":
+                return torch.round(y * float(a)), self._indexes(params, a), torch.zeros_like(y)
+            context, (_, _, height, width) = self._context(params, float(a)), y.shape
+            rows = y.flatten(2).transpose(1, 2).contiguous()  # (B, h * w, M)
+            symbols, means = torch.empty_like(rows), torch.empty_like(rows)
+            indexes = torch.empty_like(rows, dtype=torch.int32)
+            for positions in wavefront(height, width, params.device):
+                wave_indexes, wave_means = context.predict(positions)
+                wave = torch.round((rows[:, positions] - wave_means) * float(a))
+                context.put(positions, wave * (1 / float(a)) + wave_means)
+                symbols[:, positions], means[:, positions] = wave, wave_means
+                indexes[:, positions] = wave_indexes
+            return tuple(t.transpose(1, 2).unflatten(2, (height, width))
+                         for t in (symbols, indexes, means))
+
+    def _decode_waves(self, strings: list[bytes], params: Tensor, tables: entropy.Tables, a: float
+                      ) -> Tensor:
+        """y_hat (B, M, h, w), float32, from one string an image."""
+        context, (height, width) = self._context(params, a), params.shape[-2:]
+        decoder = entropy.Decoders(strings, self.M * height * width, tables)
+        for positions in wavefront(height, width, params.device):
+            indexes, means = context.predict(positions)
+            symbols = decoder.decode(indexes).to(means)
+            context.put(positions, symbols * (1 / a) + means)
+        decoder.finish()
+        return context.y_hat()
+
+    # -------------------------------------------------------------------------------- weights
+    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
+        """All spellings of CompressAI's keys. RuntimeError also for a mask that is not causal."""
+        state_dict = load_pretrained(state_dict)  # as `module.`, `_matrices.0`, `downsample`
+        if self.model != "balle":
+            mask, given = self.context_prediction.mask, state_dict.get("context_prediction.mask")
+            if given is not None and not torch.equal(given.to(mask), mask):
+                raise RuntimeError("its context_prediction.mask is not causal, or of another M")
+        return super().load_state_dict(state_dict, strict)
+
+    @classmethod
+    def from_state_dict(cls, state_dict: dict[str, Tensor]) -> QVRF:
+        """Build the base, widths and number of levels that the weights are of, and load them."""
+        state_dict = load_pretrained(state_dict)
+        levels = state_dict["Gain"].numel()
+        if levels not in LEVELS:
+            raise RuntimeError(f"Gain has {levels} levels, not {LEVELS[0]} or {LEVELS[1]}")
+        net = cls(base_of(state_dict), levels, *widths_of(state_dict))
+        net.load_state_dict(state_dict)
+        return net
+
+
+def initial_gain(levels: int) -> Tensor:
+    """sqrt(lmbda_s / lmbda_0): the step for which rounding noise matches the multiplier."""
+    return torch.tensor([math.sqrt(lmbda / LMBDAS[0]) for lmbda in LMBDAS[:levels]])
+
+
+def check_factor(factor: float) -> float:
+    """`factor` as float32, which is what a file holds; UserError unless positive and finite."""
+    if not (SMALLEST_GAIN <= factor <= 1 / SMALLEST_GAIN):  # false for NaN
+        raise UserError(f"factor {factor}: give a positive number, as 1.5 or 1/2.5; "
+                        f"{FACTORS[0]:g} to {FACTORS[1]:g} is what eight levels were trained for")
+    return struct.unpack("<f", struct.pack("<f", factor))[0]
+
+
+def base_of(state_dict: dict[str, Tensor]) -> str:
+    """Which of the three codecs a state dict belongs to."""
+    if "context_prediction.weight" not in state_dict:
+        return "balle"
+    return "cheng" if "g_a.0.conv1.weight" in state_dict else "minnen"
+
+
+def widths_of(state_dict: dict[str, Tensor]) -> tuple[int, int]:
+    """N and M of a state dict; KeyError when it is of none of the three codecs."""
+    if "g_a.0.conv1.weight" in state_dict:
+        return (state_dict["g_a.0.conv1.weight"].size(0),) * 2
+    return state_dict["g_a.0.weight"].size(0), state_dict["g_a.6.weight"].size(0)
+
+
+def build(model: str = "cheng", levels: int = 8, N: int | None = None, M: int | None = None
+          ) -> QVRF:
+    """A new model. N, M: None for the paper's, (192, 320) or, cheng, (192, 192)."""
+    return QVRF(model, levels, N, M)
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> QVRF:
+    """A model from a checkpoint or a bare state dict, ready to code."""
+    return runs.load_model(path, QVRF, device)

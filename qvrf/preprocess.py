@@ -1,0 +1,129 @@
+"""Make the paper's training set: large images, halved once, as PNG.
+
+    python preprocess.py --imagenet ILSVRC2012/train --clic CLIC2020/train --out ./dataset/train
+
+The `-n` images with the most pixels of ImageNet (8,000) and all of CLIC 2020 professional (584),
+each: noise, 8 bits, cubic resize to half if the shorter side exceeds 512 pixels, PNG.
+
+The source adds noise drawn from [0, 1) to 8-bit values and then cuts them to integers, which gives
+back the same values: it changes nothing. `--noise source` does just that; `--noise proper` adds it
+in floating point, halves, and rounds at the end, so that it hides traces of JPEG as was intended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from common import UserError, data, runs
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+LARGEST_SHORT_SIDE = 512
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = runs.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--imagenet", type=Path, help="folder, at any depth; the -n largest of it")
+    parser.add_argument("--clic", type=Path, help="folder, at any depth; all of it")
+    parser.add_argument("--out", type=Path, default=Path("dataset/train"), help="folder to write")
+    parser.add_argument("-n", type=runs.positive_int, default=8000, help="images from --imagenet")
+    parser.add_argument("--noise", choices=["source", "proper", "none"], default="source")
+    parser.add_argument("--seed", type=runs.seed_number, default=0, help="of the noise")
+    parser.add_argument("--num-workers", type=runs.count, default=os.cpu_count(), help="processes")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = flags().parse_args(argv)
+    if not (args.imagenet or args.clic):
+        raise UserError("name a folder of images with --imagenet, --clic or both")
+    chosen = largest(files(args.imagenet), args.n) if args.imagenet else []
+    chosen += files(args.clic) if args.clic else []
+    names = unique_names(chosen)
+    args.out.mkdir(parents=True, exist_ok=True)
+    jobs = [(path, args.out / name, args.seed + k)
+            for k, (path, name) in enumerate(zip(chosen, names, strict=True))]
+    work = partial(convert, noise=args.noise)
+    if args.num_workers > 1:
+        with ProcessPoolExecutor(args.num_workers) as pool:
+            done = list(tqdm(pool.map(work, jobs, chunksize=8), total=len(jobs), unit="image",
+                             disable=None))
+    else:
+        done = [work(job) for job in tqdm(jobs, unit="image", disable=None)]
+    print(f"{args.out}: {len(done)} images, {sum(done)} of them halved")
+
+
+def files(folder: Path) -> list[Path]:
+    """Image files at any depth, by name."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in data.SUFFIXES)
+    if not found:
+        raise UserError(f"{folder}: holds no images")
+    return found
+
+
+def largest(paths: list[Path], n: int) -> list[Path]:
+    """The n images with the most pixels, as their headers say; the first of equal ones."""
+    if len(paths) < n:
+        raise UserError(f"{n} images were asked for, {len(paths)} are there: give a smaller -n")
+    sizes = [pixels(path) for path in tqdm(paths, desc="headers", unit="image", disable=None)]
+    order = sorted(range(len(paths)), key=lambda i: -sizes[i])  # stable
+    return [paths[i] for i in order[:n]]
+
+
+def pixels(path: Path) -> int:
+    """From the header alone."""
+    try:
+        with Image.open(path) as image:
+            return image.width * image.height
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: not an image that can be read ({e})") from None
+
+
+def unique_names(paths: Iterable[Path]) -> list[str]:
+    """<stem>.png, or with a number where two would be equal (the source loses the first)."""
+    seen: dict[str, int] = {}
+    names = []
+    for path in paths:
+        seen[path.stem] = seen.get(path.stem, 0) + 1
+        number = seen[path.stem]
+        names.append(f"{path.stem}.png" if number == 1 else f"{path.stem}_{number}.png")
+    return names if len(set(names)) == len(names) else [f"{i:06d}_{n}" for i, n in enumerate(names)]
+
+
+def convert(job: tuple[Path, Path, int], noise: str) -> bool:
+    """One image; whether it was halved."""
+    path, output, seed = job
+    image = data.read_image(path, notice=lambda _: None).permute(1, 2, 0).numpy()
+    height, width = image.shape[:2]
+    halve = min(height, width) > LARGEST_SHORT_SIDE
+    rng = np.random.default_rng(seed)
+    if noise == "proper":
+        image = image + rng.random(image.shape, dtype=np.float32) - np.float32(0.5)
+    elif noise == "source":  # in float64: a float32 draw may round to 1 and 255 wrap around to 0
+        image = (image + rng.random(image.shape)).astype(np.uint8)
+    if halve:
+        planes = [Image.fromarray(np.ascontiguousarray(image[..., c])) for c in range(3)]
+        size = (width // 2, height // 2)
+        image = np.stack([np.asarray(p.resize(size, Image.Resampling.BICUBIC)) for p in planes], 2)
+    image = np.clip(np.rint(image), 0, 255).astype(np.uint8)
+    temporary = output.with_name(f".{output.name}.tmp")
+    try:
+        Image.fromarray(image).save(temporary, "PNG")
+        os.replace(temporary, output)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {output}: {e.strerror or e}") from None
+    return halve
+
+
+if __name__ == "__main__":
+    runs.cli(main)

@@ -1,0 +1,357 @@
+"""Train QVRF: one base codec in stage 1, all its rates in stages 2 and 3.
+
+    python train.py --stage 1                            the source's recipe on the bundled tiles
+    python train.py --stage 2                            goes on from stage 1's best weights, here
+    python train.py --stage 3
+    python train.py --config quick.yaml                  the three of them, small
+    python train.py -d ./dataset -e 2000 500 500 --stage 1 2 3 --batch-size 8
+    torchrun --nproc_per_node=4 train.py ...             more processes or machines
+
+    stage   level s of a batch    lmbda       regulator     rounding in training
+    1       the last              the last    1             noise
+    2       drawn                 lmbda[s]    Gain[s]       noise
+    3       drawn                 lmbda[s]    Gain[s]       true, identity as gradient (STE)
+
+Checkpoints: ./checkpoint.pth.tar, ./checkpoint_best_loss.pth.tar (--out: elsewhere); when a stage
+begins, those of the one before stay as ..._stage<n>.pth.tar. Logs: ./logs/stage<n>/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from common import UserError, data, runs
+from common.loss import RateDistortionLoss
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from qvrf.model import BASES, LEVELS, LMBDAS, QVRF, build, initial_gain
+
+SOURCE_EPOCH = 1_073  # steps of the source's epochs, for the few bundled photographs
+NEWEST, BEST = "checkpoint.pth.tar", "checkpoint_best_loss.pth.tar"
+SAME_RUN = ("model", "levels", "N", "M", "stage", "ste", "lmbda", "optimizer", "learning_rate",
+            "aux_learning_rate", "lr_schedule", "milestones", "batch_size", "patch_size", "flip",
+            "images", "steps_per_epoch", "seed", "clip_max_norm")  # what --resume must not change
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = runs.Parser(description="Train a variable-rate codec (Tong et al. 2023).")
+    add = parser.add_argument_group("the source's flags").add_argument
+    add("-d", "--dataset", help="folder with train/ and test/; none: bundled photographs, Kodak")
+    add("-e", "--epochs", type=runs.positive_int, nargs="+", default=[100],
+        help="one number, or one for each stage")
+    add("-lr", "--learning-rate", type=runs.positive_float, nargs="+", default=[1e-4],
+        help="one number, or one for each stage")
+    add("-n", "--num-workers", type=runs.count, default=4, help="data loader processes")
+    add("--batch-size", type=runs.positive_int, default=16, help="over all processes")
+    add("--test-batch-size", type=runs.positive_int, default=64)
+    add("--aux-learning-rate", type=runs.positive_float, default=1e-3, help="of the quantiles")
+    add("--patch-size", type=runs.positive_int, nargs=2, default=[256, 256],
+        help="height and width of crops: random in training, central in validation")
+    add("--cuda", action="store_true", help="a GPU must be there (it is used anyway if it is)")
+    add("--save", action="store_true", default=True, help="checkpoints are always saved")
+    add("--seed", type=seed, default=0, help="of weights, noise, crops, levels")
+    add("--clip_max_norm", type=runs.positive_float, default=1.0, help="gradient norm limit")
+    add("--checkpoint", help="go on from this one; with --refresh 1, from its weights alone")
+    add("--stage", type=int, nargs="+", choices=[0, 1, 2, 3], default=[0],
+        help="0 is 1; several: one after the other")
+    add("--ste", type=int, choices=[0, 1], default=0, help="1: true rounding in any stage")
+    add("--loadFromPretrainedSinglemodel", type=int, choices=[0, 1], default=0,
+        help="1: --checkpoint is of the fixed-rate base, CompressAI's for example")
+    add("--refresh", type=int, choices=[0, 1], default=0,
+        help="1: learning rates, schedule, epoch and best loss begin anew")
+    runs.add_flags(parser, lr_schedule="plateau", without=(
+        "--metric", "--aux-lr", "--clip-max-norm", "--patch-size", "--seed", "--save-every"))
+    add = parser.add_argument_group("ours, of this paper").add_argument
+    add("--model", choices=list(BASES), default="cheng", help="the base codec")
+    add("--levels", type=int, choices=LEVELS, default=8, help="discrete rates")
+    add("--N", type=runs.positive_int, help="channels; none: the paper's")
+    add("--M", type=runs.positive_int, help="latent channels; none: the paper's")
+    add("--lmbda", type=runs.positive_float,
+        help="a fixed-rate model for comparison: stage 1 with this multiplier")
+    add("--out", default=".", help="folder of checkpoints and logs")
+    add("--check_time", type=runs.minutes, default=10, help="minutes between saves within an epoch")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = runs.parse(flags(), argv)
+    stages = [max(1, stage) for stage in args.stage]
+    check(args, stages)
+    device = runs.start("cuda" if args.cuda else args.device, threads=args.threads)
+    out = Path(args.out)
+    done = 0
+    if args.resume and (out / NEWEST).exists():
+        config = runs.load_checkpoint(out / NEWEST).get("config", {})
+        if config.get("stage") not in stages:
+            raise UserError(f"{out / NEWEST} is of stage {config.get('stage')}, not of --stage "
+                            f"{' '.join(map(str, stages))}: leave --resume out")
+        done = stages.index(config["stage"])
+    for i, stage in enumerate(stages):
+        if i < done:
+            continue
+        one = copy.copy(args)
+        one.stage, one.epochs = stage, args.epochs[i % len(args.epochs)]
+        one.learning_rate = args.learning_rate[i % len(args.learning_rate)]
+        one.resume = args.resume and i == done and (out / NEWEST).exists()
+        if i > 0:  # the first of several stages may start from --checkpoint, the others do not
+            one.checkpoint, one.refresh, one.loadFromPretrainedSinglemodel = None, 0, 0
+        train(one, device)
+
+
+def check(args: argparse.Namespace, stages: list[int]) -> None:
+    """Refuse what cannot be meant."""
+    for name in ("epochs", "learning_rate"):
+        if len(getattr(args, name)) not in (1, len(stages)):
+            raise UserError(f"--{name.replace('_', '-')}: give one number, or {len(stages)}, one "
+                            "for each --stage")
+    if stages != sorted(set(stages)):
+        raise UserError(f"--stage {' '.join(map(str, args.stage))}: give stages in rising order")
+    if any(side % QVRF.downsampling_factor for side in args.patch_size):
+        raise UserError(f"--patch-size {args.patch_size[0]} {args.patch_size[1]}: give multiples "
+                        f"of {QVRF.downsampling_factor}")
+    if args.lmbda and stages != [1]:
+        raise UserError("--lmbda trains one rate: use it with --stage 1; stages 2 and 3 take the "
+                        "multipliers of all levels")
+    if args.loadFromPretrainedSinglemodel and not args.checkpoint:
+        raise UserError("--loadFromPretrainedSinglemodel 1 needs --checkpoint FILE")
+
+
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    """One stage."""
+    out = Path(args.out)
+    torch.manual_seed(args.seed + 1000 * args.stage + runs.rank())
+    ste = args.stage > 2 or args.ste == 1
+    args.steps_before = 0
+
+    # data
+    crop = tuple(args.patch_size)
+    items = data.find_items(args.dataset)
+    crops = data.Crops(items, crop, args.seed, args.flip)
+    one_pass = max(1, len(items) // args.batch_size)
+    args.steps_per_epoch = args.steps_per_epoch or (one_pass if args.dataset else SOURCE_EPOCH)
+    args.images, steps_per_epoch = data.digest(items), args.steps_per_epoch
+    test_images = central_crops(test_paths(args.dataset), crop)
+    batch = runs.share(args.batch_size)
+
+    # model and where it starts
+    model = build(args.model, args.levels, args.N, args.M)
+    args.N, args.M = model.N, model.M
+    start = None if args.resume else starting_point(args, out)
+    resumed = out / NEWEST if args.resume else None
+    if start and not (args.refresh or args.loadFromPretrainedSinglemodel or start == out / BEST):
+        resumed, start = start, None  # --checkpoint alone goes on with that run
+    if start:
+        args.steps_before = load_weights(model, start, bool(args.loadFromPretrainedSinglemodel))
+    elif resumed:
+        args.steps_before = runs.load_checkpoint(resumed).get("config", {}).get("steps_before", 0)
+    if not resumed:
+        set_aside(out)
+    model.to(device, memory_format=torch.channels_last)
+    net = runs.parallel(model, args.compile)
+    optimizer, aux_optimizer = runs.optimizers(model, args.optimizer, args.learning_rate,
+                                               args.aux_learning_rate)
+    scheduler = runs.schedule(optimizer, args.lr_schedule, args.epochs, args.milestones,
+                              patience=20)
+    last = model.levels - 1
+    lmbdas = [args.lmbda] if args.lmbda else list(LMBDAS[: model.levels])
+    criteria = [RateDistortionLoss(lmbda) for lmbda in lmbdas]
+
+    # resume
+    log = runs.Log(out / "logs" / f"stage{args.stage}", args.epochs * steps_per_epoch)
+    parts = {"model": model, "optimizer": optimizer, "aux_optimizer": aux_optimizer,
+             "scheduler": scheduler, "log": log}
+    checkpoints = runs.Checkpoints(out, parts, vars(args), SAME_RUN)
+    state = checkpoints.resume(resumed) if resumed else {}
+    step, best = state.get("step", 0), state.get("best_loss", float("inf"))
+    log.begin(step)
+    if runs.rank() == 0:
+        print(yaml.safe_dump(vars(args), sort_keys=False).strip())
+        print(f"{len(items)} training images{'' if args.dataset else ' (bundled photographs)'}, "
+              f"{steps_per_epoch} steps an epoch, on {runs.describe(device)}")
+        print(f"stage {args.stage} starts from {resumed or start or 'random weights'}", flush=True)
+
+    saved = time.monotonic()
+    for epoch in range(step // steps_per_epoch, args.epochs):
+        model.train()
+        last_step = (epoch + 1) * steps_per_epoch
+        for images in data.loader(crops, step, last_step, batch, runs.rank(), runs.world(),
+                                  args.num_workers):
+            x = data.to_float(images.to(device, non_blocking=True))
+            x = x.contiguous(memory_format=torch.channels_last)
+            # stage 1 is a codec of one rate, with step 1: later the step of the *lowest* rate
+            s = last if args.stage == 1 else draw_level(args.seed, step, model.levels)
+            with runs.autocast(device, args.precision):
+                output = net(x, s, 1.0 if args.stage == 1 else None, ste)
+            losses = criteria[0 if args.lmbda else s](output, x)
+
+            optimizer.zero_grad()
+            aux_optimizer.zero_grad()
+            losses["loss"].backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(main_parameters(model), args.clip_max_norm)
+            runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
+            optimizer.step()
+            aux_loss = model.aux_loss()
+            aux_loss.backward()
+            aux_optimizer.step()
+
+            step += 1
+            log.step(step, {**losses, "aux": aux_loss, "grad_norm": grad_norm, "level": s,
+                            "lr": optimizer.param_groups[0]["lr"]})
+            due = step % 20 == 0 and time.monotonic() - saved > 60 * args.check_time
+            if step < last_step and runs.agree(due):
+                checkpoints.save(NEWEST, epoch, step, best_loss=best)
+                saved = time.monotonic()
+
+        means = log.means()
+        line = f"epoch {epoch}  step {step}  train loss {means['loss']:.4f} bpp {means['bpp']:.4f}"
+        if epoch + 1 == args.epochs:
+            checkpoints.update_tables(step, settle=True)
+        tested = (epoch + 1) % args.test_every == 0 or epoch + 1 == args.epochs
+        improved = False
+        if tested:
+            test = validate(model, test_images, args, criteria, device, log, step)
+            line += (f"  test loss {test['loss']:.4f} (sum) bpp {test['bpp']:.4f} "
+                     f"psnr {test['psnr']:.2f} (means over levels)")
+            improved, best = test["loss"] < best, min(best, test["loss"])
+        if args.lr_schedule == "plateau":
+            scheduler.step(*([test["loss"]] if tested else []))
+        else:
+            scheduler.step()
+        if args.stage > 1:
+            line += "  Gain " + " ".join(f"{g:.3f}" for g in model.Gain.tolist())
+        for name in [NEWEST, BEST] if improved else [NEWEST]:
+            checkpoints.save(name, epoch, step, best_loss=best, loss=means["loss"])
+        saved = time.monotonic()
+        log.line(line)
+    log.close()
+
+
+# ---------------------------------------------------------------------------------- the start
+def starting_point(args: argparse.Namespace, out: Path) -> Path | None:
+    """Weights to start from: --checkpoint, or what the stage before left in --out."""
+    if args.checkpoint:
+        return Path(args.checkpoint)
+    if not (out / NEWEST).exists():
+        return None
+    before = runs.load_checkpoint(out / NEWEST).get("config", {}).get("stage", 0)
+    if args.stage > before and (out / BEST).exists():
+        return out / BEST
+    raise UserError(f"{out / NEWEST} is of a run of stage {before}: continue it with --resume, "
+                    "name weights with --checkpoint FILE --refresh 1, or give another --out")
+
+
+def load_weights(model: QVRF, path: Path, single: bool) -> int:
+    """Copy weights strictly, of a fixed-rate base without Gain if `single`; steps they had."""
+    state = runs.load_checkpoint(path)
+    weights = dict(state["model"])
+    if single:
+        if "Gain" in weights:
+            raise UserError(f"{path}: has a Gain already, it is no fixed-rate model: leave "
+                            "--loadFromPretrainedSinglemodel out")
+        weights["Gain"] = initial_gain(model.levels)
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, KeyError) as e:
+        raise UserError(f"{path}: not weights of --model {model.model} --levels {model.levels} "
+                        f"--N {model.N} --M {model.M}: {runs.reason(e)}") from None
+    return state.get("config", {}).get("steps_before", 0) + state.get("step", 0)
+
+
+def set_aside(out: Path) -> None:
+    """Keep an earlier stage's checkpoints under another name: nothing is overwritten."""
+    if runs.rank() == 0 and (out / NEWEST).exists():
+        stage = runs.load_checkpoint(out / NEWEST).get("config", {}).get("stage", 0)
+        for path in (out / NEWEST, out / BEST):
+            stem, number = path.name.removesuffix(".pth.tar"), 1
+            kept = out / f"{stem}_stage{stage}.pth.tar"
+            while kept.exists():
+                number += 1
+                kept = out / f"{stem}_stage{stage}_{number}.pth.tar"
+            if path.exists():
+                os.replace(path, kept)
+    runs.agree(True)  # the others wait
+
+
+def draw_level(seed: int, step: int, levels: int) -> int:
+    """The level of a step: the same on all processes and in a run that was resumed."""
+    key = (seed + 2**33) % 2**64
+    return int(np.random.Generator(np.random.Philox(key=key, counter=step)).integers(levels))
+
+
+def main_parameters(model: QVRF) -> Iterable[Tensor]:
+    return (p for name, p in model.named_parameters() if not name.endswith("quantiles"))
+
+
+# --------------------------------------------------------------------------------- validation
+def test_paths(dataset: str | None) -> list[Path]:
+    """<dataset>/test, or Kodak."""
+    folder = Path(dataset or "", "test")
+    return data.list_images(folder if dataset and folder.is_dir() else data.KODAK)
+
+
+def central_crops(paths: list[Path], crop: tuple[int, int]) -> Tensor:
+    """uint8 (n, 3, *crop); UserError names an image that is smaller."""
+    found = []
+    for path in paths:
+        x = data.read_image(path, notice=lambda _: None)
+        top, left = (x.shape[1] - crop[0]) // 2, (x.shape[2] - crop[1]) // 2
+        if min(top, left) < 0:
+            raise UserError(f"{path}: {x.shape[2]}x{x.shape[1]} is smaller than the {crop[1]}x"
+                            f"{crop[0]} crop; remove it or set a smaller --patch-size")
+        found.append(x[:, top : top + crop[0], left : left + crop[1]])
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def validate(model: QVRF, images: Tensor, args: argparse.Namespace,
+             criteria: list[RateDistortionLoss], device: torch.device, log: runs.Log, step: int
+             ) -> dict[str, float]:
+    """Loss summed over the levels, bpp and PSNR averaged; quantised as in files, rate estimated.
+
+    Stage 1 has one rate: its regulator is 1 at each level, only the multipliers differ.
+    """
+    model.eval()
+    sums: dict[str, float] = {}
+
+    def add(name: str, value: Any, n: int) -> None:
+        sums[name] = sums.get(name, 0.0) + float(value) * n / len(images)
+
+    for batch in images.split(args.test_batch_size):
+        x = data.to_float(batch.to(device))
+        latents = model.analyse(x)
+        z_likelihoods = model.z_likelihoods(latents)
+        output: dict[str, Any] = {}
+        for s, criterion in enumerate(criteria):
+            if not output or args.stage > 1:
+                output = model.estimate(latents, s, 1.0 if args.stage == 1 else None)
+                output["likelihoods"]["z"] = z_likelihoods
+                error = (output["x_hat"].clamp(0, 1) - x).square().mean(dim=(1, 2, 3))
+            losses = criterion(output, x)
+            add("loss", losses["loss"], len(x))
+            add("bpp", losses["bpp"] / len(criteria), len(x))
+            add("psnr", -10 * error.log10().mean() / len(criteria), len(x))
+            if args.stage > 1:
+                add(f"bpp_level{s}", losses["bpp"], len(x))
+                add(f"psnr_level{s}", -10 * error.log10().mean(), len(x))
+    log.images(x[-1], output["x_hat"][-1], step)
+    log.scalars("test", sums, step)
+    return sums
+
+
+def seed(text: str) -> int:
+    """The source's is a float: 1926.0 is 1926."""
+    return runs.seed_number(text.removesuffix(".0"))
+
+
+if __name__ == "__main__":
+    runs.cli(main)

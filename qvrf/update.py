@@ -1,0 +1,55 @@
+"""Make a checkpoint of train.py ready to code: CDF tables that fit the weights, nothing else in it.
+
+    python update.py checkpoint_best_loss.pth.tar -n Cheng2020VR
+
+writes ./Cheng2020VR-1a2b3c4d.pth.tar, a bare state dict, named after the hash of its bytes.
+(train.py saves tables too; this is for checkpoints of other programs, and for smaller files.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+from pathlib import Path
+
+from common import UserError, runs
+
+import torch
+
+from qvrf.model import QVRF
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = runs.Parser(description="Export a checkpoint as a bare state dict with CDF tables.")
+    parser.add_argument("filepath", type=Path, help="checkpoint, or a state dict")
+    parser.add_argument("-n", "--name", help="of the exported model; none: the checkpoint's")
+    parser.add_argument("-d", "--dir", type=Path, help="folder to write to; none: this one")
+    parser.add_argument("--no-update", action="store_true", help="keep the tables as they are")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = flags().parse_args(argv)
+    if args.name and Path(args.name).name != args.name:
+        raise UserError(f"--name {args.name}: give a name, and the folder with --dir")
+    weights = runs.load_checkpoint(args.filepath)["model"]
+    try:
+        model = QVRF.from_state_dict(weights)
+        if not args.no_update:
+            model.update(force=True)
+    except KeyError as e:
+        raise UserError(f"{args.filepath}: not the weights of a QVRF: {e} is missing") from None
+    except (RuntimeError, ValueError) as e:
+        raise UserError(f"{args.filepath}: not the weights of a QVRF: {runs.reason(e)}") from None
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()[:8]
+    stem, dot, suffixes = args.filepath.name.partition(".")
+    output = (args.dir or Path()) / f"{args.name or stem}-{digest}{dot}{suffixes}"
+    runs.write_atomic(output, buffer.getvalue())
+    print(output)
+
+
+if __name__ == "__main__":
+    runs.cli(main)
