@@ -53,7 +53,7 @@ def encode_at(model: QVRF, x: Tensor, args: argparse.Namespace) -> tuple[bytes, 
 
 def describe(model: QVRF, rate: dict[str, float]) -> str:
     name = f"level {rate['s']}, " if "s" in rate else ""
-    return f"{name}factor {float(model.gain(**rate)):.5g}"
+    return f"{name}factor {model.gain(**rate).item():.5g}"
 
 
 def search(model: QVRF, x: Tensor, kind: str, target: float) -> tuple[bytes, float, str]:

@@ -172,7 +172,7 @@ def evaluate_rate(model: QVRF, images: list[Path], rate: dict[str, Any], name: s
     steps = model.info.get("step", 0) + config.get("steps_before", 0)
     s = rate.get("s")
     meta = {"model": model.model, "levels": model.levels, "level": s,
-            "factor": float(model.gain(**rate)),
+            "factor": model.gain(**rate).item(),
             "lmbda": config.get("lmbda") or (None if s is None else LMBDAS[s]),
             "steps": steps or None, "steps_source": SOURCE_STEPS}
     meta = {key: value for key, value in meta.items() if value is not None}
