@@ -138,7 +138,6 @@ class QVRF(CompressionModel):
                 output["likelihoods"]["z"] = self.z_likelihoods(latents)
             return output
         a = self.gain(s, factor)
-        r = 1 / a.detach()  # no gradient through the decoder's side (section 2.3 of the paper)
         y = self.g_a(x).float()  # (B, M, H/16, W/16)
         z = self.h_a(y.abs() if self.model == "balle" else y).float()  # (B, N, H/64, W/64)
         with torch.autocast(x.device.type, enabled=False):  # likelihoods in float32
@@ -146,17 +145,29 @@ class QVRF(CompressionModel):
         if ste:
             z_hat = z + (entropy.dequantize(self.entropy_bottleneck, z) - z).detach()
         params = self.h_s(z_hat)
-        if ste:
-            symbols, _, means = self._quantize(y.detach(), params.detach().double(), a.detach())
-            symbols, means = symbols.float(), means.float()
-            scaled = (y - means) * a
-            y_hat = (scaled + (symbols - scaled).detach()) * r + means
-        else:
-            y_hat = (y * a + torch.empty_like(y).uniform_(-0.5, 0.5)) * r
-        scales, means = self._distribution(params, y_hat)
-        y_likelihoods = self._likelihoods(y, scales, means, a)
+        y_hat = (self.round_ste(y, params, a) if ste
+                 else (y * a + torch.empty_like(y).uniform_(-0.5, 0.5)) / a.detach())
+        y_likelihoods = self.y_likelihoods(y, y_hat, params, a)
         x_hat = self.g_s(y_hat)
         return {"x_hat": x_hat, "likelihoods": {"y": y_likelihoods, "z": z_likelihoods}}
+
+    def round_ste(self, y: Tensor, params: Tensor, a: Tensor) -> Tensor:
+        """y_hat of stage 3: rounded around the means, with the identity as gradient.
+
+        The means get no gradient from here: they learn from the rate. No gradient
+        passes the decoder's 1 / a either.
+        """
+        symbols, _, means = self._quantize(y.detach(), params.detach().double(), a.detach())
+        symbols, means = symbols.float(), means.float()
+        scaled = (y - means) * a
+        return (scaled + (symbols - scaled).detach()) / a.detach() + means
+
+    def y_likelihoods(self, y: Tensor, y_hat: Tensor, params: Tensor, a: Tensor) -> Tensor:
+        """Of y, given what the decoder knows: h_s' params and y_hat. With noise in training."""
+        scales, means = self._distribution(params, y_hat)
+        with torch.autocast(y.device.type, enabled=False):
+            means = means.float() if isinstance(means, Tensor) else means
+            return self.gaussian_conditional((y - means) * a, scales.float() * a)[1]
 
     def _distribution(self, params: Tensor, y_hat: Tensor) -> tuple[Tensor, Tensor | float]:
         """Scales and means of y, by convolution over all of y_hat."""
@@ -164,11 +175,6 @@ class QVRF(CompressionModel):
             return params, 0.0
         context = self.context_prediction(y_hat)
         return self.entropy_parameters(torch.cat([params, context], 1)).chunk(2, 1)
-
-    def _likelihoods(self, y: Tensor, scales: Tensor, means: Tensor | float, a: Tensor) -> Tensor:
-        with torch.autocast(y.device.type, enabled=False):
-            means = means.float() if isinstance(means, Tensor) else means
-            return self.gaussian_conditional((y - means) * a, scales.float() * a)[1]
 
     # --------------------------------------------------------------------------------- coding
     @torch.no_grad()
@@ -186,8 +192,8 @@ class QVRF(CompressionModel):
         a = self.gain(s, factor)
         symbols, _, means = self._quantize(latents.y, latents.params, a)
         y_hat = self._dequantize(symbols, means, a)
-        scales, float_means = self._distribution(self.h_s(latents.z_hat), y_hat)
-        likelihoods = {"y": self._likelihoods(latents.y, scales, float_means, a)}
+        params = self.h_s(latents.z_hat)
+        likelihoods = {"y": self.y_likelihoods(latents.y, y_hat, params, a)}
         x_hat = tiled(self.g_s, y_hat, up=16, halo=HALO[self.model])
         return {"x_hat": x_hat, "likelihoods": likelihoods}
 

@@ -302,7 +302,8 @@ def test_trained_points_between_the_levels_lie_on_their_curve(trained, crops):
             latents = trained.analyse(x)
             bits = 8 * sum(len(s[0]) for s in trained.encode(latents, **rate)["strings"])
             x_hat = trained.estimate(latents, **rate)["x_hat"]
-            rows.append((bits / 256**2, evaluate.metrics.psnr(data.to_uint8(x), data.to_uint8(x_hat))))
+            psnr = evaluate.metrics.psnr(data.to_uint8(x), data.to_uint8(x_hat))
+            rows.append((bits / 256**2, psnr))
         return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
     levels = [point(s=s) for s in range(8)]
