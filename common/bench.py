@@ -32,8 +32,8 @@ Step = Callable[[], object]
 
 
 @torch.no_grad()
-def widen(model: nn.Module, N: int, M: int) -> nn.Module:
-    """A wider network that computes the same: each channel stands several times.
+def widen(model: nn.Module, target: nn.Module) -> nn.Module:
+    """`target`, a wider network, computing the same as `model`: each channel stands several times.
 
     It turns the bundled small weights into a paper-size network with trained statistics; a random
     one codes almost nothing. Copies stand side by side, so halves of a tensor stay its halves.
@@ -42,7 +42,6 @@ def widen(model: nn.Module, N: int, M: int) -> nn.Module:
     def source(wide: int, narrow: int) -> torch.Tensor:
         return torch.arange(wide) * narrow // wide
 
-    target = type(model)(N, M)
     for small, large in zip(model.parameters(), target.parameters(), strict=True):
         for dim in range(small.dim()):
             if small.size(dim) != large.size(dim):
@@ -70,7 +69,7 @@ def pair(paper: str, N: int | None = None, M: int | None = None) -> tuple[nn.Mod
     module = importlib.import_module(f"{paper}.model")
     default = module.build()
     small = module.load(sorted((ROOT / paper / "weights").glob("*.pth"))[-1])
-    ours = widen(small, N or default.N, M or default.M)
+    ours = widen(small, type(small)(N or default.N, M or default.M))
     has_own = (ROOT / paper / "baseline.py").exists()
     kind = (importlib.import_module(f"{paper}.baseline") if has_own else module).BASELINE
     baseline = kind(ours.N, ours.M).eval()
@@ -268,6 +267,10 @@ def main() -> None:
         return
     print(f"{runs.describe(torch.device('cpu'))}, torch {torch.__version__}; the papers' widths")
     print(f"{'':58s} {'CompressAI':>12s} {'ours':>12s}   ratio")
+    own = [paper for paper in args.papers if (ROOT / paper / "bench.py").exists()]
+    for paper in own:
+        importlib.import_module(f"{paper}.bench").run(args.rounds)
+    args.papers = [paper for paper in args.papers if paper not in own]
     for paper in args.papers:
         context = hasattr(importlib.import_module(f"{paper}.model").build(4, 6),
                           "context_prediction")

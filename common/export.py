@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, help="epoch_<n>.pth of train.py")
     parser.add_argument("-o", "--output", type=Path, required=True, help="weights file to write")
     parser.add_argument("--steps", type=runs.count,
-                        help="trained in all, where runs started from others; none: the last run's")
+                        help="trained in all, where runs started from others; none: as the "
+                        "checkpoint tells")
     args = parser.parse_args(argv)
     model = importlib.import_module(f"{args.paper}.model").load(args.checkpoint)
     if "config" not in model.info:
@@ -93,7 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     model.update(force=True, update_quantiles=True)
     config = {key: value for key, value in model.info["config"].items()
               if not str(value).startswith("/") and key not in ("dataset", "test_dataset")}
-    step = args.steps if args.steps is not None else model.info["step"]
+    before = config.pop("steps_before", 0)
+    step = args.steps if args.steps is not None else model.info["step"] + before
     write(args.output, model, config=config, step=step,
           hardware=runs.describe(torch.device("cpu")))
     print(f"{args.output}: {args.output.stat().st_size:,} bytes, {step:,} steps")

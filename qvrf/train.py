@@ -40,7 +40,8 @@ SOURCE_EPOCH = 1_073  # steps of the source's epochs, for the few bundled photog
 NEWEST, BEST = "checkpoint.pth.tar", "checkpoint_best_loss.pth.tar"
 SAME_RUN = ("model", "levels", "N", "M", "stage", "ste", "lmbda", "optimizer", "learning_rate",
             "aux_learning_rate", "lr_schedule", "milestones", "batch_size", "patch_size", "flip",
-            "images", "steps_per_epoch", "seed", "clip_max_norm")  # what --resume must not change
+            "start_level", "images", "steps_per_epoch", "seed",
+            "clip_max_norm")  # what --resume must not change
 
 
 def flags() -> argparse.ArgumentParser:
@@ -76,6 +77,9 @@ def flags() -> argparse.ArgumentParser:
     add("--levels", type=int, choices=LEVELS, default=8, help="discrete rates")
     add("--N", type=runs.positive_int, help="channels; none: the paper's")
     add("--M", type=runs.positive_int, help="latent channels; none: the paper's")
+    add("--start_level", type=runs.count, default=0,
+        help="where stage 2 begins, this level is the codec of stage 1; 0, as in the source: its "
+        "step, made for the highest rate, becomes that of the lowest")
     add("--lmbda", type=runs.positive_float,
         help="a fixed-rate model for comparison: stage 1 with this multiplier")
     add("--out", default=".", help="folder of checkpoints and logs")
@@ -122,6 +126,11 @@ def check(args: argparse.Namespace, stages: list[int]) -> None:
     if args.lmbda and stages != [1]:
         raise UserError("--lmbda trains one rate: use it with --stage 1; stages 2 and 3 take the "
                         "multipliers of all levels")
+    if args.start_level >= args.levels:
+        raise UserError(f"--start_level {args.start_level}: the levels are 0 to {args.levels - 1}")
+    if args.start_level and args.model == "cheng":
+        raise UserError("--start_level: cheng's latent comes out of an attention block and cannot "
+                        "be scaled by its weights; leave it out")
     if args.loadFromPretrainedSinglemodel and not args.checkpoint:
         raise UserError("--loadFromPretrainedSinglemodel 1 needs --checkpoint FILE")
 
@@ -151,7 +160,10 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     if start and not (args.refresh or args.loadFromPretrainedSinglemodel or start == out / BEST):
         resumed, start = start, None  # --checkpoint alone goes on with that run
     if start:
-        args.steps_before = load_weights(model, start, bool(args.loadFromPretrainedSinglemodel))
+        single = bool(args.loadFromPretrainedSinglemodel)
+        args.steps_before, stage_before = load_weights(model, start, single)
+        if args.stage > 1 and (single or stage_before == 1):
+            begin_at(model, args.start_level)
     elif resumed:
         args.steps_before = runs.load_checkpoint(resumed).get("config", {}).get("steps_before", 0)
     if not resumed:
@@ -250,8 +262,11 @@ def starting_point(args: argparse.Namespace, out: Path) -> Path | None:
                     "name weights with --checkpoint FILE --refresh 1, or give another --out")
 
 
-def load_weights(model: QVRF, path: Path, single: bool) -> int:
-    """Copy weights strictly, of a fixed-rate base without Gain if `single`; steps they had."""
+def load_weights(model: QVRF, path: Path, single: bool) -> tuple[int, int]:
+    """Copy weights strictly, of a fixed-rate base without Gain if `single`.
+
+    Returns the steps they had and the stage that they come from (0: not one of ours).
+    """
     state = runs.load_checkpoint(path)
     weights = dict(state["model"])
     if single:
@@ -264,7 +279,28 @@ def load_weights(model: QVRF, path: Path, single: bool) -> int:
     except (RuntimeError, KeyError) as e:
         raise UserError(f"{path}: not weights of --model {model.model} --levels {model.levels} "
                         f"--N {model.N} --M {model.M}: {runs.reason(e)}") from None
-    return state.get("config", {}).get("steps_before", 0) + state.get("step", 0)
+    config = state.get("config", {})
+    return config.get("steps_before", 0) + state.get("step", 0), config.get("stage", 0)
+
+
+@torch.no_grad()
+def begin_at(model: QVRF, level: int) -> None:
+    """Make a codec of one rate, with regulator 1, the one that `model` is at `level`.
+
+    Its latents, means and scales are divided by Gain[level] in the layers that make them, and
+    multiplied by it in those that read them. At level 0 this changes nothing.
+    """
+    gain = float(model.Gain[level])
+    made = [model.g_a[-1],
+            model.h_s[-2] if model.model == "balle" else model.entropy_parameters[-1]]
+    read = [model.g_s[0], model.h_a[0]]
+    if model.model != "balle":
+        read.append(model.context_prediction)
+    for layer in made:
+        layer.weight /= gain
+        layer.bias /= gain
+    for layer in read:
+        layer.weight *= gain
 
 
 def set_aside(out: Path) -> None:

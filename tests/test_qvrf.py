@@ -417,6 +417,30 @@ def test_stages_follow_each_other(run):
         run("--stage", 2)
 
 
+@pytest.mark.parametrize("name", ["balle", "minnen"])
+def test_start_level_is_the_codec_of_stage_one(name, x):
+    """The same symbols and tables as with step 1 before; level 0 changes nothing."""
+    model, before = tiny(name), tiny(name)
+    train.begin_at(model, 0)
+    assert model.compress(x, 3)["strings"] == before.compress(x, 3)["strings"]
+    with torch.no_grad():
+        model.Gain[5] = 4.0  # a power of two: nothing is rounded
+    train.begin_at(model, 5)
+    assert model.compress(x, 5)["strings"] == before.compress(x, 0)["strings"]
+    assert torch.allclose(model(x, 5)["x_hat"], before(x, 0)["x_hat"], atol=1e-5)
+
+
+def test_start_level_in_training(run):
+    folder = run("--stage", 1)
+    first = read(folder / "checkpoint_best_loss.pth.tar")["model"]
+    run("--stage", 2, "--start_level", 7, "-lr", 1e-9)
+    second = read(folder / "checkpoint.pth.tar")["model"]
+    assert torch.allclose(second["g_a.6.weight"], first["g_a.6.weight"] / 10, rtol=1e-4)
+    run("--stage", 3, "--start_level", 7, "-lr", 1e-9)  # once, not again
+    third = read(folder / "checkpoint.pth.tar")["model"]
+    assert torch.allclose(third["g_a.6.weight"], first["g_a.6.weight"] / 10, rtol=1e-4)
+
+
 def test_best_loss_begins_anew_with_refresh(run):
     folder = run("--stage", 1)
     path = folder / "checkpoint_best_loss.pth.tar"
@@ -533,6 +557,8 @@ def test_flags_of_the_source():
     (["--stage", "1", "2", "-e", "1", "2", "3"], "--epochs: give one number, or 2"),
     (["--stage", "2", "1"], "rising order"),
     (["--stage", "2", "--lmbda", "0.01"], "--lmbda trains one rate"),
+    (["--start_level", "8"], "the levels are 0 to 7"),
+    (["--start_level", "7", "--model", "cheng"], "attention block"),
     (["--loadFromPretrainedSinglemodel", "1"], "needs --checkpoint"),
     (["--stage", "2", "--checkpoint", "no.pth.tar"], "no such checkpoint"),
     (["--patch-size", "128", "64"], "96x90 is smaller than the 64x128 crop")])

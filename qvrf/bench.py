@@ -1,0 +1,172 @@
+"""Speed beside CompressAI's classes, at the paper's widths: part of `make bench`.
+
+    python -m common.bench qvrf
+
+Decoding is timed with and without g_s. Stage 3 of training rounds every latent around a mean that
+depends on latents already rounded; `Serial` does this as the paper's code does, one position after
+the other, each with a convolution of its own, and is what our waves are compared with.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common import bench, data, runs
+from common.loss import RateDistortionLoss
+
+import torch
+import torch.nn.functional as F
+from compressai.ops import quantize_ste
+from torch import Tensor, nn
+
+from qvrf.model import BASES, LMBDAS, QVRF, build, load
+
+HERE = Path(__file__).parent
+LEVEL = 5  # of the training steps
+
+
+def run(rounds: int) -> None:
+    for base in ("minnen", "cheng"):
+        decoding(base, rounds)
+        training(base, rounds)
+
+
+# -------------------------------------------------------------------------------------- coding
+def decoding(base: str, rounds: int) -> None:
+    """compress and decompress a 512x768 image at level 0, which the fixed-rate base can code."""
+    ours, baseline = pair(base)
+    x = data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None]
+    files = ours.compress(x, s=0), baseline.compress(x)
+
+    def decode(model: nn.Module, file: dict, **rate: int) -> bench.Step:
+        return torch.no_grad()(lambda: model.decompress(file["strings"], file["shape"], **rate))
+
+    bench.compare(f"qvrf {base}: compress", lambda: ours.compress(x, s=0),
+                  lambda: baseline.compress(x), rounds)
+    steps = decode(ours, files[0], s=0), decode(baseline, files[1])
+    bench.compare(f"qvrf {base}: decompress", *steps, rounds)
+    ours.g_s = baseline.g_s = nn.Identity()
+    bench.compare(f"qvrf {base}: decompress without g_s", *steps, rounds)
+
+
+def pair(base: str) -> tuple[QVRF, nn.Module]:
+    """(ours, CompressAI's) with the same weights, at the paper's width.
+
+    Where bundled weights are of this base they are widened, else weights are random, scaled so that
+    latents and their scales are those of a photograph at about 1 bit per pixel.
+    """
+    ours = build(base)
+    bundled = HERE / "weights" / f"small-{base}.pth"
+    if bundled.exists():
+        ours = bench.widen(load(bundled), ours)
+    else:
+        make_lively(ours)
+    ours.update(force=True)
+    fixed = BASES[base](ours.N) if base == "cheng" else BASES[base](ours.N, ours.M)
+    fixed.load_state_dict({k: v for k, v in ours.state_dict().items() if k != "Gain"})
+    return ours.eval().to(memory_format=torch.channels_last), fixed.eval()
+
+
+@torch.no_grad()
+def make_lively(model: QVRF) -> None:
+    """Random weights whose latents are not all zero, with scales that fit them."""
+    torch.manual_seed(0)
+    x = data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None, :, :256, :256]
+    y = model.g_a(x)
+    last = model.g_a[-2] if model.model == "cheng" else model.g_a[-1]
+    last.weight *= 1 / y.std()
+    model.entropy_parameters[4].bias[: model.M] = 1.0
+
+
+# ------------------------------------------------------------------------------------- training
+def training(base: str, rounds: int) -> None:
+    """A step of stage 3, 8 crops of 256x256: ours in bf16 against fp32 and the serial loop.
+
+    And its rounding alone, from y and h_s' output to the likelihoods of y, forward and backward.
+    """
+    torch.manual_seed(0)
+    ours, theirs = build(base).train(), build(base).train()
+    theirs.load_state_dict(ours.state_dict())
+    serial = Serial(theirs)
+    ours.to(memory_format=torch.channels_last)
+    y, params = torch.randn(8, ours.M, 16, 16), torch.randn(8, 2 * ours.M, 16, 16)
+
+    def rounding(model: QVRF, precision: str) -> bench.Step:
+        def step() -> None:
+            leaves = [t.clone().requires_grad_() for t in (y, params)]
+            with runs.autocast(y.device, precision):
+                if model is theirs:
+                    y_hat, likelihoods = serial.round(*leaves, model.gain(LEVEL))
+                else:
+                    a = model.gain(LEVEL)
+                    y_hat = model.round_ste(*leaves, a)
+                    likelihoods = model.y_likelihoods(leaves[0], y_hat, leaves[1], a)
+            (y_hat.sum() - likelihoods.log2().sum()).backward()
+            model.zero_grad()
+        return step
+
+    bench.compare(f"qvrf {base}: rounding of stage 3, 8x256x256", rounding(ours, "auto"),
+                  rounding(theirs, "fp32"), rounds)
+    tiles = data.Crops(data.find_items(None), 256)
+    x = torch.stack([data.to_float(tiles[k]) for k in range(8)])
+    bench.compare(f"qvrf {base}: training step of stage 3, 8x256x256",
+                  training_step(ours, ours, x.contiguous(memory_format=torch.channels_last),
+                                "auto"),
+                  training_step(theirs, serial, x, "fp32"), rounds)
+
+
+def training_step(model: QVRF, net: nn.Module, x: Tensor, precision: str) -> bench.Step:
+    optimizer, aux_optimizer = runs.optimizers(model, "adam", 1e-4)
+    criterion = RateDistortionLoss(LMBDAS[LEVEL])
+
+    def step() -> None:
+        with runs.autocast(x.device, precision):
+            output = net(x, LEVEL, ste=True)
+        optimizer.zero_grad()
+        aux_optimizer.zero_grad()
+        criterion(output, x)["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.aux_loss().backward()
+        aux_optimizer.step()
+
+    return step
+
+
+class Serial(nn.Module):
+    """Stage 3 with a loop over positions in raster order, in floats, as the paper's code has it."""
+
+    def __init__(self, model: QVRF):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, s: int, ste: bool = True) -> dict:
+        model = self.model
+        a = model.gain(s)
+        y = model.g_a(x)
+        z = model.h_a(y)
+        _, z_likelihoods = model.entropy_bottleneck(z)
+        medians = model.entropy_bottleneck._get_medians().detach().view(1, -1, 1, 1)
+        params = model.h_s(quantize_ste(z - medians) + medians)
+        y_hat, y_likelihoods = self.round(y, params, a)
+        return {"x_hat": model.g_s(y_hat), "likelihoods": {"y": y_likelihoods, "z": z_likelihoods}}
+
+    def round(self, y: Tensor, params: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """y_hat and the likelihoods of y, one position after the other."""
+        model, layer = self.model, self.model.context_prediction
+        height, width = y.shape[-2:]
+        kernel = layer.weight * layer.mask
+        y_hat, likelihoods = F.pad(y, (2, 2, 2, 2)), torch.zeros_like(y)
+        for h in range(height):
+            for w in range(width):
+                around = y_hat[:, :, h : h + 5, w : w + 5].clone()  # y_hat is written to below
+                context = F.conv2d(around, kernel, layer.bias)
+                hyper = params[:, :, h : h + 1, w : w + 1]
+                scales, means = model.entropy_parameters(torch.cat([hyper, context], 1)).chunk(2, 1)
+                latent = around[:, :, 2:3, 2:3]
+                likelihoods[:, :, h : h + 1, w : w + 1] = model.gaussian_conditional(
+                    (latent - means) * a, scales * a)[1]
+                middle = means.detach()
+                y_hat[:, :, h + 2 : h + 3, w + 2 : w + 3] = (
+                    quantize_ste((latent - middle) * a) / a.detach() + middle)
+        return y_hat[:, :, 2:-2, 2:-2], likelihoods
