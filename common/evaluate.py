@@ -78,6 +78,8 @@ def decode_images(model: nn.Module, files: list[bytes], tag: bytes,
     """
     fingerprint = fingerprint or bitstream.fingerprint(model)
     parts = [bitstream.unpack(file, tag, fingerprint) for file in files]
+    if len({(part.height, part.width, part.parameters) for part in parts}) > 1:
+        raise UserError("files of several sizes or rates: decode them one by one")
     rate = model.read_parameters(parts[0].parameters) if hasattr(model, "read_parameters") else {}
     size, factor = (parts[0].height, parts[0].width), model.downsampling_factor
     shape = tuple(-(-side // factor) for side in size)  # of the last latent; so it is not stored

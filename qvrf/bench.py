@@ -105,14 +105,18 @@ def training(base: str, rounds: int) -> None:
             model.zero_grad()
         return step
 
-    bench.compare(f"qvrf {base}: rounding of stage 3, 8x256x256", rounding(ours, "auto"),
-                  rounding(theirs, "fp32"), rounds)
+    once(f"qvrf {base}: rounding of stage 3, 8x256x256", rounding(ours, "auto"),
+         rounding(theirs, "fp32"), rounds)
     tiles = data.Crops(data.find_items(None), 256)
     x = torch.stack([data.to_float(tiles[k]) for k in range(8)])
-    bench.compare(f"qvrf {base}: training step of stage 3, 8x256x256",
-                  training_step(ours, ours, x.contiguous(memory_format=torch.channels_last),
-                                "auto"),
-                  training_step(theirs, serial, x, "fp32"), rounds)
+    once(f"qvrf {base}: training step of stage 3, 8x256x256",
+         training_step(ours, ours, x.contiguous(memory_format=torch.channels_last), "auto"),
+         training_step(theirs, serial, x, "fp32"), rounds)
+
+
+def once(name: str, ours: bench.Step, serial: bench.Step, rounds: int) -> None:
+    """As bench.compare, but the loop, of half a minute or more, is called once a round."""
+    bench.show(name, [(bench.seconds(serial), bench.timed(ours)) for _ in range(rounds)])
 
 
 def training_step(model: QVRF, net: nn.Module, x: Tensor, precision: str) -> bench.Step:

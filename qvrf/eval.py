@@ -52,6 +52,7 @@ def flags() -> argparse.ArgumentParser:
         "None: all, or with --path the source's 2")
     add = parser.add_argument_group("ours, of this paper").add_argument
     add("--sweep", action="store_true", help="with --factormode 1: the source's 27 factors")
+    add("--name", help="of the curve that --checkpoint gives; none: the file's name")
     add("--outdir", default="./output", help="bitstreams and decoded images, without --output_path")
     add("--resultdir", default="./results", help="JSON, CSV, plot")
     add("--test_batch_size", type=runs.positive_int, default=1, help="images of equal size")
@@ -117,7 +118,7 @@ def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
     if args.path:
         return {Path(args.path).name.split(".")[0]: [exported(Path(args.path))]}
     if args.checkpoint:
-        return {args.checkpoint[0].stem: args.checkpoint}
+        return {args.name or args.checkpoint[0].stem: args.checkpoint}
     if args.reproduce:
         if not args.config:
             raise UserError("--reproduce needs --config, the file that the run was trained with")

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
+import filecmp
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -304,17 +304,17 @@ def begin_at(model: QVRF, level: int) -> None:
 
 
 def set_aside(out: Path) -> None:
-    """Keep an earlier stage's checkpoints under another name: nothing is overwritten."""
+    """Copy an earlier stage's checkpoints to names of their own, before they are written over."""
     if runs.rank() == 0 and (out / NEWEST).exists():
         stage = runs.load_checkpoint(out / NEWEST).get("config", {}).get("stage", 0)
-        for path in (out / NEWEST, out / BEST):
+        for path in filter(Path.exists, (out / NEWEST, out / BEST)):
             stem, number = path.name.removesuffix(".pth.tar"), 1
             kept = out / f"{stem}_stage{stage}.pth.tar"
-            while kept.exists():
+            while kept.exists() and not filecmp.cmp(kept, path, shallow=False):
                 number += 1
                 kept = out / f"{stem}_stage{stage}_{number}.pth.tar"
-            if path.exists():
-                os.replace(path, kept)
+            if not kept.exists():
+                runs.write_atomic(kept, path.read_bytes())
     runs.agree(True)  # the others wait
 
 

@@ -4,6 +4,7 @@ The same settings make the float path disagree with itself: that is why h_s is e
 """
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -21,7 +22,10 @@ SETTINGS = {  # name: (environment, worker flags)
     "oneDNN off": ({}, ["--threads", "2", "--no-onednn"]),
     "contiguous": ({}, ["--threads", "2", "--contiguous"]),
 }
-PAPERS = ("factorized", "hyperprior", "joint_ar", "checkerboard")
+WEIGHTS = {"factorized": "small-0.0067.pth", "hyperprior": "small-0.0067.pth",
+           "joint_ar": "small-0.0067.pth", "checkerboard": "small-0.0067.pth",
+           "qvrf": "small-minnen.pth"}
+RATES = {"qvrf": [{"s": 5}, {"factor": 3.7}]}  # of a paper's files; the others have one
 IMAGES = ("kodim08", "kodim13")
 
 
@@ -48,7 +52,8 @@ def decoded(encoded):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_setting_decodes_the_encoder_s_symbols(setting, encoded, decoded):
-    assert len(encoded[1]) == len(PAPERS) * len(IMAGES)
+    files = sum(len(RATES.get(paper, [{}])) for paper in WEIGHTS) * len(IMAGES)
+    assert len(encoded[1]) == files
     assert decoded[setting]["symbols"] == encoded[1]
 
 
@@ -84,16 +89,17 @@ def _main():
     layout = torch.contiguous_format if args.contiguous else torch.channels_last
 
     symbols, float_indexes = {}, {}
-    for name in PAPERS:
+    for name, weights in WEIGHTS.items():
         paper = importlib.import_module(f"{name}.model")
-        model = paper.load(ROOT / name / "weights" / "small-0.0067.pth").to(memory_format=layout)
+        model = paper.load(ROOT / name / "weights" / weights).to(memory_format=layout)
         seen = []
         model.g_s.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
-        for image in IMAGES:
-            path = args.folder / f"{name}-{image}.bin"
+        rates = list(enumerate(RATES.get(name, [{}])))
+        for image, (i, rate) in itertools.product(IMAGES, rates):
+            path = args.folder / f"{name}-{image}-{i}.bin"
             if args.job == "encode":
                 x = data.to_float(data.read_image(data.KODAK / f"{image}.png"))
-                path.write_bytes(evaluate.encode_image(model, x, paper.TAG))
+                path.write_bytes(evaluate.encode_image(model, x, paper.TAG, **rate))
             evaluate.decode_image(model, path.read_bytes(), paper.TAG)
             symbols[path.name] = _digest(seen.pop())
         if name == "hyperprior":

@@ -475,6 +475,26 @@ def test_several_stages_at_once_and_resumed(run, monkeypatch):
     assert straight["config"]["steps_before"] == killed["config"]["steps_before"] == 12
 
 
+def test_stopped_between_two_stages(run, monkeypatch):
+    """Before stage 2 has saved anything: stage 1 is not lost, and not trained again."""
+    flags = ("--stage", 1, 2, "--out", "out")
+    save = runs.Checkpoints.save
+
+    def dies(self, *arguments, **more):
+        if self.config["stage"] == 2:
+            raise KeyboardInterrupt
+        save(self, *arguments, **more)
+
+    monkeypatch.setattr(runs.Checkpoints, "save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags)
+    monkeypatch.setattr(runs.Checkpoints, "save", save)
+    folder = run(*flags, "--resume") / "out"
+    assert read(folder / "checkpoint.pth.tar")["config"]["stage"] == 2
+    assert sorted(p.name for p in folder.glob("*_stage*")) == [
+        "checkpoint_best_loss_stage1.pth.tar", "checkpoint_stage1.pth.tar"]
+
+
 def test_killed_stage_two_resumes_bit_for_bit(images, run, tmp_path):
     """kill -9 in mid-epoch; weights, optimisers, schedule and generators end equal."""
     run("--stage", 1, "--out", "first")

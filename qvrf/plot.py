@@ -1,0 +1,61 @@
+"""The learned gains, and rate and PSNR against the regulator, from results of eval.py.
+
+    python plot.py                                              the bundled results
+    python plot.py results/QVRF-small.json my-sweep.json -o rate.png
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from common import UserError, compare, evaluate, runs
+
+from qvrf.model import LMBDAS, initial_gain
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = runs.Parser(description="Plot gains, and rate and PSNR against the regulator.")
+    parser.add_argument("levels", type=Path, nargs="?", default=RESULTS / "small.json",
+                        help="results at a model's levels")
+    parser.add_argument("sweep", type=Path, nargs="?", default=RESULTS / "sweep.json",
+                        help="results of the same model with --factormode 1 --sweep")
+    parser.add_argument("-o", "--output", type=Path, default=Path("rate.png"))
+    args = parser.parse_args(argv)
+    levels, sweep = (evaluate.load_json(path) for path in (args.levels, args.sweep))
+    for path, curve, key in ((args.levels, levels, "level"), (args.sweep, sweep, "factor")):
+        if key not in curve.get("meta", {}):
+            raise UserError(f"{path}: holds no {key} of its points; make it with qvrf/eval.py")
+    compare.save_figure(draw(levels, sweep), args.output)
+    print(f"plot: {args.output}")
+
+
+def draw(levels: dict[str, Any], sweep: dict[str, Any]) -> Any:
+    """A figure of three panels: Gain against lmbda, rate and PSNR against the regulator."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (gains, rate, psnr) = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    learned = dict(zip(levels["meta"]["level"], levels["meta"]["factor"], strict=True))
+    lmbdas = LMBDAS[: max(learned) + 1]
+    gains.loglog(lmbdas, initial_gain(len(lmbdas)), "--", color="gray", label="initial")
+    gains.loglog([LMBDAS[s] for s in learned], learned.values(), "o", label="learned")
+    gains.set(xlabel="lmbda", ylabel="Gain")
+    gains.legend()
+    for axes, key, name in ((rate, "bpp", "bits per pixel"), (psnr, "psnr-rgb", "PSNR (dB)")):
+        for curve, style, label in ((sweep, ".-", "any factor"), (levels, "o", "the levels")):
+            points = sorted(zip(curve["meta"]["factor"], curve["results"][key], strict=True))
+            axes.semilogx(*zip(*points, strict=True), style, label=label)
+        axes.set(xlabel="regulator a", ylabel=name)
+        axes.legend()
+    for axes in (gains, rate, psnr):
+        axes.grid(alpha=0.3, which="both")
+    return figure
+
+
+if __name__ == "__main__":
+    runs.cli(main)
