@@ -24,7 +24,7 @@ from qvrf.eval import factor
 from qvrf.model import QVRF, TAG, check_factor, load
 
 LEVEL = 2  # the source's
-SPREAD = 2  # a search goes so far beyond the first and the last gain
+SPREAD = 8  # a search goes so far beyond the first and the last gain
 CLOSE = {"bpp": 0.999, "psnr": 1.0001}  # of the target: good enough to stop
 STEPS = 20
 

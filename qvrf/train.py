@@ -190,7 +190,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         print(yaml.safe_dump(vars(args), sort_keys=False).strip())
         print(f"{len(items)} training images{'' if args.dataset else ' (bundled photographs)'}, "
               f"{steps_per_epoch} steps an epoch, on {runs.describe(device)}")
-        print(f"stage {args.stage} starts from {resumed or start or 'random weights'}", flush=True)
+        if step >= args.epochs * steps_per_epoch:
+            print(f"stage {args.stage} has its {args.epochs} epochs already (-e for more)")
+        else:
+            print(f"stage {args.stage} starts from {resumed or start or 'random weights'}",
+                  flush=True)
 
     saved = time.monotonic()
     for epoch in range(step // steps_per_epoch, args.epochs):

@@ -2,9 +2,12 @@
 
 import copy
 import csv
+import importlib
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -711,3 +714,55 @@ def test_preprocessing(tmp_path):
     assert torch.equal(data.read_image(tmp_path / "out" / "a_2.png"), original)  # a no-op noise
     with pytest.raises(UserError, match="9 images were asked for, 5 are there"):
         preprocess.main(["--imagenet", str(tmp_path / "imagenet"), "-n", "9"])
+
+
+# --------------------------------------------------------------------------------------- pages
+def test_readme_commands(tmp_path, monkeypatch):
+    """In their order, in one folder, as a reader would type them; only sizes are made tiny."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "qvrf" / "README.md").read_text(), re.S)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("python ")]
+    assert {c[0] for c in commands} == {"train.py", "update.py", "eval.py", "plot.py", "codec.py",
+                                        "preprocess.py"}
+    kodak = Image.open(data.KODAK / "kodim23.png")
+    for folder in ("dataset/train", "dataset/test", "dataset/Kodak", "imagenet", "clic"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(2):
+            kodak.crop((200 + 90 * i, 100, 296 + 90 * i, 190)).save(tmp_path / folder / f"{i}.png")
+    kodak.crop((100, 100, 197, 165)).save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    for script, *words in commands:
+        if script == "train.py":
+            words = [str(ROOT / "qvrf" / w) if w.endswith(".yaml") else w for w in words]
+            words += [*TINY, "--no-compile"]
+        elif script == "eval.py" and "--dataset" not in words:
+            words += ["--dataset", "dataset/Kodak"]
+        elif script == "preprocess.py":
+            words += ["-n", "2", "--num-workers", "1"]
+        importlib.import_module(f"qvrf.{script.removesuffix('.py')}").main(words)
+    assert Image.open("decoded.png").size == (97, 65)
+    assert read("runs/a/checkpoint.pth.tar")["config"]["stage"] == 3
+    assert read("ckpts/quick/checkpoint.pth.tar")["config"]["steps_before"] == 8
+    assert Path("dataset/AttentionVRSTE_s_7/0.png").exists()
+    assert Path("dataset/AttentionVRSTE_factor_0.4/0.png").exists()
+
+
+def test_pages_give_the_bundled_results():
+    results = json.loads((ROOT / "qvrf" / "results" / "small.json").read_text())["results"]
+    rows = {f"| {bpp:.4f} | {psnr:.2f} |"
+            for bpp, psnr in zip(results["bpp"], results["psnr-rgb"], strict=True)}
+    assert len(rows) == 8 and all(row in (ROOT / "qvrf" / "README.md").read_text() for row in rows)
+    front = [line for line in (ROOT / "README.md").read_text().splitlines()
+             if line.startswith("| qvrf, level")]
+    assert len(front) >= 2 and all(any(row in line for row in rows) for line in front)
+
+
+def test_readme_python(tmp_path, monkeypatch):
+    (tmp_path / "qvrf").symlink_to(ROOT / "qvrf")
+    Image.open(data.KODAK / "kodim23.png").crop((100, 100, 197, 165)).save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    block, = re.findall(r"```python\n(.*?)```", (ROOT / "qvrf" / "README.md").read_text(), re.S)
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["x_hat"].shape == names["x"].shape
+    assert 8 * len(names["file"]) / names["x"][0].numel() <= 0.5
