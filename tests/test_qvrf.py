@@ -3,6 +3,7 @@
 import copy
 import csv
 import importlib
+import itertools
 import json
 import math
 import os
@@ -233,6 +234,21 @@ def test_batch_gives_the_files_of_single_images(model, x):
     decoded = evaluate.decode_images(model, files, TAG)
     alone = evaluate.decode_image(model, files[1], TAG)
     assert torch.allclose(decoded[1], alone, atol=1e-4)  # g_s is a float network
+
+
+@pytest.mark.gpu
+def test_files_cross_devices(base, x):
+    """A file made on the CPU decodes on a GPU, and the reverse: the same latents on both."""
+    models = {"cpu": tiny(base), "cuda": tiny(base).cuda()}
+    for source, rate in itertools.product(models, ({"s": 6}, {"factor": 3.7})):
+        file = evaluate.encode_image(models[source], x.to(source), TAG, **rate)
+        latents = []
+        for model in models.values():
+            hook = model.g_s.register_forward_pre_hook(
+                lambda _, inputs, seen=latents: seen.append(inputs[0].cpu()))
+            evaluate.decode_image(model, file, TAG)
+            hook.remove()
+        assert torch.equal(*latents)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (65, 130)])
