@@ -265,7 +265,8 @@ def world() -> int:
 def share(batch_size: int) -> int:
     """This process's part of a batch that is divided over all of them."""
     if batch_size < 1 or batch_size % world():
-        raise UserError(f"--batch_size {batch_size} is not a multiple of the {world()} process(es)")
+        raise UserError(f"a batch of {batch_size} cannot be shared by {world()} process(es): give "
+                        "a multiple of their number")
     return batch_size // world()
 
 
@@ -374,7 +375,7 @@ def check_finite(values: dict[str, Tensor], step: int, last_good: Path | None) -
     if bad:
         kept = f"the last good checkpoint is {last_good}" if last_good else "nothing was saved yet"
         raise UserError(f"{', '.join(bad[:5])} not finite in the batch of step {step}; {kept}; "
-                        "try a smaller --lr or --precision fp32")
+                        "try a smaller learning rate or --precision fp32")
 
 
 # -------------------------------------------------------------------------------- checkpoints
@@ -520,9 +521,11 @@ class Checkpoints:
     own = ("log",)  # parts that each process has of its own, kept beside its random generators
 
     def __init__(self, folder: Path, parts: dict[str, Any], config: dict[str, Any],
-                 same: tuple[str, ...] = SAME_RUN):
-        """same: the flags that --resume must not change."""
+                 same: tuple[str, ...] = SAME_RUN,
+                 anew: str = "--init_ckpt and another --exp_version"):
+        """same: the flags that --resume must not change; anew: what starts another run instead."""
         self.folder, self.parts, self.config, self.same = folder, parts, config, same
+        self.anew = anew
         self.last: Path | None = None
 
     def begin(self, resume: bool, epoch: int | None) -> dict[str, Any]:
@@ -581,17 +584,17 @@ class Checkpoints:
         missing = [key for key in (*self.parts, "step", "rng") if key not in state]
         if missing:
             raise UserError(f"{path}: cannot be resumed, it has no {', '.join(missing)} "
-                            "(start from its weights with --init_ckpt)")
+                            f"(start another run from its weights: {self.anew})")
         mine = state["rng"][min(rank(), len(state["rng"]) - 1)]
         same = [*self.same, *getattr(self.parts["model"], "options", ())]
         if self.config.get("lr_schedule") == "cosine":
-            same.append("epoch")  # the whole schedule depends on it
+            same += ["epoch", "epochs"]  # the whole schedule depends on it
         for key in same:
             before, now = state["config"].get(key), self.config.get(key)
             if before != now:
                 flag = "dataset" if key == "images" else key
                 raise UserError(f"{path}: was trained with --{flag} {before}, not {now} (to start "
-                                "another run from its weights: --init_ckpt and --exp_version)")
+                                f"another run from its weights: {self.anew})")
         try:
             for key, part in self.parts.items():
                 part.load_state_dict(mine[key] if key in mine else state[key])

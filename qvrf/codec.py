@@ -21,7 +21,7 @@ from common import UserError, bitstream, codec, data, evaluate, metrics, runs
 from torch import Tensor
 
 from qvrf.eval import factor
-from qvrf.model import QVRF, TAG, check_factor, load
+from qvrf.model import QVRF, SMALLEST_GAIN, TAG, check_factor, load
 
 LEVEL = 2  # the source's
 SPREAD = 8  # a search goes so far beyond the first and the last gain
@@ -75,11 +75,12 @@ def search(model: QVRF, x: Tensor, kind: str, target: float) -> tuple[bytes, flo
         return metrics.bpp(len(file(value)), *size)
 
     def psnr(value: float) -> float:
-        x_hat = evaluate.crop(model.estimate(latents, factor=value)["x_hat"], size)[0]
+        x_hat = evaluate.crop(model.reconstruct(latents, factor=value), size)[0]
         return metrics.psnr(original, data.to_uint8(x_hat).cpu())
 
-    gains = model.Gain.detach().abs()
-    low, high = float(gains.min()) / SPREAD, float(gains.max()) * SPREAD
+    gains = [model.gain(s).item() for s in range(model.levels)]
+    low, high = (min(max(gain, SMALLEST_GAIN), 1 / SMALLEST_GAIN)
+                 for gain in (min(gains) / SPREAD, max(gains) * SPREAD))
     value = bisect(bpp if kind == "bpp" else psnr, kind, target, low, high)
     result = file(value)
     return result, value, f"PSNR {psnr(value):.2f} dB"

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def flags() -> argparse.ArgumentParser:
         "None: all, or with --path the source's 2")
     add = parser.add_argument_group("ours, of this paper").add_argument
     add("--sweep", action="store_true", help="with --factormode 1: the source's 27 factors")
-    add("--name", help="of the curve that --checkpoint gives; none: the file's name")
+    add("--name", help="of the curve; none: that of the weights")
     add("--outdir", default="./output", help="bitstreams and decoded images, without --output_path")
     add("--resultdir", default="./results", help="JSON, CSV, plot")
     add("--test_batch_size", type=runs.positive_int, default=1, help="images of equal size")
@@ -116,7 +115,7 @@ def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
     """What to evaluate, by the name of its curve."""
     small = sorted((HERE / "weights").glob("small-*.pth"))
     if args.path:
-        return {Path(args.path).name.split(".")[0]: [exported(Path(args.path))]}
+        return {args.name or Path(args.path).name.split(".")[0]: [exported(Path(args.path))]}
     if args.checkpoint:
         return {args.name or args.checkpoint[0].stem: args.checkpoint}
     if args.reproduce:
@@ -134,7 +133,9 @@ def exported(path: Path) -> Path:
     """`path`, or the file to whose name update.py has added a hash: NAME-1a2b3c4d.pth.tar."""
     stem, dot, suffixes = path.name.partition(".")
     found = sorted(path.parent.glob(f"{stem}-????????{dot}{suffixes}"))
-    return found[0] if not path.exists() and len(found) == 1 else path
+    if not path.exists() and len(found) > 1:
+        raise UserError(f"{path}: which one of {', '.join(p.name for p in found)}?")
+    return found[0] if found and not path.exists() else path
 
 
 def rates(model: QVRF, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -178,7 +179,7 @@ def evaluate_rate(model: QVRF, images: list[Path], rate: dict[str, Any], name: s
             "steps": steps or None, "steps_source": SOURCE_STEPS}
     meta = {key: value for key, value in meta.items() if value is not None}
     if args.entropy_estimation:
-        point = estimated(model, images, rate, name, str(checkpoint.name), args.patch, meta)
+        point = estimated(model, images, rate, f"{name}-estimated", args.patch, meta)
     else:
         point = evaluate.evaluate(model, images, TAG, name, str(checkpoint.name), folder,
                                   args.test_batch_size, meta, rate=rate)
@@ -190,24 +191,28 @@ def evaluate_rate(model: QVRF, images: list[Path], rate: dict[str, Any], name: s
 
 
 @torch.no_grad()
-def estimated(model: QVRF, images: list[Path], rate: dict[str, Any], name: str, description: str,
-              patch: int, meta: dict[str, Any]) -> dict[str, Any]:
+def estimated(model: QVRF, images: list[Path], rate: dict[str, Any], name: str, patch: int,
+              meta: dict[str, Any]) -> dict[str, Any]:
     """An operating point without files: bits that the likelihoods promise, no times."""
     rows = []
+    meta = meta | {"fingerprint": bitstream.fingerprint(model).hex()}
+    unique = len({path.stem for path in images}) == len(images)
     for path, batch in data.batches(images, 1):
         x = data.to_float(batch.to(next(model.parameters()).device))
         output = model(evaluate.pad(x, patch), **rate)
         bits = {key: float(-p.double().log2().sum()) for key, p in output["likelihoods"].items()}
         x_hat = data.to_uint8(evaluate.crop(output["x_hat"], x.shape[-2:])[0]).cpu()
-        row = evaluate.row(path[0].stem, batch[0], x_hat, math.ceil(sum(bits.values()) / 8))
-        rows.append(row | {f"{key}_bits": value for key, value in bits.items()})
-    return evaluate.point(name, description, rows, meta)
+        image = path[0].stem if unique else path[0].name
+        row = evaluate.row(image, batch[0], x_hat, math.ceil(sum(bits.values()) / 8))
+        rows.append(row | {"bpp_estimated": row["bpp"]}
+                    | {f"{key}_bits": value for key, value in bits.items()})
+    return evaluate.point(name, "no files: bits of the likelihoods", rows, meta)
 
 
 def csv(rows: list[dict[str, Any]], images: list[Path], folder: Path | None) -> str:
     """The source's table: a row for each image. mse on the 255 scale; y_bpp and z_bpp: payload."""
     lines = [",".join(COLUMNS)]
-    names = {path.stem: path.name for path in images}
+    names = {path.stem: path.name for path in images} | {path.name: path.name for path in images}
     for row in rows:
         pixels = row["height"] * row["width"]
         if folder:
@@ -254,10 +259,7 @@ def factor(text: str) -> float:
     """A number or a fraction as 1/2.5, the reciprocal of the quantisation step."""
     try:
         numerator, slash, denominator = text.partition("/")
-        if slash:
-            value = float(Fraction(numerator) / Fraction(denominator))
-        else:
-            value = float(text)
+        value = float(numerator) / float(denominator) if slash else float(text)
     except (ValueError, ZeroDivisionError):
         value = math.nan
     if not math.isfinite(value):

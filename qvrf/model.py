@@ -20,7 +20,7 @@ from common.context import Context
 from common.tiles import tiled
 
 import torch
-from compressai.layers import MaskedConv2d
+from compressai.layers import MaskedConv2d, ResidualBlockWithStride
 from compressai.models import (
     Cheng2020Attention,
     CompressionModel,
@@ -28,7 +28,7 @@ from compressai.models import (
     ScaleHyperprior,
 )
 from compressai.zoo.pretrained import load_pretrained
-from torch import Tensor
+from torch import Tensor, nn
 
 TAG = b"qvrf"  # names this paper in the header of its files
 BASES = {"balle": ScaleHyperprior, "minnen": JointAutoregressiveHierarchicalPriors,
@@ -51,6 +51,20 @@ class CausalConv(MaskedConv2d):
         return self._conv_forward(x, self.weight * self.mask, self.bias)
 
 
+class Shortcut(nn.Conv2d):
+    """1x1 convolution of stride 2: the pixels that it skips are left out first.
+
+    oneDNN's own (3.7, float32, channels last) writes beyond its buffers in the backward pass.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=1, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[..., ::2, ::2].contiguous(memory_format=torch.channels_last)
+        return nn.functional.conv2d(x, self.weight, self.bias)
+
+
 def wavefront(height: int, width: int, device: torch.device | str = "cpu") -> list[Tensor]:
     """Positions y * width + x in the order of coding, those of a wave together.
 
@@ -71,6 +85,7 @@ class Latents:
     z: Tensor  # (B, N, H/64, W/64)
     z_hat: Tensor  # rounded
     params: Tensor  # of h_s, exact (float64): scales (B, M, ...) in balle, else (B, 2M, ...)
+    z_strings: list[bytes] | None = None  # made when first coded
 
 
 class QVRF(CompressionModel):
@@ -91,23 +106,25 @@ class QVRF(CompressionModel):
 
     def __init__(self, model: str = "cheng", levels: int = 8, N: int | None = None,
                  M: int | None = None):
-        """model: balle, minnen or cheng (M = N); levels: 8 or 11; N, M: None for the paper's."""
+        """model: balle, minnen or cheng (whose M is N); levels: 8 or 11; N, M: None for the paper's."""
         super().__init__()
         if model not in BASES or levels not in LEVELS:
             raise UserError(f"--model {model} --levels {levels}: choose from {', '.join(BASES)} "
                             f"and from {LEVELS[0]}, {LEVELS[1]}")
-        N, M = N or WIDTHS[model][0], M or WIDTHS[model][1]
-        if model == "cheng":
-            M = N
+        N = N or WIDTHS[model][0]
+        M = N if model == "cheng" else M or WIDTHS[model][1]
         self.model, self.levels, self.N, self.M = model, levels, N, M
         base = BASES[model](N) if model == "cheng" else BASES[model](N, M)
         for name, module in base.named_children():
             self.add_module(name, module)
+        for module in self.modules():
+            if isinstance(module, ResidualBlockWithStride) and module.skip is not None:
+                module.skip = Shortcut(*module.skip.weight.shape[1::-1])
         self.exact_parts: tuple[str, ...] = ("h_s",)
         if model != "balle":
             self.context_prediction = CausalConv(M, 2 * M, kernel_size=5, padding=2)
             self.exact_parts = ("h_s", "context_prediction", "entropy_parameters")
-        self.Gain = torch.nn.Parameter(initial_gain(levels))
+        self.Gain = nn.Parameter(initial_gain(levels))
 
     # ------------------------------------------------------------------------------- the rate
     def gain(self, s: int | None = None, factor: float | None = None) -> Tensor:
@@ -134,8 +151,7 @@ class QVRF(CompressionModel):
         if not self.training:
             latents = self.analyse(x)
             output = self.estimate(latents, s, factor)
-            with torch.no_grad():
-                output["likelihoods"]["z"] = self.z_likelihoods(latents)
+            output["likelihoods"]["z"] = self.z_likelihoods(latents)
             return output
         a = self.gain(s, factor)
         y = self.g_a(x).float()  # (B, M, H/16, W/16)
@@ -189,14 +205,17 @@ class QVRF(CompressionModel):
     def estimate(self, latents: Latents, s: int = 2, factor: float | None = None
                  ) -> dict[str, Any]:
         """x_hat as it will be decoded, and the likelihoods of y; those of z are `z_likelihoods`."""
-        a = self.gain(s, factor)
-        symbols, _, means = self._quantize(latents.y, latents.params, a)
-        y_hat = self._dequantize(symbols, means, a)
+        y_hat, a = self._round(latents, s, factor), self.gain(s, factor)
         params = self.h_s(latents.z_hat)
-        likelihoods = {"y": self.y_likelihoods(latents.y, y_hat, params, a)}
-        x_hat = tiled(self.g_s, y_hat, up=16, halo=HALO[self.model])
-        return {"x_hat": x_hat, "likelihoods": likelihoods}
+        return {"x_hat": self._synthesize(y_hat),
+                "likelihoods": {"y": self.y_likelihoods(latents.y, y_hat, params, a)}}
 
+    @torch.no_grad()
+    def reconstruct(self, latents: Latents, s: int = 2, factor: float | None = None) -> Tensor:
+        """x_hat (B, 3, H, W) as it will be decoded."""
+        return self._synthesize(self._round(latents, s, factor)).clamp_(0, 1)
+
+    @torch.no_grad()
     def z_likelihoods(self, latents: Latents) -> Tensor:
         return self.entropy_bottleneck(latents.z, training=False)[1]
 
@@ -218,9 +237,10 @@ class QVRF(CompressionModel):
             order = torch.cat(wavefront(*latents.y.shape[-2:], symbols.device))
             symbols, indexes = (t.flatten(2).transpose(1, 2)[:, order] for t in (symbols, indexes))
         y_strings = entropy.encode(symbols, indexes, entropy.Tables.of(self.gaussian_conditional))
-        z_strings = entropy.encode_bottleneck(self.entropy_bottleneck, latents.z)
+        if latents.z_strings is None:  # they serve all rates
+            latents.z_strings = entropy.encode_bottleneck(self.entropy_bottleneck, latents.z)
         parameters = bytes([s]) if factor is None else struct.pack("<f", check_factor(factor))
-        return {"strings": [y_strings, z_strings], "shape": tuple(latents.z.shape[-2:]),
+        return {"strings": [y_strings, latents.z_strings], "shape": tuple(latents.z.shape[-2:]),
                 "parameters": parameters}
 
     @torch.no_grad()
@@ -237,8 +257,7 @@ class QVRF(CompressionModel):
             y_hat = self._dequantize(symbols.to(params), 0.0, a).to(z_hat.device)
         else:
             y_hat = self._decode_waves(y_strings, params, tables, float(a)).to(z_hat.device)
-        x_hat = tiled(self.g_s, y_hat, up=16, halo=HALO[self.model])
-        return {"x_hat": x_hat.clamp_(0, 1)}
+        return {"x_hat": self._synthesize(y_hat).clamp_(0, 1)}
 
     @staticmethod
     def read_parameters(parameters: bytes) -> dict[str, Any]:
@@ -248,6 +267,15 @@ class QVRF(CompressionModel):
         if len(parameters) == 4:
             return {"factor": struct.unpack("<f", parameters)[0]}
         raise UserError("the file's header holds no rate: encode the image again")
+
+    def _round(self, latents: Latents, s: int, factor: float | None) -> Tensor:
+        """y_hat (B, M, H/16, W/16) of the encoder, on the device of y."""
+        a = self.gain(s, factor)
+        symbols, _, means = self._quantize(latents.y, latents.params, a)
+        return self._dequantize(symbols, means, a).to(latents.y.device)
+
+    def _synthesize(self, y_hat: Tensor) -> Tensor:
+        return tiled(self.g_s, y_hat, up=16, halo=HALO[self.model])
 
     def _params(self, z_hat: Tensor) -> Tensor:
         return exact.run(self.h_s, z_hat.to(self.entropy_device or z_hat.device))
@@ -335,8 +363,9 @@ def initial_gain(levels: int) -> Tensor:
 def check_factor(factor: float) -> float:
     """`factor` as float32, which is what a file holds; UserError unless positive and finite."""
     if not (SMALLEST_GAIN <= factor <= 1 / SMALLEST_GAIN):  # false for NaN
-        raise UserError(f"factor {factor}: give a positive number, as 1.5 or 1/2.5; "
-                        f"{FACTORS[0]:g} to {FACTORS[1]:g} is what eight levels were trained for")
+        raise UserError(f"factor {factor:g}: give a positive number from {SMALLEST_GAIN:g} to "
+                        f"{1 / SMALLEST_GAIN:g}, as 1.5 or 1/2.5; {FACTORS[0]:g} to {FACTORS[1]:g} "
+                        "is what eight levels are trained for")
     return struct.unpack("<f", struct.pack("<f", factor))[0]
 
 

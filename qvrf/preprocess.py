@@ -7,7 +7,9 @@ each: noise, 8 bits, cubic resize to half if the shorter side exceeds 512 pixels
 
 The source adds noise drawn from [0, 1) to 8-bit values and then cuts them to integers, which gives
 back the same values: it changes nothing. `--noise source` does just that; `--noise proper` adds it
-in floating point, halves, and rounds at the end, so that it hides traces of JPEG as was intended.
+in floating point, halves, and rounds at the end, so that it hides traces of JPEG as was intended
+(in images that are halved: in others rounding takes it back). Halving is Pillow's, with an
+antialiasing bicubic filter; the source's, OpenCV's, has none.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("dataset/train"), help="folder to write")
     parser.add_argument("-n", type=runs.positive_int, default=8000, help="images from --imagenet")
     parser.add_argument("--noise", choices=["source", "proper", "none"], default="source")
-    parser.add_argument("--seed", type=runs.seed_number, default=0, help="of the noise")
+    parser.add_argument("--seed", type=runs.count, default=0, help="of the noise")
     parser.add_argument("--num-workers", type=runs.count, default=os.cpu_count(), help="processes")
     return parser
 
@@ -44,6 +46,11 @@ def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
     if not (args.imagenet or args.clic):
         raise UserError("name a folder of images with --imagenet, --clic or both")
+    for folder in filter(None, (args.imagenet, args.clic)):
+        inside, out = folder.resolve(), args.out.resolve()
+        if inside == out or inside in out.parents or out in inside.parents:
+            raise UserError(f"--out {args.out}: would mix with the originals in {folder}; name a "
+                            "folder apart from them")
     chosen = largest(files(args.imagenet), args.n) if args.imagenet else []
     chosen += files(args.clic) if args.clic else []
     names = unique_names(chosen)

@@ -34,10 +34,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from qvrf.model import BASES, LEVELS, LMBDAS, QVRF, build, initial_gain
+from qvrf.model import BASES, LEVELS, LMBDAS, QVRF, WIDTHS, build, initial_gain
 
 SOURCE_EPOCH = 1_073  # steps of the source's epochs, for the few bundled photographs
 NEWEST, BEST = "checkpoint.pth.tar", "checkpoint_best_loss.pth.tar"
+ANEW = "--checkpoint FILE --refresh 1 and another --out"  # what begins another run
 SAME_RUN = ("model", "levels", "N", "M", "stage", "ste", "lmbda", "optimizer", "learning_rate",
             "aux_learning_rate", "lr_schedule", "milestones", "batch_size", "patch_size", "flip",
             "start_level", "images", "steps_per_epoch", "seed",
@@ -116,8 +117,9 @@ def check(args: argparse.Namespace, stages: list[int]) -> None:
     """Refuse what cannot be meant."""
     for name in ("epochs", "learning_rate"):
         if len(getattr(args, name)) not in (1, len(stages)):
-            raise UserError(f"--{name.replace('_', '-')}: give one number, or {len(stages)}, one "
-                            "for each --stage")
+            each = f", or {len(stages)}, one for each --stage" if len(stages) > 1 else ""
+            raise UserError(f"--{name.replace('_', '-')}: give one number{each}, not "
+                            f"{len(getattr(args, name))}")
     if stages != sorted(set(stages)):
         raise UserError(f"--stage {' '.join(map(str, args.stage))}: give stages in rising order")
     if any(side % QVRF.downsampling_factor for side in args.patch_size):
@@ -126,11 +128,13 @@ def check(args: argparse.Namespace, stages: list[int]) -> None:
     if args.lmbda and stages != [1]:
         raise UserError("--lmbda trains one rate: use it with --stage 1; stages 2 and 3 take the "
                         "multipliers of all levels")
+    if args.model == "cheng" and args.M not in (None, N := args.N or WIDTHS["cheng"][0]):
+        raise UserError(f"--M {args.M}: in cheng M is N; set it to {N}")
     if args.start_level >= args.levels:
         raise UserError(f"--start_level {args.start_level}: the levels are 0 to {args.levels - 1}")
     if args.start_level and args.model == "cheng":
-        raise UserError("--start_level: cheng's latent comes out of an attention block and cannot "
-                        "be scaled by its weights; leave it out")
+        raise UserError(f"--start_level {args.start_level}: cheng's latent comes out of an "
+                        "attention block and cannot be scaled by its weights; set it to 0")
     if args.loadFromPretrainedSinglemodel and not args.checkpoint:
         raise UserError("--loadFromPretrainedSinglemodel 1 needs --checkpoint FILE")
 
@@ -141,6 +145,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     torch.manual_seed(args.seed + 1000 * args.stage + runs.rank())
     ste = args.stage > 2 or args.ste == 1
     args.steps_before = 0
+    runs.agree(True)  # nobody reads what another still writes
 
     # data
     crop = tuple(args.patch_size)
@@ -155,18 +160,21 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     # model and where it starts
     model = build(args.model, args.levels, args.N, args.M)
     args.N, args.M = model.N, model.M
-    start = None if args.resume else starting_point(args, out)
-    resumed = out / NEWEST if args.resume else None
-    if start and not (args.refresh or args.loadFromPretrainedSinglemodel or start == out / BEST):
-        resumed, start = start, None  # --checkpoint alone goes on with that run
+    start, resumed = (None, out / NEWEST) if args.resume else starting_point(args, out)
     if start:
         single = bool(args.loadFromPretrainedSinglemodel)
         args.steps_before, stage_before = load_weights(model, start, single)
+        if args.stage > 1 and args.start_level and not (single or stage_before):
+            raise UserError(f"--start_level {args.start_level}: {start} does not tell its stage; "
+                            "start from a checkpoint of train.py, or set it to 0")
         if args.stage > 1 and (single or stage_before == 1):
             begin_at(model, args.start_level)
     elif resumed:
-        args.steps_before = runs.load_checkpoint(resumed).get("config", {}).get("steps_before", 0)
-    if not resumed:
+        args.steps_before = config_of(resumed).get("steps_before", 0)
+    elif args.stage > 1 and args.start_level:
+        raise UserError(f"--start_level {args.start_level}: there is no stage 1 to start from; "
+                        "train it first, name it with --checkpoint, or set it to 0")
+    if resumed != out / NEWEST:
         set_aside(out)
     model.to(device, memory_format=torch.channels_last)
     net = runs.parallel(model, args.compile)
@@ -182,7 +190,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     log = runs.Log(out / "logs" / f"stage{args.stage}", args.epochs * steps_per_epoch)
     parts = {"model": model, "optimizer": optimizer, "aux_optimizer": aux_optimizer,
              "scheduler": scheduler, "log": log}
-    checkpoints = runs.Checkpoints(out, parts, vars(args), SAME_RUN)
+    checkpoints = runs.Checkpoints(out, parts, vars(args), SAME_RUN, ANEW)
     state = checkpoints.resume(resumed) if resumed else {}
     step, best = state.get("step", 0), state.get("best_loss", float("inf"))
     log.begin(step)
@@ -239,13 +247,13 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             line += (f"  test loss {test['loss']:.4f} (sum) bpp {test['bpp']:.4f} "
                      f"psnr {test['psnr']:.2f} (means over levels)")
             improved, best = test["loss"] < best, min(best, test["loss"])
-        if args.lr_schedule == "plateau":
-            scheduler.step(*([test["loss"]] if tested else []))
-        else:
+        if args.lr_schedule != "plateau":
             scheduler.step()
+        elif tested:
+            scheduler.step(test["loss"])
         if args.stage > 1:
             line += "  Gain " + " ".join(f"{g:.3f}" for g in model.Gain.tolist())
-        for name in [NEWEST, BEST] if improved else [NEWEST]:
+        for name in [BEST, NEWEST] if improved else [NEWEST]:  # a resumed run makes BEST again
             checkpoints.save(name, epoch, step, best_loss=best, loss=means["loss"])
         saved = time.monotonic()
         log.line(line)
@@ -253,17 +261,32 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 # ---------------------------------------------------------------------------------- the start
-def starting_point(args: argparse.Namespace, out: Path) -> Path | None:
-    """Weights to start from: --checkpoint, or what the stage before left in --out."""
+def starting_point(args: argparse.Namespace, out: Path) -> tuple[Path | None, Path | None]:
+    """(weights to start from, run to go on with): at most one of the two.
+
+    --checkpoint alone goes on with that run, as in the source. Without it, a stage starts from the
+    best weights that the one before left in --out.
+    """
     if args.checkpoint:
-        return Path(args.checkpoint)
+        path = Path(args.checkpoint)
+        if not (args.refresh or args.loadFromPretrainedSinglemodel):
+            return None, path
+        return path, None
     if not (out / NEWEST).exists():
-        return None
-    before = runs.load_checkpoint(out / NEWEST).get("config", {}).get("stage", 0)
-    if args.stage > before and (out / BEST).exists():
-        return out / BEST
-    raise UserError(f"{out / NEWEST} is of a run of stage {before}: continue it with --resume, "
-                    "name weights with --checkpoint FILE --refresh 1, or give another --out")
+        return None, None
+    before = config_of(out / NEWEST).get("stage", 0)
+    if args.stage <= before:
+        raise UserError(f"{out / NEWEST} is of a run of stage {before}: continue it with --resume, "
+                        "name weights with --checkpoint FILE --refresh 1, or give another --out")
+    # a run that was killed may have left BEST of the stage to come, and this one's set aside
+    for best in (out / BEST, aside(out / BEST, before)):
+        if best.exists() and config_of(best).get("stage") == before:
+            return best, None
+    return out / NEWEST, None
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    return runs.load_checkpoint(path).get("config", {})
 
 
 def load_weights(model: QVRF, path: Path, single: bool) -> tuple[int, int]:
@@ -308,18 +331,20 @@ def begin_at(model: QVRF, level: int) -> None:
 
 
 def set_aside(out: Path) -> None:
-    """Copy an earlier stage's checkpoints to names of their own, before they are written over."""
-    if runs.rank() == 0 and (out / NEWEST).exists():
-        stage = runs.load_checkpoint(out / NEWEST).get("config", {}).get("stage", 0)
-        for path in filter(Path.exists, (out / NEWEST, out / BEST)):
-            stem, number = path.name.removesuffix(".pth.tar"), 1
-            kept = out / f"{stem}_stage{stage}.pth.tar"
-            while kept.exists() and not filecmp.cmp(kept, path, shallow=False):
-                number += 1
-                kept = out / f"{stem}_stage{stage}_{number}.pth.tar"
-            if not kept.exists():
-                runs.write_atomic(kept, path.read_bytes())
+    """Copy the checkpoints in `out` to names of their own, before they are written over."""
+    for path in filter(Path.exists, (out / NEWEST, out / BEST) if runs.rank() == 0 else ()):
+        stage, number = config_of(path).get("stage", 0), 1
+        while (kept := aside(path, stage, number)).exists() and not filecmp.cmp(kept, path, False):
+            number += 1
+        if not kept.exists():
+            runs.write_atomic(kept, path.read_bytes())
     runs.agree(True)  # the others wait
+
+
+def aside(path: Path, stage: int, number: int = 1) -> Path:
+    """Where a checkpoint of a stage is kept: <stem>_stage<n>.pth.tar."""
+    count = "" if number == 1 else f"_{number}"
+    return path.with_name(f"{path.name.removesuffix('.pth.tar')}_stage{stage}{count}.pth.tar")
 
 
 def draw_level(seed: int, step: int, levels: int) -> int:

@@ -597,7 +597,9 @@ def test_flags_of_the_source():
     (["--stage", "2", "1"], "rising order"),
     (["--stage", "2", "--lmbda", "0.01"], "--lmbda trains one rate"),
     (["--start_level", "8"], "the levels are 0 to 7"),
-    (["--start_level", "7", "--model", "cheng"], "attention block"),
+    (["--start_level", "7", "--model", "cheng", "--M", "4"], "attention block"),
+    (["--model", "cheng"], "in cheng M is N"),
+    (["--stage", "2", "--start_level", "7"], "there is no stage 1"),
     (["--loadFromPretrainedSinglemodel", "1"], "needs --checkpoint"),
     (["--stage", "2", "--checkpoint", "no.pth.tar"], "no such checkpoint"),
     (["--patch-size", "128", "64"], "96x90 is smaller than the 64x128 crop")])
