@@ -106,7 +106,7 @@ class QVRF(CompressionModel):
 
     def __init__(self, model: str = "cheng", levels: int = 8, N: int | None = None,
                  M: int | None = None):
-        """model: balle, minnen or cheng (whose M is N); levels: 8 or 11; N, M: None for the paper's."""
+        """model: balle, minnen, cheng (whose M is N); levels: 8 or 11; N, M: None: the paper's."""
         super().__init__()
         if model not in BASES or levels not in LEVELS:
             raise UserError(f"--model {model} --levels {levels}: choose from {', '.join(BASES)} "

@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     levels, sweep = (evaluate.load_json(path) for path in (args.levels, args.sweep))
     for path, curve, key in ((args.levels, levels, "level"), (args.sweep, sweep, "factor")):
-        if key not in curve.get("meta", {}):
+        points = (curve.get("meta") or {}).get(key)
+        if not isinstance(points, list) or None in points or (
+                len(points) != len(curve["results"]["bpp"])):
             raise UserError(f"{path}: holds no {key} of its points; make it with qvrf/eval.py")
     compare.save_figure(draw(levels, sweep), args.output)
     print(f"plot: {args.output}")

@@ -421,3 +421,21 @@ def test_bottlenecks_are_compressai_s():
         model = MODELS[paper].build(8, 12)
         assert type(model.entropy_bottleneck) is EntropyBottleneck
         assert type(model.gaussian_conditional) is GaussianConditional
+
+
+@pytest.mark.parametrize("gain, bits", [(0.5, 8), (1.0, 8), (1.5, 9), (2.0, 9), (2.5, 10),
+                                        (10.0, 12)])
+def test_gain(gain, bits):
+    """Latents times gain: boundaries of scales in their own units, means on a finer grid."""
+    torch.manual_seed(0)
+    model = JointAutoregressive(4, 6)
+    model.update(force=True)
+    params = torch.randn(1, 12, 3, 4).double()
+    table = model.gaussian_conditional.scale_table
+    built = [context.Context(model.context_prediction, model.entropy_parameters, params, table, g)
+             for g in (1.0, gain)]
+    assert built[1].mean_bits == bits
+    assert torch.allclose(built[1].boundaries * gain, built[0].boundaries, rtol=1e-12)
+    means = [c.predict(torch.arange(12))[1] for c in built]
+    assert torch.equal(means[1] * 2**bits, (means[1] * 2**bits).round())
+    assert (means[1] - means[0]).abs().max() <= 2**-8

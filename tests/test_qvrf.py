@@ -1,5 +1,6 @@
 """QVRF: one mechanism on three bases, its rates, its stages, its tools."""
 
+import contextlib
 import copy
 import csv
 import importlib
@@ -14,8 +15,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
-from common import UserError, bitstream, data, evaluate, runs
+from common import UserError, bitstream, data, entropy, evaluate, runs
 
 import pytest
 import torch
@@ -28,9 +30,9 @@ from PIL import Image
 
 from hyperprior.model import Hyperprior
 from joint_ar.model import JointAutoregressive
-from qvrf import codec, preprocess, train, update
+from qvrf import codec, plot, preprocess, train, update
 from qvrf import eval as evaluation
-from qvrf.model import LMBDAS, TAG, build, initial_gain, load, wavefront
+from qvrf.model import LMBDAS, QVRF, TAG, Latents, build, initial_gain, load, wavefront
 
 ROOT = Path(__file__).parents[1]
 BASES = ("balle", "minnen", "cheng")
@@ -165,6 +167,40 @@ def test_ste_gradient_reaches_the_encoder(base, x):
     assert torch.allclose(y[0].grad, y_hat[0].grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("ste", [False, True])
+def test_gradient_of_the_gain(base, ste, x):
+    """d y_hat / d a, the dequantiser's 1 / a being constant: y / a, centred in stage 3."""
+    model = build(base, N=8, M=12).train()
+    seen, y = [], []
+    model.g_s.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.g_a.register_forward_hook(lambda *_: y.append(_[-1]))
+    output = model(x[..., :64, :64], 3, ste=ste)
+    seen[0].sum().backward(retain_graph=True)
+    a, middle = model.Gain[3], 0.0
+    if ste and base != "balle":
+        params = model.h_s(entropy.dequantize(model.entropy_bottleneck, model.h_a(y[0])))
+        middle = model._quantize(y[0].detach(), params.detach().double(), a.detach())[2].float()
+    expected = ((y[0] - middle) / a).sum()
+    assert torch.allclose(model.Gain.grad[3], expected, rtol=1e-3, atol=1e-4)
+    model.zero_grad()
+    output["likelihoods"]["y"].log().sum().backward()  # through z_hat, rounded or not
+    assert model.h_a[0].weight.grad.abs().max() > 0
+
+
+def test_shortcut_is_the_strided_convolution(x):
+    model = build("cheng", N=8)
+    plain = [m for m in model.modules() if type(m) is torch.nn.Conv2d and m.kernel_size == (1, 1)
+             and m.stride == (2, 2)]
+    assert not plain  # oneDNN's backward pass breaks memory
+    shortcut = model.g_a[0].skip
+    a, b = (x.clone().requires_grad_() for _ in range(2))
+    expected = torch.nn.functional.conv2d(a, shortcut.weight, shortcut.bias, stride=2)
+    assert torch.allclose(shortcut(b), expected, atol=1e-6)
+    expected.square().sum().backward()
+    shortcut(b).square().sum().backward()
+    assert torch.allclose(a.grad, b.grad, atol=1e-5)
+
+
 def test_noise_forward(base, x):
     """y_hat = (y * a + noise) / a: within half a step of y."""
     model = build(base, N=8, M=12).train()
@@ -229,9 +265,17 @@ def test_rate_rises_with_the_level_and_z_stays(model, x):
 
 def test_batch_gives_the_files_of_single_images(model, x):
     batch = torch.cat([x, x.flip(-1), x.flip(-2)])
+    latents = model.analyse(batch)
+    strings = model.encode(latents, factor=2.5)["strings"]
+    for i in range(3):
+        one = Latents(*(t[i : i + 1] for t in (latents.y, latents.z, latents.z_hat,
+                                               latents.params)))
+        assert model.encode(one, factor=2.5)["strings"] == [[s[i]] for s in strings]
     files = evaluate.encode_images(model, batch, TAG, factor=2.5)
-    assert files == [evaluate.encode_image(model, one, TAG, factor=2.5) for one in batch]
     decoded = evaluate.decode_images(model, files, TAG)
+    other = evaluate.encode_image(model, x, TAG, factor=2.6)
+    with pytest.raises(UserError, match="several sizes or rates"):
+        evaluate.decode_images(model, [files[0], other], TAG)
     alone = evaluate.decode_image(model, files[1], TAG)
     assert torch.allclose(decoded[1], alone, atol=1e-4)  # g_s is a float network
 
@@ -249,6 +293,9 @@ def test_files_cross_devices(base, x):
             evaluate.decode_image(model, file, TAG)
             hook.remove()
         assert torch.equal(*latents)
+    models["cuda"].entropy_device = torch.device("cpu")  # eval.py's default
+    with torch.no_grad():
+        assert models["cuda"](x.cuda(), 3)["x_hat"].is_cuda
 
 
 @pytest.mark.parametrize("size", [(1, 1), (65, 130)])
@@ -432,8 +479,129 @@ def test_stages_follow_each_other(run):
     third = read(folder / "checkpoint.pth.tar")
     assert third["config"]["stage"] == 3 and third["model"]["Gain"][0] == 1
     assert (folder / "checkpoint_stage2.pth.tar").exists()
+    assert third["scheduler"]["patience"] == 20 and third["scheduler"]["factor"] == 0.5
+    assert [s["step"] for s in third["aux_optimizer"]["state"].values()] == [4]
     with pytest.raises(UserError, match="of a run of stage 3"):
         run("--stage", 2)
+
+
+@pytest.mark.parametrize("stage, flags", [(1, []), (2, []), (2, ["--ste", 1]), (3, [])])
+def test_what_a_stage_trains(stage, flags, run, monkeypatch):
+    """Level, regulator and rounding of each step, and the multiplier of its loss."""
+    steps, losses = [], []
+    forward, loss = QVRF.forward, train.RateDistortionLoss.forward
+
+    def recorded(self, x, s=2, factor=None, ste=False):
+        if self.training:
+            steps.append((s, factor, ste))
+        return forward(self, x, s, factor, ste)
+
+    def measured(self, output, x):
+        if torch.is_grad_enabled():
+            losses.append(self.lmbda)
+        return loss(self, output, x)
+
+    monkeypatch.setattr(QVRF, "forward", recorded)
+    monkeypatch.setattr(train.RateDistortionLoss, "forward", measured)
+    run("--stage", stage, *flags)
+    levels = [7] * 4 if stage == 1 else [train.draw_level(3, step, 8) for step in range(4)]
+    assert steps == [(s, 1.0 if stage == 1 else None, stage == 3 or bool(flags)) for s in levels]
+    assert losses == [LMBDAS[s] for s in levels]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_validation_sums_the_levels(stage, model, x):
+    """Stage 1: the same codec, with step 1, at each multiplier."""
+    images = torch.stack([data.to_uint8(x[0, :, :64, i : i + 64]) for i in (0, 50, 100)])
+    args = SimpleNamespace(stage=stage, test_batch_size=2)
+    log = SimpleNamespace(images=lambda *_: None, scalars=lambda *_: None)
+    criteria = [train.RateDistortionLoss(lmbda) for lmbda in LMBDAS[:8]]
+    found = train.validate(copy.deepcopy(model), images, args, criteria, torch.device("cpu"), log,
+                           0)
+    total, bpp = 0.0, 0.0
+    for s, lmbda in enumerate(LMBDAS[:8]):
+        with torch.no_grad():
+            output = model(data.to_float(images), s, 1.0 if stage == 1 else None)
+        bits = sum(-p.log2().sum() for p in output["likelihoods"].values()) / (3 * 64**2)
+        total += bits + lmbda * 255**2 * (output["x_hat"] - data.to_float(images)).square().mean()
+        bpp += bits / 8
+    assert found["loss"] == pytest.approx(float(total), rel=1e-3)
+    assert found["bpp"] == pytest.approx(float(bpp), rel=1e-3)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_checkpoint_without_refresh_goes_on(run, absolute):
+    """As in the source: the same run, with its optimisers, whatever the path is called."""
+    folder = run("--stage", 1, "-e", 2, "--out", "straight")
+    run("--stage", 1, "-e", 1, "--out", "out")
+    path = folder / "out" / "checkpoint_best_loss.pth.tar"
+    run("--stage", 1, "-e", 2, "--out", "out", "--checkpoint",
+        path if absolute else path.relative_to(folder))
+    a, b = (read(folder / name / "checkpoint.pth.tar") for name in ("straight", "out"))
+    assert b["step"] == 8 and b["config"]["steps_before"] == 0
+    assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
+
+
+def test_nothing_is_overwritten(run):
+    """What a new run finds in its folder is copied first, each file by its own stage."""
+    folder = run("--stage", 1, "--out", "a")
+    run("--stage", 2, "--out", "b", "--checkpoint", "a/checkpoint.pth.tar", "--refresh", 1)
+    before = read(folder / "b" / "checkpoint.pth.tar")["model"]
+    run("--stage", 1, "-e", 2, "--out", "b", "--checkpoint", "a/checkpoint.pth.tar")
+    kept = read(folder / "b" / "checkpoint_stage2.pth.tar")["model"]
+    assert all(torch.equal(v, kept[k]) for k, v in before.items())
+    (folder / "a" / "checkpoint.pth.tar").unlink()
+    run("--stage", 2, "--out", "a", "--checkpoint", "a/checkpoint_best_loss.pth.tar",
+        "--refresh", 1)
+    assert read(folder / "a" / "checkpoint_best_loss_stage1.pth.tar")["config"]["stage"] == 1
+
+
+def test_plateau_with_rare_validation(run):
+    assert read(run("--stage", 1, "-e", 3, "--test-every", 2) / "checkpoint.pth.tar")["step"] == 12
+
+
+def test_a_stage_that_was_never_validated(run, monkeypatch):
+    """Its newest weights are the start of the next, not the best ones of the stage before it."""
+    folder = run("--stage", 1)
+    save = runs.Checkpoints.save
+
+    def dies(self, *arguments, **more):
+        save(self, *arguments, **more)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.Checkpoints, "save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run("--stage", 2, "-e", 3, "--test-every", 3)
+    monkeypatch.setattr(runs.Checkpoints, "save", save)
+    run("--stage", 3)
+    assert read(folder / "checkpoint.pth.tar")["config"]["steps_before"] == 8
+
+
+def test_cheng_trains_in_fp32(run):
+    folder = run("--stage", 1, "--model", "cheng", "--N", 16, "--M", 16)
+    assert read(folder / "checkpoint.pth.tar")["step"] == 4
+
+
+def test_from_a_fixed_rate_model(run, tmp_path):
+    """CompressAI's weights as stage 1, as the source's short cut."""
+    torch.manual_seed(1)
+    fixed = JointAutoregressiveHierarchicalPriors(4, 6)
+    fixed.update(force=True)
+    torch.save(fixed.state_dict(), tmp_path / "mbt2018.pth.tar")
+    folder = run("--stage", 2, "--checkpoint", "mbt2018.pth.tar", "--refresh", 1,
+                 "--loadFromPretrainedSinglemodel", 1, "-lr", 1e-9)
+    state = read(folder / "checkpoint.pth.tar")
+    assert state["step"] == 4 and state["config"]["steps_before"] == 0
+    assert torch.allclose(state["model"]["g_a.0.weight"], fixed.g_a[0].weight, atol=1e-6)
+    assert torch.allclose(state["model"]["Gain"], initial_gain(8), atol=1e-6)
+
+
+def test_start_level_needs_a_known_stage(run, capsys):
+    run("--stage", 1)
+    update.main(["checkpoint_best_loss.pth.tar", "-n", "S1"])
+    path = capsys.readouterr().out.split()[-1]
+    with pytest.raises(UserError, match="does not tell its stage"):
+        run("--stage", 2, "--start_level", 7, "--checkpoint", path, "--refresh", 1)
 
 
 @pytest.mark.parametrize("name", ["balle", "minnen"])
@@ -470,8 +638,9 @@ def test_best_loss_begins_anew_with_refresh(run):
     assert 0 < read(path)["best_loss"] < math.inf
 
 
-def test_several_stages_at_once_and_resumed(run, monkeypatch):
-    """Stopped in the second of three stages and continued: as the straight run, bit for bit."""
+@pytest.mark.parametrize("when", range(8))
+def test_several_stages_at_once_and_resumed(when, run, monkeypatch):
+    """Killed after any file that it writes, and continued: as the straight run, bit for bit."""
     flags = ("--stage", 1, 2, 3, "-e", 1, 2, 1, "-lr", 0.001, 0.002, 0.001, "--optimizer", "muon",
              "--lr-schedule", "cosine")
     folder = run(*flags, "--out", "straight")
@@ -479,19 +648,23 @@ def test_several_stages_at_once_and_resumed(run, monkeypatch):
 
     def dies(self, name, *arguments, **more):
         save(self, name, *arguments, **more)
-        saves.append((self.config["stage"], name))
-        if saves[-1] == (2, "checkpoint.pth.tar"):
+        saves.append(name)
+        if len(saves) == when + 1:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(runs.Checkpoints, "save", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt):
         run(*flags, "--out", "killed")
+    assert len(saves) >= min(when + 1, 6)
     monkeypatch.setattr(runs.Checkpoints, "save", save)
     run(*flags, "--out", "killed", "--resume")
     straight, killed = (read(folder / name / "checkpoint.pth.tar") for name in
                         ("straight", "killed"))
     assert all(torch.equal(v, killed["model"][k]) for k, v in straight["model"].items())
     assert straight["config"]["steps_before"] == killed["config"]["steps_before"] == 12
+    best = [read(folder / name / "checkpoint_best_loss.pth.tar")["step"]
+            for name in ("straight", "killed")]
+    assert best[0] == best[1]
 
 
 def test_stopped_between_two_stages(run, monkeypatch):
@@ -640,7 +813,8 @@ def test_factors(text, value):
 
 @pytest.mark.parametrize("text, message", [
     ("0", "positive"), ("-2", "positive"), ("nan", "not a number"), ("1/0", "not a number"),
-    ("inf", "not a number"), ("x", "not a number")])
+    ("inf", "not a number"), ("x", "not a number"), ("1e400/1", "not a number"),
+    ("1/2/3", "not a number"), ("1e999999999/1", "not a number")])
 def test_wrong_factors(text, message, weights, images, capsys):
     for main, flags in ((evaluation.main, ["--factormode", "1", "-p", str(weights), "--dataset",
                                            str(images / "test"), f"--factor={text}"]),
@@ -732,6 +906,18 @@ def test_preprocessing(tmp_path):
     assert torch.equal(data.read_image(tmp_path / "out" / "a_2.png"), original)  # a no-op noise
     with pytest.raises(UserError, match="9 images were asked for, 5 are there"):
         preprocess.main(["--imagenet", str(tmp_path / "imagenet"), "-n", "9"])
+    for out in ("imagenet", "imagenet/e", "."):
+        with pytest.raises(UserError, match="mix with the originals"):
+            preprocess.main(["--imagenet", str(tmp_path / "imagenet"), "-n", "4",
+                             "--out", str(tmp_path / out)])
+
+
+def test_plot_wants_results_of_eval(tmp_path):
+    curve = {"name": "a", "description": "", "results": {"bpp": [1, 2], "psnr-rgb": [30, 31]}}
+    for meta in (None, {}, {"level": [0]}, {"level": [0, None]}):
+        (tmp_path / "a.json").write_text(json.dumps(curve | {"meta": meta}))
+        with pytest.raises(UserError, match="holds no level of its points"):
+            plot.main([str(tmp_path / "a.json"), str(tmp_path / "a.json")])
 
 
 # --------------------------------------------------------------------------------------- pages
