@@ -41,7 +41,7 @@ NEWEST, BEST = "checkpoint.pth.tar", "checkpoint_best_loss.pth.tar"
 ANEW = "--checkpoint FILE --refresh 1 and another --out"  # what begins another run
 SAME_RUN = ("model", "levels", "N", "M", "stage", "ste", "lmbda", "optimizer", "learning_rate",
             "aux_learning_rate", "lr_schedule", "milestones", "batch_size", "patch_size", "flip",
-            "start_level", "images", "steps_per_epoch", "seed",
+            "start_gain", "images", "steps_per_epoch", "seed",
             "clip_max_norm")  # what --resume must not change
 
 
@@ -78,9 +78,9 @@ def flags() -> argparse.ArgumentParser:
     add("--levels", type=int, choices=LEVELS, default=8, help="discrete rates")
     add("--N", type=runs.positive_int, help="channels; none: the paper's")
     add("--M", type=runs.positive_int, help="latent channels; none: the paper's")
-    add("--start_level", type=runs.count, default=0,
-        help="where stage 2 begins, this level is the codec of stage 1; 0, as in the source: its "
-        "step, made for the highest rate, becomes that of the lowest")
+    add("--start_gain", type=runs.positive_float,
+        help="stage 2 begins with gains from 1 to this, the last level being the codec of stage 1; "
+        "none, as in the source: the step of stage 1, the highest rate, becomes the lowest's")
     add("--lmbda", type=runs.positive_float,
         help="a fixed-rate model for comparison: stage 1 with this multiplier")
     add("--out", default=".", help="folder of checkpoints and logs")
@@ -130,11 +130,9 @@ def check(args: argparse.Namespace, stages: list[int]) -> None:
                         "multipliers of all levels")
     if args.model == "cheng" and args.M not in (None, N := args.N or WIDTHS["cheng"][0]):
         raise UserError(f"--M {args.M}: in cheng M is N; set it to {N}")
-    if args.start_level >= args.levels:
-        raise UserError(f"--start_level {args.start_level}: the levels are 0 to {args.levels - 1}")
-    if args.start_level and args.model == "cheng":
-        raise UserError(f"--start_level {args.start_level}: cheng's latent comes out of an "
-                        "attention block and cannot be scaled by its weights; set it to 0")
+    if args.start_gain and args.model == "cheng":
+        raise UserError(f"--start_gain {args.start_gain:g}: cheng's latent comes out of an "
+                        "attention block and cannot be scaled by its weights; leave it out")
     if args.loadFromPretrainedSinglemodel and not args.checkpoint:
         raise UserError("--loadFromPretrainedSinglemodel 1 needs --checkpoint FILE")
 
@@ -164,16 +162,16 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     if start:
         single = bool(args.loadFromPretrainedSinglemodel)
         args.steps_before, stage_before = load_weights(model, start, single)
-        if args.stage > 1 and args.start_level and not (single or stage_before):
-            raise UserError(f"--start_level {args.start_level}: {start} does not tell its stage; "
-                            "start from a checkpoint of train.py, or set it to 0")
-        if args.stage > 1 and (single or stage_before == 1):
-            begin_at(model, args.start_level)
+        if args.stage > 1 and args.start_gain and not (single or stage_before):
+            raise UserError(f"--start_gain {args.start_gain:g}: {start} does not tell its stage; "
+                            "start from a checkpoint of train.py")
+        if args.stage > 1 and args.start_gain and (single or stage_before == 1):
+            spread_gains(model, args.start_gain)
     elif resumed:
         args.steps_before = config_of(resumed).get("steps_before", 0)
-    elif args.stage > 1 and args.start_level:
-        raise UserError(f"--start_level {args.start_level}: there is no stage 1 to start from; "
-                        "train it first, name it with --checkpoint, or set it to 0")
+    elif args.stage > 1 and args.start_gain:
+        raise UserError(f"--start_gain {args.start_gain:g}: there is no stage 1 to start from; "
+                        "train it first or name it with --checkpoint")
     if resumed != out / NEWEST:
         set_aside(out)
     model.to(device, memory_format=torch.channels_last)
@@ -311,23 +309,23 @@ def load_weights(model: QVRF, path: Path, single: bool) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def begin_at(model: QVRF, level: int) -> None:
-    """Make a codec of one rate, with regulator 1, the one that `model` is at `level`.
+def spread_gains(model: QVRF, last: float) -> None:
+    """Make a codec of one rate, with regulator 1, the last level of `model`, whose gain is `last`.
 
-    Its latents, means and scales are divided by Gain[level] in the layers that make them, and
-    multiplied by it in those that read them. At level 0 this changes nothing.
+    Its latents, means and scales are divided by `last` in the layers that make them, and multiplied
+    by it in those that read them. The gains rise from 1 in equal ratios.
     """
-    gain = float(model.Gain[level])
     made = [model.g_a[-1],
             model.h_s[-2] if model.model == "balle" else model.entropy_parameters[-1]]
     read = [model.g_s[0], model.h_a[0]]
     if model.model != "balle":
         read.append(model.context_prediction)
     for layer in made:
-        layer.weight /= gain
-        layer.bias /= gain
+        layer.weight /= last
+        layer.bias /= last
     for layer in read:
-        layer.weight *= gain
+        layer.weight *= last
+    model.Gain.copy_(last ** (torch.arange(model.levels) / (model.levels - 1)))
 
 
 def set_aside(out: Path) -> None:

@@ -599,34 +599,31 @@ def test_from_a_fixed_rate_model(run, tmp_path):
     assert torch.allclose(state["model"]["Gain"], initial_gain(8), atol=1e-6)
 
 
-def test_start_level_needs_a_known_stage(run, capsys):
+def test_start_gain_needs_a_known_stage(run, capsys):
     run("--stage", 1)
     update.main(["checkpoint_best_loss.pth.tar", "-n", "S1"])
     path = capsys.readouterr().out.split()[-1]
     with pytest.raises(UserError, match="does not tell its stage"):
-        run("--stage", 2, "--start_level", 7, "--checkpoint", path, "--refresh", 1)
+        run("--stage", 2, "--start_gain", 10, "--checkpoint", path, "--refresh", 1)
 
 
 @pytest.mark.parametrize("name", ["balle", "minnen"])
-def test_start_level_is_the_codec_of_stage_one(name, x):
-    """The same symbols and tables as with step 1 before; level 0 changes nothing."""
+def test_start_gain_makes_the_last_level_the_codec_of_stage_one(name, x):
+    """The same symbols and tables as with step 1 before."""
     model, before = tiny(name), tiny(name)
-    train.begin_at(model, 0)
-    assert model.compress(x, 3)["strings"] == before.compress(x, 3)["strings"]
-    with torch.no_grad():
-        model.Gain[5] = 4.0  # a power of two: nothing is rounded
-    train.begin_at(model, 5)
-    assert model.compress(x, 5)["strings"] == before.compress(x, 0)["strings"]
-    assert torch.allclose(model(x, 5)["x_hat"], before(x, 0)["x_hat"], atol=1e-5)
+    train.spread_gains(model, 16.0)  # a power of two: nothing is rounded
+    assert model.compress(x, 7)["strings"] == before.compress(x, 0)["strings"]
+    assert torch.allclose(model(x, 7)["x_hat"], before(x, 0)["x_hat"], atol=1e-5)
+    assert torch.allclose(model.Gain, torch.tensor([16 ** (i / 7) for i in range(8)]))
 
 
-def test_start_level_in_training(run):
+def test_start_gain_in_training(run):
     folder = run("--stage", 1)
     first = read(folder / "checkpoint_best_loss.pth.tar")["model"]
-    run("--stage", 2, "--start_level", 7, "-lr", 1e-9)
+    run("--stage", 2, "--start_gain", 10, "-lr", 1e-9)
     second = read(folder / "checkpoint.pth.tar")["model"]
     assert torch.allclose(second["g_a.6.weight"], first["g_a.6.weight"] / 10, rtol=1e-4)
-    run("--stage", 3, "--start_level", 7, "-lr", 1e-9)  # once, not again
+    run("--stage", 3, "--start_gain", 10, "-lr", 1e-9)  # once, not again
     third = read(folder / "checkpoint.pth.tar")["model"]
     assert torch.allclose(third["g_a.6.weight"], first["g_a.6.weight"] / 10, rtol=1e-4)
 
@@ -772,10 +769,9 @@ def test_flags_of_the_source():
     (["--stage", "1", "2", "-e", "1", "2", "3"], "--epochs: give one number, or 2"),
     (["--stage", "2", "1"], "rising order"),
     (["--stage", "2", "--lmbda", "0.01"], "--lmbda trains one rate"),
-    (["--start_level", "8"], "the levels are 0 to 7"),
-    (["--start_level", "7", "--model", "cheng", "--M", "4"], "attention block"),
+    (["--start_gain", "9", "--model", "cheng", "--M", "4"], "attention block"),
     (["--model", "cheng"], "in cheng M is N"),
-    (["--stage", "2", "--start_level", "7"], "there is no stage 1"),
+    (["--stage", "2", "--start_gain", "9"], "there is no stage 1"),
     (["--loadFromPretrainedSinglemodel", "1"], "needs --checkpoint"),
     (["--stage", "2", "--checkpoint", "no.pth.tar"], "no such checkpoint"),
     (["--patch-size", "128", "64"], "96x90 is smaller than the 64x128 crop")])
