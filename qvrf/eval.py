@@ -126,7 +126,7 @@ def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
         if not best.exists():
             raise UserError(f"{out}: holds no trained model; run train.py --config first")
         return {args.config.stem: [best], "small": small}
-    return {"small": small}
+    return {args.name or "small": small}
 
 
 def exported(path: Path) -> Path:

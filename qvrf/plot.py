@@ -1,7 +1,8 @@
 """The learned gains, and rate and PSNR against the regulator, from results of eval.py.
 
-    python plot.py                                              the bundled results
-    python plot.py results/QVRF-small.json my-sweep.json -o rate.png
+    python eval.py
+    python eval.py --factormode 1 --sweep --name sweep
+    python plot.py results/QVRF-small.json results/QVRF-sweep.json -o rate.png
 """
 
 from __future__ import annotations
@@ -13,15 +14,11 @@ from common import UserError, compare, evaluate, runs
 
 from qvrf.model import LMBDAS, initial_gain
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def main(argv: list[str] | None = None) -> None:
     parser = runs.Parser(description="Plot gains, and rate and PSNR against the regulator.")
-    parser.add_argument("levels", type=Path, nargs="?", default=RESULTS / "small.json",
-                        help="results at a model's levels")
-    parser.add_argument("sweep", type=Path, nargs="?", default=RESULTS / "sweep.json",
-                        help="results of the same model with --factormode 1 --sweep")
+    parser.add_argument("levels", type=Path, help="results at a model's levels")
+    parser.add_argument("sweep", type=Path, help="of the same model, with --factormode 1 --sweep")
     parser.add_argument("-o", "--output", type=Path, default=Path("rate.png"))
     args = parser.parse_args(argv)
     levels, sweep = (evaluate.load_json(path) for path in (args.levels, args.sweep))
