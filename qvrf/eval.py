@@ -45,7 +45,8 @@ def flags() -> argparse.ArgumentParser:
     add("-p", "--path", help="checkpoint; none: bundled weights")
     add("--factormode", type=int, choices=[0, 1], default=0, help="1: --factor instead of --s")
     add("--factor", type=factor, default=1.5,
-        help=f"regulator, as 1.5 or 1/2.5; outside [{FACTORS[0]:g}, {FACTORS[1]:g}]: --sweep")
+        help=f"regulator, as 1.5 or 1/2.5; "
+        f"a decimal outside [{FACTORS[0]:g}, {FACTORS[1]:g}]: --sweep")
     add("--patch", type=runs.positive_int, default=64, help="images are padded to multiples of it")
     add("--s", type=int, help="level; the number of levels or more: all of them. "
         "None: all, or with --path the source's 2")
@@ -142,7 +143,8 @@ def rates(model: QVRF, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The operating points that the flags ask for."""
     if args.factormode == 1:
         low, high = factor_range(model)
-        if args.sweep or not low <= args.factor <= high:
+        meant = low <= args.factor <= high or isinstance(args.factor, Ratio)
+        if args.sweep or not meant:
             if not args.sweep:
                 print(f"--factor {args.factor:g} is outside [{low:g}, {high:g}]: the source's "
                       f"sweep of {len(SWEEP)} factors")
@@ -255,11 +257,15 @@ def complexity() -> None:
               f"{counts['macs_gdn'] / 1e9:.3f} G (thop {counts['macs_thop'] / 1e9:.3f} G)")
 
 
+class Ratio(float):
+    """A factor written as a fraction: it is meant, however small; 0.1 asks for the sweep."""
+
+
 def factor(text: str) -> float:
     """A number or a fraction as 1/2.5, the reciprocal of the quantisation step."""
     try:
         numerator, slash, denominator = text.partition("/")
-        value = float(numerator) / float(denominator) if slash else float(text)
+        value = Ratio(float(numerator) / float(denominator)) if slash else float(text)
     except (ValueError, ZeroDivisionError):
         value = math.nan
     if not math.isfinite(value):
