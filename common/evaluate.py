@@ -327,9 +327,9 @@ def _timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, floa
 
 
 @torch.no_grad()
-def _estimate(model: nn.Module, x: Tensor, rate: dict[str, Any]) -> list[float]:
+def _estimate(model: nn.Module, x: Tensor, rate: dict[str, Any] | None = None) -> list[float]:
     """Bits per original pixel that the likelihoods promise, for each image of x (B, 3, H, W)."""
-    likelihoods = model(pad(x, model.downsampling_factor), **rate)["likelihoods"].values()
+    likelihoods = model(pad(x, model.downsampling_factor), **(rate or {}))["likelihoods"].values()
     bits = sum(-p.double().log2().sum(dim=(1, 2, 3)) for p in likelihoods)
     return (bits / (x.shape[-2] * x.shape[-1])).tolist()
 
