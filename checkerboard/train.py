@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 from common import UserError, data, runs
@@ -22,7 +21,6 @@ from common.loss import RateDistortionLoss, check_size
 
 import torch
 import yaml
-from torch import Tensor
 
 from checkerboard.model import FORWARDS, PARITIES, Checkerboard, build
 
@@ -125,7 +123,8 @@ def main(argv: list[str] | None = None) -> None:
             optimizer.zero_grad()
             aux_optimizer.zero_grad()
             losses["loss"].backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(main_parameters(model), args.clip_max_norm)
+            grad_norm = torch.nn.utils.clip_grad_norm_(
+                runs.main_parameters(model).values(), args.clip_max_norm)
             runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
             optimizer.step()
             # the quantiles follow p(z): their loss depends on no data and on no other parameter
@@ -155,10 +154,6 @@ def main(argv: list[str] | None = None) -> None:
             saved = time.monotonic()
         log.line(line)
     log.close()
-
-
-def main_parameters(model: Checkerboard) -> Iterable[Tensor]:
-    return (p for name, p in model.named_parameters() if not name.endswith("quantiles"))
 
 
 @torch.no_grad()

@@ -219,13 +219,24 @@ def training_step(paper: str, side: str) -> Step:
     layout = torch.channels_last if ours else torch.contiguous_format
     model = model.to(memory_format=layout)
     net = runs.parallel(model, compile=side == "compiled")
+    return descent(model, net, tiles().contiguous(memory_format=layout), 0.013,
+                   "auto" if ours else "fp32")
+
+
+def tiles() -> torch.Tensor:
+    """A batch of 8 crops of 256x256."""
+    crops = data.Crops(data.find_items(None), 256)
+    return torch.stack([data.to_float(crops[k]) for k in range(8)])
+
+
+def descent(model: nn.Module, net: Callable[[torch.Tensor], dict], x: torch.Tensor, lmbda: float,
+            precision: str) -> Step:
+    """One step of both optimisers of `model`, whose forward pass is net(x)."""
     optimizer, aux_optimizer = runs.optimizers(model, "adam", 1e-4)
-    criterion = RateDistortionLoss(0.013)
-    tiles = data.Crops(data.find_items(None), 256)
-    x = torch.stack([data.to_float(tiles[k]) for k in range(8)]).contiguous(memory_format=layout)
+    criterion = RateDistortionLoss(lmbda)
 
     def step() -> None:
-        with runs.autocast(x.device, "auto" if ours else "fp32"):
+        with runs.autocast(x.device, precision):
             output = net(x)
         optimizer.zero_grad()
         aux_optimizer.zero_grad()

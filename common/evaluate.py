@@ -187,9 +187,7 @@ def evaluate(model: nn.Module, paths: list[Path], tag: bytes, name: str, descrip
     rate = rate or {}
     device = next(model.parameters()).device
     fingerprint = bitstream.fingerprint(model)
-    stems = [p.stem for p in paths]
-    unique = len(set(stems)) == len(stems)
-    names = {p: p.stem if unique else p.name for p in paths}
+    names = image_names(paths)
     mine = paths[runs.rank() :: runs.world()]
     rows: list[dict[str, Any]] = []
     warm = False
@@ -235,6 +233,12 @@ def evaluate(model: nn.Module, paths: list[Path], tag: bytes, name: str, descrip
         "compressai": compressai.__version__}
     known = {key: value for key, value in facts.items() if value is not None}
     return point(name, description, rows, known | (meta or {}))
+
+
+def image_names(paths: list[Path]) -> dict[Path, str]:
+    """What results call each image: its stem, or the whole name where stems are equal."""
+    unique = len({p.stem for p in paths}) == len(paths)
+    return {p: p.stem if unique else p.name for p in paths}
 
 
 def row(image: str, x: Tensor, x_hat: Tensor, num_bytes: int,

@@ -317,6 +317,11 @@ def parallel(model: nn.Module, compile: bool = False) -> nn.Module:
 
 
 # --------------------------------------------------------------------- optimisers, schedules
+def main_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Everything but the quantiles of the entropy bottlenecks, by name."""
+    return {n: p for n, p in model.named_parameters() if not n.endswith("quantiles")}
+
+
 def optimizers(model: nn.Module, name: str, lr: float,
                aux_lr: float = 1e-3) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     """(main, aux): everything but the quantiles, and the quantiles of the entropy bottlenecks.
@@ -324,7 +329,7 @@ def optimizers(model: nn.Module, name: str, lr: float,
     "adam" is every source's choice. "muon" (timm) orthogonalises the updates of the convolution
     kernels and uses AdamW at lr / 2 for the rest: fewer steps to the same loss.
     """
-    main = {n: p for n, p in model.named_parameters() if not n.endswith("quantiles")}
+    main = main_parameters(model)
     aux = [p for n, p in model.named_parameters() if n.endswith("quantiles")]
     if name == "adam":
         optimizer: torch.optim.Optimizer = torch.optim.Adam(main.values(), lr=lr)

@@ -9,10 +9,10 @@ the other, each with a convolution of its own, and is what our waves are compare
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from common import bench, data, runs
-from common.loss import RateDistortionLoss
 
 import torch
 import torch.nn.functional as F
@@ -107,34 +107,19 @@ def training(base: str, rounds: int) -> None:
 
     once(f"qvrf {base}: rounding of stage 3, 8x256x256", rounding(ours, "auto"),
          rounding(theirs, "fp32"), rounds)
-    tiles = data.Crops(data.find_items(None), 256)
-    x = torch.stack([data.to_float(tiles[k]) for k in range(8)])
+    x = bench.tiles()
+
+    def step(model: QVRF, net: nn.Module, x: Tensor, precision: str) -> bench.Step:
+        return bench.descent(model, partial(net, s=LEVEL, ste=True), x, LMBDAS[LEVEL], precision)
+
     once(f"qvrf {base}: training step of stage 3, 8x256x256",
-         training_step(ours, ours, x.contiguous(memory_format=torch.channels_last), "auto"),
-         training_step(theirs, serial, x, "fp32"), rounds)
+         step(ours, ours, x.contiguous(memory_format=torch.channels_last), "auto"),
+         step(theirs, serial, x, "fp32"), rounds)
 
 
 def once(name: str, ours: bench.Step, serial: bench.Step, rounds: int) -> None:
     """As bench.compare, but the loop, of half a minute or more, is called once a round."""
     bench.show(name, [(bench.seconds(serial), bench.timed(ours)) for _ in range(rounds)])
-
-
-def training_step(model: QVRF, net: nn.Module, x: Tensor, precision: str) -> bench.Step:
-    optimizer, aux_optimizer = runs.optimizers(model, "adam", 1e-4)
-    criterion = RateDistortionLoss(LMBDAS[LEVEL])
-
-    def step() -> None:
-        with runs.autocast(x.device, precision):
-            output = net(x, LEVEL, ste=True)
-        optimizer.zero_grad()
-        aux_optimizer.zero_grad()
-        criterion(output, x)["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        model.aux_loss().backward()
-        aux_optimizer.step()
-
-    return step
 
 
 class Serial(nn.Module):

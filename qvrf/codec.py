@@ -25,7 +25,7 @@ from qvrf.model import QVRF, SMALLEST_GAIN, TAG, check_factor, load
 
 LEVEL = 2  # the source's
 SPREAD = 8  # a search goes so far beyond the first and the last gain
-CLOSE = {"bpp": 0.999, "psnr": 1.0001}  # of the target: good enough to stop
+CLOSE = {"bpp": 1e-3, "psnr": 1e-4}  # of the target: good enough to stop
 STEPS = 20
 
 
@@ -102,8 +102,7 @@ def bisect(measure: Callable[[float], float], kind: str, target: float, low: flo
         if value >= target:
             high = middle
         kept = value <= target if kind == "bpp" else value >= target
-        ratio = value / target
-        if kept and min(ratio, 1 / ratio) >= min(CLOSE[kind], 1 / CLOSE[kind]):
+        if kept and abs(value / target - 1) <= CLOSE[kind]:
             break
     return low if kind == "bpp" else high
 

@@ -45,7 +45,7 @@ def flags() -> argparse.ArgumentParser:
     add("-p", "--path", help="checkpoint; none: bundled weights")
     add("--factormode", type=int, choices=[0, 1], default=0, help="1: --factor instead of --s")
     add("--factor", type=factor, default=1.5,
-        help=f"regulator, as 1.5 or 1/2.5; "
+        help="regulator, as 1.5 or 1/2.5; "
         f"a decimal outside [{FACTORS[0]:g}, {FACTORS[1]:g}]: --sweep")
     add("--patch", type=runs.positive_int, default=64, help="images are padded to multiples of it")
     add("--s", type=int, help="level; the number of levels or more: all of them. "
@@ -198,14 +198,13 @@ def estimated(model: QVRF, images: list[Path], rate: dict[str, Any], name: str, 
     """An operating point without files: bits that the likelihoods promise, no times."""
     rows = []
     meta = meta | {"fingerprint": bitstream.fingerprint(model).hex()}
-    unique = len({path.stem for path in images}) == len(images)
+    names = evaluate.image_names(images)
     for path, batch in data.batches(images, 1):
         x = data.to_float(batch.to(next(model.parameters()).device))
         output = model(evaluate.pad(x, patch), **rate)
         bits = {key: float(-p.double().log2().sum()) for key, p in output["likelihoods"].items()}
         x_hat = data.to_uint8(evaluate.crop(output["x_hat"], x.shape[-2:])[0]).cpu()
-        image = path[0].stem if unique else path[0].name
-        row = evaluate.row(image, batch[0], x_hat, math.ceil(sum(bits.values()) / 8))
+        row = evaluate.row(names[path[0]], batch[0], x_hat, math.ceil(sum(bits.values()) / 8))
         rows.append(row | {"bpp_estimated": row["bpp"]}
                     | {f"{key}_bits": value for key, value in bits.items()})
     return evaluate.point(name, "no files: bits of the likelihoods", rows, meta)
@@ -214,7 +213,7 @@ def estimated(model: QVRF, images: list[Path], rate: dict[str, Any], name: str, 
 def csv(rows: list[dict[str, Any]], images: list[Path], folder: Path | None) -> str:
     """The source's table: a row for each image. mse on the 255 scale; y_bpp and z_bpp: payload."""
     lines = [",".join(COLUMNS)]
-    names = {path.stem: path.name for path in images} | {path.name: path.name for path in images}
+    files = {name: path.name for path, name in evaluate.image_names(images).items()}
     for row in rows:
         pixels = row["height"] * row["width"]
         if folder:
@@ -227,7 +226,7 @@ def csv(rows: list[dict[str, Any]], images: list[Path], folder: Path | None) -> 
         values = [8 * row["bytes"], pixels, row["bpp"], y_bits / pixels, z_bits / pixels, mse, psnr,
                   row["ms-ssim-rgb"], row.get("encoding_time"), row.get("decoding_time")]
         cells = ["" if v is None else f"{v:.8g}" for v in values]
-        lines.append(",".join([names.get(row["image"], row["image"]), *cells]))
+        lines.append(",".join([files[row["image"]], *cells]))
     return "\n".join(lines) + "\n"
 
 

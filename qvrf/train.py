@@ -22,7 +22,6 @@ import argparse
 import copy
 import filecmp
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +218,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             optimizer.zero_grad()
             aux_optimizer.zero_grad()
             losses["loss"].backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(main_parameters(model), args.clip_max_norm)
+            grad_norm = torch.nn.utils.clip_grad_norm_(
+                runs.main_parameters(model).values(), args.clip_max_norm)
             runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
             optimizer.step()
             aux_loss = model.aux_loss()
@@ -349,10 +349,6 @@ def draw_level(seed: int, step: int, levels: int) -> int:
     """The level of a step: the same on all processes and in a run that was resumed."""
     key = (seed + 2**33) % 2**64
     return int(np.random.Generator(np.random.Philox(key=key, counter=step)).integers(levels))
-
-
-def main_parameters(model: QVRF) -> Iterable[Tensor]:
-    return (p for name, p in model.named_parameters() if not name.endswith("quantiles"))
 
 
 # --------------------------------------------------------------------------------- validation
