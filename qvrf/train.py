@@ -40,7 +40,7 @@ NEWEST, BEST = "checkpoint.pth.tar", "checkpoint_best_loss.pth.tar"
 ANEW = "--checkpoint FILE --refresh 1 and another --out"  # what begins another run
 SAME_RUN = ("model", "levels", "N", "M", "stage", "ste", "lmbda", "optimizer", "learning_rate",
             "aux_learning_rate", "lr_schedule", "milestones", "batch_size", "patch_size", "flip",
-            "start_gain", "images", "steps_per_epoch", "seed",
+            "start_gain", "start_level", "images", "steps_per_epoch", "seed",
             "clip_max_norm")  # what --resume must not change
 
 
@@ -78,8 +78,10 @@ def flags() -> argparse.ArgumentParser:
     add("--N", type=runs.positive_int, help="channels; none: the paper's")
     add("--M", type=runs.positive_int, help="latent channels; none: the paper's")
     add("--start_gain", type=runs.positive_float,
-        help="stage 2 begins with gains from 1 to this, the last level being the codec of stage 1; "
+        help="stage 2 begins with gains from 1 to this, --start_level being the codec of stage 1; "
         "none, as in the source: the step of stage 1, the highest rate, becomes the lowest's")
+    add("--start_level", type=runs.count,
+        help="with --start_gain: the level whose multiplier stage 1 had; none: the last")
     add("--lmbda", type=runs.positive_float,
         help="a fixed-rate model for comparison: stage 1 with this multiplier")
     add("--out", default=".", help="folder of checkpoints and logs")
@@ -132,6 +134,9 @@ def check(args: argparse.Namespace, stages: list[int]) -> None:
     if args.start_gain and args.model == "cheng":
         raise UserError(f"--start_gain {args.start_gain:g}: cheng's latent comes out of an "
                         "attention block and cannot be scaled by its weights; leave it out")
+    if args.start_level is not None and not (args.start_gain and args.start_level < args.levels):
+        raise UserError(f"--start_level {args.start_level}: needs --start_gain, and a level from 0 "
+                        f"to {args.levels - 1}")
     if args.loadFromPretrainedSinglemodel and not args.checkpoint:
         raise UserError("--loadFromPretrainedSinglemodel 1 needs --checkpoint FILE")
 
@@ -165,7 +170,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             raise UserError(f"--start_gain {args.start_gain:g}: {start} does not tell its stage; "
                             "start from a checkpoint of train.py")
         if args.stage > 1 and args.start_gain and (single or stage_before == 1):
-            spread_gains(model, args.start_gain)
+            spread_gains(model, args.start_gain, args.start_level)
     elif resumed:
         args.steps_before = config_of(resumed).get("steps_before", 0)
     elif args.stage > 1 and args.start_gain:
@@ -309,23 +314,25 @@ def load_weights(model: QVRF, path: Path, single: bool) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def spread_gains(model: QVRF, last: float) -> None:
-    """Make a codec of one rate, with regulator 1, the last level of `model`, whose gain is `last`.
+def spread_gains(model: QVRF, last: float, level: int | None = None) -> None:
+    """Make a codec of one rate, with regulator 1, one level of `model`: the last, or `level`.
 
-    Its latents, means and scales are divided by `last` in the layers that make them, and multiplied
-    by it in those that read them. The gains rise from 1 in equal ratios.
+    The gains rise from 1 to `last` in equal ratios. The latents, means and scales are divided by
+    that level's gain in the layers that make them, and multiplied by it in those that read them.
     """
+    gains = (last ** torch.linspace(0, 1, model.levels, dtype=torch.float64)).float()
+    step = float(gains[-1 if level is None else level])
     made = [model.g_a[-1],
             model.h_s[-2] if model.model == "balle" else model.entropy_parameters[-1]]
     read = [model.g_s[0], model.h_a[0]]
     if model.model != "balle":
         read.append(model.context_prediction)
     for layer in made:
-        layer.weight /= last
-        layer.bias /= last
+        layer.weight /= step
+        layer.bias /= step
     for layer in read:
-        layer.weight *= last
-    model.Gain.copy_(last ** (torch.arange(model.levels) / (model.levels - 1)))
+        layer.weight *= step
+    model.Gain.copy_(gains)
 
 
 def set_aside(out: Path) -> None:

@@ -608,13 +608,15 @@ def test_start_gain_needs_a_known_stage(run, capsys):
 
 
 @pytest.mark.parametrize("name", ["balle", "minnen"])
-def test_start_gain_makes_the_last_level_the_codec_of_stage_one(name, x):
+@pytest.mark.parametrize("last, level", [(16.0, None), (128.0, 2), (128.0, 0)])
+def test_start_gain_makes_a_level_the_codec_of_stage_one(name, last, level, x):
     """The same symbols and tables as with step 1 before."""
     model, before = tiny(name), tiny(name)
-    train.spread_gains(model, 16.0)  # a power of two: nothing is rounded
-    assert model.compress(x, 7)["strings"] == before.compress(x, 0)["strings"]
-    assert torch.allclose(model(x, 7)["x_hat"], before(x, 0)["x_hat"], atol=1e-5)
-    assert torch.allclose(model.Gain, torch.tensor([16 ** (i / 7) for i in range(8)]))
+    train.spread_gains(model, last, level)  # steps that are powers of two: nothing is rounded
+    s = 7 if level is None else level
+    assert model.compress(x, s)["strings"] == before.compress(x, 0)["strings"]
+    assert torch.allclose(model(x, s)["x_hat"], before(x, 0)["x_hat"], atol=1e-5)
+    assert torch.allclose(model.Gain, torch.tensor([last ** (i / 7) for i in range(8)]))
 
 
 def test_start_gain_in_training(run):
@@ -770,6 +772,8 @@ def test_flags_of_the_source():
     (["--stage", "2", "1"], "rising order"),
     (["--stage", "2", "--lmbda", "0.01"], "--lmbda trains one rate"),
     (["--start_gain", "9", "--model", "cheng", "--M", "4"], "attention block"),
+    (["--start_level", "2"], "needs --start_gain"),
+    (["--start_gain", "9", "--start_level", "8"], "a level from 0 to 7"),
     (["--model", "cheng"], "in cheng M is N"),
     (["--stage", "2", "--start_gain", "9"], "there is no stage 1"),
     (["--loadFromPretrainedSinglemodel", "1"], "needs --checkpoint"),
