@@ -30,7 +30,7 @@ STEPS = 20
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, encode, _ = codec.flags("Code one image file at any rate.", "minnen", "base codec")
+    parser, encode, _ = codec.flags("Code one image file at any rate.", "balle", "base codec")
     add = encode.add_mutually_exclusive_group().add_argument
     add("--level", type=int, help=f"discrete rate, 0 the lowest; {LEVEL} if none is given")
     add("--factor", type=factor, help="regulator, as 1.5 or 1/2.5: larger is better and costs more")

@@ -22,10 +22,14 @@ SETTINGS = {  # name: (environment, worker flags)
     "oneDNN off": ({}, ["--threads", "2", "--no-onednn"]),
     "contiguous": ({}, ["--threads", "2", "--contiguous"]),
 }
-WEIGHTS = {"factorized": "small-0.0067.pth", "hyperprior": "small-0.0067.pth",
-           "joint_ar": "small-0.0067.pth", "checkerboard": "small-0.0067.pth",
-           "qvrf": "small-minnen.pth"}
-RATES = {"qvrf": [{"s": 5}, {"factor": 3.7}]}  # of a paper's files; the others have one
+MODELS = {  # name: (paper, weights, rates of its files)
+    "factorized": ("factorized", "small-0.0067.pth", [{}]),
+    "hyperprior": ("hyperprior", "small-0.0067.pth", [{}]),
+    "joint_ar": ("joint_ar", "small-0.0067.pth", [{}]),
+    "checkerboard": ("checkerboard", "small-0.0067.pth", [{}]),
+    "qvrf balle": ("qvrf", "small-balle.pth", [{"s": 5}, {"factor": 3.7}]),
+    "qvrf minnen": ("qvrf", "small-minnen.pth", [{"s": 5}, {"factor": 3.7}]),
+}
 IMAGES = ("kodim08", "kodim13")
 
 
@@ -52,8 +56,7 @@ def decoded(encoded):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_setting_decodes_the_encoder_s_symbols(setting, encoded, decoded):
-    files = sum(len(RATES.get(paper, [{}])) for paper in WEIGHTS) * len(IMAGES)
-    assert len(encoded[1]) == files
+    assert len(encoded[1]) == sum(len(rates) for _, _, rates in MODELS.values()) * len(IMAGES)
     assert decoded[setting]["symbols"] == encoded[1]
 
 
@@ -89,13 +92,12 @@ def _main():
     layout = torch.contiguous_format if args.contiguous else torch.channels_last
 
     symbols, float_indexes = {}, {}
-    for name, weights in WEIGHTS.items():
-        paper = importlib.import_module(f"{name}.model")
-        model = paper.load(ROOT / name / "weights" / weights).to(memory_format=layout)
+    for name, (folder, weights, rates) in MODELS.items():
+        paper = importlib.import_module(f"{folder}.model")
+        model = paper.load(ROOT / folder / "weights" / weights).to(memory_format=layout)
         seen = []
         model.g_s.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
-        rates = list(enumerate(RATES.get(name, [{}])))
-        for image, (i, rate) in itertools.product(IMAGES, rates):
+        for image, (i, rate) in itertools.product(IMAGES, enumerate(rates)):
             path = args.folder / f"{name}-{image}-{i}.bin"
             if args.job == "encode":
                 x = data.to_float(data.read_image(data.KODAK / f"{image}.png"))
