@@ -14,6 +14,7 @@ Both must find the same bits, so everything here is exact arithmetic (exact.py).
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -29,57 +30,78 @@ ROWS = 4  # matrix products of a multiple of so many rows are up to 1.6 times fa
 class Context:
     """What is decoded so far, and what it says about other positions.
 
-    context_prediction: masked convolution (M -> 2M, odd kernel, stride 1).
-    entropy_parameters: Sequential of 1x1 convolutions and activations, 4M -> ... -> 2M, on hyper
-        parameters and context concatenated in this order; its result is scales, then means.
-    params: hyper parameters (B, 2M, H, W), float64 from `exact.run`.
+    context_prediction: masked convolution (M -> 2M, odd kernel, stride 1); or several of one size,
+        of which each position uses one, the others being zero there.
+    entropy_parameters: Sequential of 1x1 convolutions and activations, on hyper parameters, the
+        contexts in their order, and `extra`; its result is scales, then means, 2M together.
+    params: hyper parameters (B, P, H, W), float64 from `exact.run`.
+    extra: more of them (B, E, H, W), whose place is behind the contexts.
     gain: what latents are multiplied by before rounding, and so their scales.
     Positions are y * W + x, the same for all images of the batch.
     """
 
     @torch.no_grad()
-    def __init__(self, context_prediction: nn.Conv2d, entropy_parameters: nn.Sequential,
-                 params: Tensor, scale_table: Tensor, gain: float = 1.0):
-        batch, _, height, width = params.shape
-        device, channels = params.device, context_prediction.in_channels
+    def __init__(self, context_prediction: nn.Conv2d | Sequence[nn.Conv2d],
+                 entropy_parameters: nn.Sequential, params: Tensor, scale_table: Tensor,
+                 gain: float = 1.0, extra: Tensor | None = None):
+        layers = ([context_prediction] if isinstance(context_prediction, nn.Conv2d)
+                  else list(context_prediction))
+        batch, width_of_params, height, width = params.shape
+        device, channels = params.device, layers[0].in_channels
         self.shape = (batch, channels, height, width)
         self.boundaries = exact.scale_boundaries(scale_table.to(device)) / gain
         mantissa, exponent = math.frexp(gain)
         self.mean_bits = MEAN_BITS + max(0, exponent - (mantissa == 0.5))
-        self.neighbours = exact.Rows(context_prediction, "context_prediction", device)
+        self.neighbours = [exact.Rows(layer, f"context_prediction.{i}", device)
+                           for i, layer in enumerate(layers)]
+        self.places_in_first = [width_of_params + i * layers[0].out_channels
+                                for i in range(len(layers) + 1)]
         self.first, *self.rest = (
             exact.Rows(layer, f"entropy_parameters.{i}", device) if isinstance(layer, nn.Conv2d)
             else partial(exact.activate, layer, f"entropy_parameters.{i}")
             for i, layer in enumerate(entropy_parameters))
         # decoded latents as rows of M, of a plane with a border of zeros
-        k = context_prediction.kernel_size[0]
+        k = layers[0].kernel_size[0]
         self.border, self.stride = k // 2, width + 2 * (k // 2)
         self.plane = (height + 2 * self.border) * self.stride
         self.rows = params.new_zeros(batch * self.plane, channels)
-        self.taps = torch.tensor(
-            [(t // k - k // 2) * self.stride + t % k - k // 2 for t in self.neighbours.taps],
-            device=device)
-        self.params = params.flatten(2).transpose(1, 2).reshape(batch * height * width, -1)
+        self.taps = [torch.tensor(
+            [(t // k - k // 2) * self.stride + t % k - k // 2 for t in rows.taps], device=device)
+            for rows in self.neighbours]
+        known = [(params, 0)] + ([] if extra is None else [(extra, self.places_in_first[-1])])
+        self.known = [(t.flatten(2).transpose(1, 2).reshape(batch * height * width, -1), place)
+                      for t, place in known]
         self.hyper = None
-        if len(self.params) * len(self.first.bias) * 8 <= HYPER_BYTES:
-            self.hyper = self.first.sums(self.params)
+        if batch * height * width * len(self.first.bias) * 8 <= HYPER_BYTES:
+            self.hyper = self._sums_of_known()
 
-    def predict(self, positions: Tensor, context: bool = True) -> tuple[Tensor, Tensor]:
+    def _sums_of_known(self, places: Tensor | None = None) -> Tensor:
+        """What the first layer of entropy_parameters makes of params and extra."""
+        sums = None
+        for rows, place in self.known:
+            rows = rows if places is None else rows.index_select(0, places)
+            sums = self.first.sums(rows, place, sums)
+        return sums
+
+    def predict(self, positions: Tensor, context: int | bool = True) -> tuple[Tensor, Tensor]:
         """CDF indexes and means, each (B, n, M), of the latents at positions (n,).
 
         context: whether neighbours are looked at. Without, the context is zero, its bias included.
+        Of several contexts, the number of the one that is, from 1.
         """
         batch, channels, height, width = self.shape
         n = batch * len(positions)
         places = self._images(positions, height * width)
         if (missing := -n % ROWS) > 0:
             places = torch.cat([places, places[:1].expand(missing)])
-        x = (self.first.sums(self.params.index_select(0, places)) if self.hyper is None
+        x = (self._sums_of_known(places) if self.hyper is None
              else self.hyper.index_select(0, places))
         if context:
-            taps = self._rows(places)[:, None] + self.taps
+            which = int(context) - 1
+            taps = self._rows(places)[:, None] + self.taps[which]
             patches = self.rows.index_select(0, taps.view(-1))
-            x = self.first(self.neighbours(patches.view(len(x), -1)), x)
+            seen = self.neighbours[which](patches.view(len(x), -1))
+            x = self.first(seen, self.places_in_first[which], x)
         else:
             x = x * self.first.scale
         for layer in self.rest:

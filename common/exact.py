@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from . import UserError
@@ -32,6 +33,7 @@ CLAMP_BITS = 12  # ... and lie in [-2^12, 2^12]
 MAX_SHIFT = 30  # no weight is finer than 2^-30, so that biases fit beside them
 EXACT_BITS = 53  # float64 holds every integer up to 2^53
 STRIP_ELEMENTS = 2**23  # at most this many float64 (64 MiB) of unfolded input at a time
+NORM_BITS, NORM_CLAMP_BITS = 12, 9  # LayerNorm squares its inputs: +-512 in steps of 2^-12
 TABLE_RANGE, TABLE_BITS = 16, 12  # smooth activations: tabulated on [-16, 16], steps of 2^-12
 
 LINEAR = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
@@ -61,8 +63,9 @@ _tables: dict[tuple, Tensor] = {}
 def run(layers: nn.Module, x: Tensor) -> Tensor:
     """Apply convolutional layers in exact arithmetic.
 
-    layers: one layer, a list or a Sequential of Conv2d, ConvTranspose2d, Linear, ReLU, LeakyReLU,
-        PixelShuffle, Identity and smooth activations.
+    layers: one layer, a list or a Sequential of Conv2d, ConvTranspose2d, Linear, LayerNorm, ReLU,
+        LeakyReLU, PixelShuffle, Identity and smooth activations; and of modules with a method
+        `exact(x, run)`, which compute with `run` on their parts and add and multiply in between.
     x: (B, C, H, W), any float or integer type. Returns float64; its last bit depends on x and the
         weights, on nothing else. Each layer's input is rounded to multiples of 2^-12 and clamped to
         +-2^12, so the result is close to, not equal to, `layers(x)`.
@@ -77,6 +80,10 @@ def run(layers: nn.Module, x: Tensor) -> Tensor:
     for name, layer in _flatten(layers):
         if isinstance(layer, LINEAR):
             x = _apply(layer, _prepare(layer, name, x.device), x)
+        elif isinstance(layer, nn.LayerNorm):
+            x = _normalise(layer, name, x)
+        elif hasattr(layer, "exact"):
+            x = layer.exact(x, run)
         else:
             x = activate(layer, name, x)
     return x
@@ -122,16 +129,17 @@ class Rows:
         self.scale = prepared.scale.view(-1)
         self.grid_bits, self.clamp_bits = prepared.grid_bits, prepared.clamp_bits
 
-    def sums(self, x: Tensor) -> Tensor:
-        """Bias and products of the first x.shape[1] inputs: integers, to be completed later."""
+    def sums(self, x: Tensor, first: int = 0, begun: Tensor | None = None) -> Tensor:
+        """Products of inputs `first` and following, added to `begun` (the bias): integers, in any
+        order, to be completed later.
+        """
         x = _quantise(x, self.grid_bits, self.clamp_bits)
-        return torch.mm(x, self.weight[:, : x.shape[1]].t()).add_(self.bias)
+        weight = self.weight[:, first : first + x.shape[1]]
+        return torch.mm(x, weight.t()).add_(self.bias if begun is None else begun)
 
-    def __call__(self, x: Tensor, begun: Tensor | None = None) -> Tensor:
-        """x (n, inputs) float64; or the last inputs alone, with the `sums` of the others."""
-        x = _quantise(x, self.grid_bits, self.clamp_bits)
-        start = self.bias if begun is None else begun
-        return torch.mm(x, self.weight[:, -x.shape[1] :].t()).add_(start).mul_(self.scale)
+    def __call__(self, x: Tensor, first: int = 0, begun: Tensor | None = None) -> Tensor:
+        """x (n, inputs) float64; or inputs from `first` on, with the `sums` of all others."""
+        return self.sums(x, first, begun).mul_(self.scale)
 
 
 def spec(layers: nn.Module) -> dict:
@@ -139,7 +147,7 @@ def spec(layers: nn.Module) -> dict:
 
     Plain numbers and int32 tensors; `torch.load(weights_only=True)` reads it.
     """
-    settings = [_settings(layer) for _, layer in _flatten(layers) if isinstance(layer, LINEAR)]
+    settings = [_settings(layer) for layer in _linear(layers)]
     return {
         "version": VERSION,
         "weight_bits": WEIGHT_BITS,
@@ -154,7 +162,7 @@ def restore(layers: nn.Module, spec: dict | None) -> None:
 
     Raises UserError when the spec belongs to other layers or to a newer version of this arithmetic.
     """
-    linear = [layer for _, layer in _flatten(layers) if isinstance(layer, LINEAR)]
+    linear = _linear(layers)
     settings = [None] * len(linear)
     if spec is not None:
         try:
@@ -202,6 +210,12 @@ def _flatten(layers: nn.Module, prefix: str = ""):
         return
     for index, layer in enumerate(layers):
         yield from _flatten(layer, f"{prefix}.{index}" if prefix else str(index))
+
+
+def _linear(layers: nn.Module) -> list[nn.Module]:
+    """All layers with weights, at any depth, in the order in which they are registered."""
+    return [layer for _, part in _flatten(layers) for layer in part.modules()
+            if isinstance(layer, LINEAR)]
 
 
 def _out_channels(layer: nn.Module) -> int:
@@ -342,6 +356,28 @@ def _convolve(layer: _Layer, x: Tensor) -> Tensor:
     return out
 
 
+def _normalise(layer: nn.LayerNorm, name: str, x: Tensor) -> Tensor:
+    """LayerNorm over the last dimension, or over channels in timm's LayerNorm2d.
+
+    Sums of the quantised x and of its squares are integers below 2^53, so their order is free; all
+    else is elementwise. x is rounded to 2^-NORM_BITS and clamped to +-2^NORM_CLAMP_BITS.
+    """
+    size, = layer.normalized_shape
+    if size * 4 ** (NORM_BITS + NORM_CLAMP_BITS) >= 2**EXACT_BITS:
+        raise UserError(f"layer {name}: LayerNorm over {size} channels has no exact form")
+    dim = 1 if isinstance(layer, LayerNorm2d) else -1
+    q = _quantise(x, NORM_BITS, NORM_CLAMP_BITS)
+    mean = q.sum(dim, keepdim=True) / size
+    variance = (q.square().sum(dim, keepdim=True) / size - mean.square()).clamp_min_(0)
+    eps = layer.eps * 4.0**NORM_BITS  # of x in units of its grid
+    y = (q - mean) / torch.sqrt(variance + eps)
+    if layer.elementwise_affine:
+        weight, bias = (p.detach().double().view((-1, 1, 1) if dim == 1 else (-1,))
+                        for p in (layer.weight, layer.bias))
+        y = y * weight + bias
+    return y
+
+
 def _smooth(layer: nn.Module, name: str, x: Tensor) -> Tensor:
     """A smooth activation by table, on the grid; constant or the identity beyond the table."""
     limit = TABLE_RANGE << TABLE_BITS
@@ -354,6 +390,22 @@ def _smooth(layer: nn.Module, name: str, x: Tensor) -> Tensor:
     if table[-1] == TABLE_RANGE:  # GELU, SiLU, ...: the identity from here on
         y += (index - inside).clamp_min_(0) * 2.0**-TABLE_BITS
     return y
+
+
+def exp(x: Tensor) -> Tensor:
+    """exp of x <= 0, in multiples of 2^-24, x in multiples of 2^-12; 0 below -16."""
+    limit = TABLE_RANGE << TABLE_BITS
+    table = _tables.get(key := ("exp", x.device))
+    if table is None:
+        units = torch.arange(-limit, 1, dtype=torch.float64) * 2.0**-TABLE_BITS
+        values = torch.exp(units) * 2.0**24
+        if not (values - values.floor() - 0.5).abs().min() > 2.0**-26:
+            raise UserError("exp has no exact table")
+        table = torch.round(values) * 2.0**-24
+        table[0] = 0.0
+        _tables[key] = table = table.to(x.device)
+    index = _quantise(x, TABLE_BITS, 40).clamp_(-limit, 0)
+    return table[(index + limit).long()]
 
 
 def _tabulate(layer: nn.Module, name: str) -> Tensor:

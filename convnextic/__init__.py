@@ -1,0 +1,1 @@
+"""ConvNeXTIC: the VCIP 2022 challenge codec of ConvNeXt blocks."""

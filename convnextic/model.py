@@ -1,0 +1,560 @@
+"""ConvNeXTIC, an entry to the VCIP 2022 image coding challenge (DomChennnn/ConvNeXTIC): the VAE of
+TinyLIC (Lu, Ma, arXiv:2204.11448) with ConvNeXt blocks (Liu et al., CVPR 2022) in place of
+attention. There is no paper; six revisions of the code are variants here, its ablations options.
+
+State-dict keys are ours: no weights were published. What the decoder must recompute (h_s, context
+model, entropy parameters) is exact arithmetic (common/exact.py, common/context.py).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common import UserError, entropy, exact, runs
+from common.context import Context
+from common.tiles import tiled
+
+import torch
+from compressai.entropy_models import EntropyBottleneck, GaussianConditional
+from compressai.layers import GDN
+from compressai.models import CompressionModel
+from compressai.ops import quantize_ste
+from timm.layers import DropPath, LayerNorm2d, LayerScale, trunc_normal_
+from torch import Tensor, nn
+
+TAG = b"cnxt"  # names this paper in the header of its files
+HALO = 24  # latents that g_a and g_s see to each side
+BLOCK = 4096  # positions coded at a time, to bound memory
+GROUPS = (16, 16, 32, 64)  # channels of SCCTX's groups; the last one has the rest
+
+BASELINE = {
+    "depths": (2, 4, 6, 2, 2, 2), "kernel_size": 7, "mlp_ratio": 4, "dw_groups": 0,
+    "block_norm": "layernorm", "decoder_dw": "conv", "drop_path_rate": 0.0,
+    "layer_scale_init": 1e-6, "stem": "patch4", "resample": "k2s2", "resample_norm": "none",
+    "context": "mcm", "variable_rate": False, "external_attention": False}
+STRIDE2 = BASELINE | {"stem": "k5s2", "resample": "k3s2", "drop_path_rate": 0.1}
+VARIANTS = {  # revisions of the source, oldest first
+    "v0_ln": BASELINE | {"resample_norm": "layernorm"},
+    "v1_patch": BASELINE,
+    "v2_stride2": STRIDE2,
+    "v3_scctx": STRIDE2 | {"context": "scctx"},
+    "v4_ea": STRIDE2 | {"context": "scctx", "external_attention": True},
+    "v5_vr": STRIDE2 | {"context": "scctx", "variable_rate": True},
+}
+CHOICES = {
+    "block_norm": ("layernorm", "gdn", "batchnorm", "none"),
+    "decoder_dw": ("conv", "convtranspose"),
+    "stem": ("patch4", "k2s2", "k5s2"), "resample": ("k2s2", "k3s2"),
+    "resample_norm": ("none", "layernorm"), "context": ("mcm", "scctx")}
+SAMPLERS = {"patch4": (4, 4, 0, 0), "k2s2": (2, 2, 0, 0), "k3s2": (3, 2, 1, 1),
+            "k5s2": (5, 2, 2, 1)}  # kernel, stride, padding, output padding
+
+
+# -------------------------------------------------------------------------------------- transforms
+class Block(nn.Module):
+    """ConvNeXt block (B, dim, H, W) -> the same: depthwise 7x7, norm, two 1x1, layer scale.
+
+    Liu et al. 2022, Figure 4. `gamma` starts at 1e-6: at first the block is the identity.
+    """
+
+    def __init__(self, dim: int, options: dict[str, Any], drop: float, decoder: bool = False):
+        super().__init__()
+        k, groups = options["kernel_size"], options["dw_groups"] or dim
+        conv = (nn.ConvTranspose2d if decoder and options["decoder_dw"] == "convtranspose"
+                else nn.Conv2d)
+        self.dwconv = conv(dim, dim, k, padding=k // 2, groups=groups)
+        self.norm = {"layernorm": LayerNorm2d, "batchnorm": BatchNorm, "gdn": ExactGDN,
+                     "none": nn.Identity}[options["block_norm"]](dim)
+        hidden = options["mlp_ratio"] * dim
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.scale = LayerScale(dim, options["layer_scale_init"])
+        self.drop_path = DropPath(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.dwconv(x)).permute(0, 2, 3, 1)  # (B, H, W, dim)
+        y = self.scale(self.mlp(y)).permute(0, 3, 1, 2)
+        return x + self.drop_path(y)
+
+    def exact(self, x: Tensor, run: Any) -> Tensor:
+        y = run([self.dwconv, self.norm], x).permute(0, 2, 3, 1)
+        y = run(self.mlp, y) * self.scale.gamma.detach().double()
+        return x + y.permute(0, 3, 1, 2)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d whose evaluation is elementwise, and so exact."""
+
+    def exact(self, x: Tensor, run: Any) -> Tensor:
+        mean, variance, weight, bias = (t.detach().double().view(-1, 1, 1) for t in (
+            self.running_mean, self.running_var, self.weight, self.bias))
+        return (x - mean) / torch.sqrt(variance + self.eps) * weight + bias
+
+
+class ExactGDN(GDN):
+    """GDN with a fixed-point form: its sums run over integers."""
+
+    def exact(self, x: Tensor, run: Any) -> Tensor:
+        beta = self.beta_reparam(self.beta).detach().double().view(-1, 1, 1)
+        gamma = self.gamma_reparam(self.gamma).detach().double()
+        gamma = exact.round_to_grid(gamma, 20)
+        if float(gamma.sum(1).max()) >= 2**9:
+            raise UserError("GDN cannot be computed exactly: its gamma is too large")
+        squares = exact.round_to_grid(x.clamp(-256, 256).square(), 8)
+        sums = torch.matmul(gamma, squares.flatten(2)).view_as(squares)
+        return x / torch.sqrt(sums + beta)
+
+
+class Down(nn.Module):
+    """Encoder stage: downsample, blocks, and a skip around all blocks."""
+
+    def __init__(self, dim_in: int, dim_out: int, sampler: str, blocks: list[Block],
+                 norm: str = "", attention: bool = False):
+        """norm: a LayerNorm "before" or "after" the convolution."""
+        super().__init__()
+        kernel, stride, padding, _ = SAMPLERS[sampler]
+        self.down = nn.Sequential(*filter(None, (
+            LayerNorm2d(dim_in) if norm == "before" else None,
+            nn.Conv2d(dim_in, dim_out, kernel, stride, padding),
+            LayerNorm2d(dim_out) if norm == "after" else None)))
+        self.blocks = nn.Sequential(*blocks)
+        self.attention = ExternalAttention(dim_out) if attention else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(x)
+        return self.attention(self.blocks(x) + x)
+
+
+class Up(nn.Module):
+    """Decoder stage: blocks, a skip around them, upsample."""
+
+    def __init__(self, dim_in: int, dim_out: int, sampler: str, blocks: list[Block],
+                 norm: str = "", attention: bool = False):
+        super().__init__()
+        kernel, stride, padding, output_padding = SAMPLERS[sampler]
+        self.attention = ExternalAttention(dim_in) if attention else nn.Identity()
+        self.blocks = nn.Sequential(*blocks)
+        self.up = nn.Sequential(*filter(None, (
+            LayerNorm2d(dim_in) if norm == "before" else None,
+            nn.ConvTranspose2d(dim_in, dim_out, kernel, stride, padding, output_padding),
+            LayerNorm2d(dim_out) if norm == "after" else None)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attention(x)
+        return self.up(self.blocks(x) + x)
+
+    def exact(self, x: Tensor, run: Any) -> Tensor:
+        x = run(self.attention, x)
+        return run(self.up, run(self.blocks, x) + x)
+
+
+class ExternalAttention(nn.Module):
+    """Attention to 64 learned tokens in place of the image's own (Guo et al., arXiv:2105.02358)."""
+
+    TOKENS = 64
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 1)
+        self.keys = nn.Conv2d(dim, self.TOKENS, 1, bias=False)
+        self.values = nn.Conv2d(self.TOKENS, dim, 1, bias=False)
+        self.conv2 = nn.Sequential(nn.Conv2d(dim, dim, 1, bias=False), BatchNorm(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention = self.keys(self.conv1(x)).float()
+        attention = attention.flatten(2).softmax(2).view_as(attention)  # over positions
+        attention = attention / (1e-9 + attention.sum(1, keepdim=True))  # over tokens
+        return torch.relu(x + self.conv2(self.values(attention)))
+
+    def exact(self, x: Tensor, run: Any) -> Tensor:
+        """Both sums run over integers: exp comes from a table."""
+        logits = run([self.conv1, self.keys], x)
+        peak = logits.flatten(2).amax(2)[..., None, None]
+        weight = exact.exp(logits - peak)
+        total = weight.sum((2, 3), keepdim=True)
+        attention = exact.round_to_grid(weight / total, 40)
+        attention = attention / (1e-9 + attention.sum(1, keepdim=True))
+        return (x + run([self.values, self.conv2], attention)).clamp_min(0)
+
+
+class ScalingNet(nn.Module):
+    """lmbda (B,) -> a multiplier for each channel (B, C, 1, 1); 1 at initialisation."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(1, channels // 2), nn.ReLU(),
+                                    nn.Linear(channels // 2, channels))
+        self.zero()
+
+    def zero(self) -> None:
+        nn.init.zeros_(self.layers[2].weight)
+        nn.init.zeros_(self.layers[2].bias)
+
+    def forward(self, lmbda: Tensor) -> Tensor:
+        with torch.autocast(lmbda.device.type, enabled=False):
+            return self.layers(lmbda.float()[:, None]).exp()[:, :, None, None]
+
+
+# ---------------------------------------------------------------------------------- context models
+class MaskedConv(nn.Conv2d):
+    """Convolution that sees some of its taps; the weight is masked on the way."""
+
+    def __init__(self, in_channels: int, out_channels: int, taps: list[list[int]]):
+        size = len(taps)
+        super().__init__(in_channels, out_channels, size, padding=size // 2)
+        self.register_buffer("mask", torch.tensor(taps).float().expand_as(self.weight).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight * self.mask, self.bias)
+
+
+CORNERS = [[1, 0, 1], [0, 0, 0], [1, 0, 1]]  # see y1 from y2
+EDGES = [[0, 1, 0], [1, 0, 1], [0, 1, 0]]  # y1 and y2 from y3
+AROUND = [[1, 1, 1], [1, 0, 1], [1, 1, 1]]  # y1, y2 and y3 from y4
+CHECKERBOARD = [[(i + j) % 2 for j in range(5)] for i in range(5)]
+
+
+def lattices(height: int, width: int) -> list[Tensor]:
+    """(height, width) bool masks of y1 to y4: rows and columns (even, even), (odd, odd), (even,
+    odd), (odd, even).
+    """
+    row, column = torch.meshgrid(torch.arange(height) % 2, torch.arange(width) % 2, indexing="ij")
+    return [(row == r) & (column == c) for r, c in ((0, 0), (1, 1), (0, 1), (1, 0))]
+
+
+class MCM(nn.Module):
+    """Multistage context model (TinyLIC): four sub-lattices of y, each from those before it.
+
+        y1 . y1 .       y1 from the hyper parameters alone,
+        . y2 . y2       y2 from the corners (y1),
+        y1 . y1 .       y3 from the edges (y1, y2), at (even, odd),
+        . y2 . y2       y4 from all around, at (odd, even).
+    """
+
+    def __init__(self, M: int):
+        super().__init__()
+        self.M, self.sizes = M, (M,)
+        self.contexts = nn.ModuleList(MaskedConv(M, 2 * M, taps)
+                                      for taps in (CORNERS, EDGES, AROUND))
+        self.parameters_network = nn.Sequential(
+            nn.Conv2d(8 * M, 6 * M, 1), nn.GELU(), nn.Conv2d(6 * M, 4 * M, 1), nn.GELU(),
+            nn.Conv2d(4 * M, 2 * M, 1))
+
+    def forward(self, y: Tensor, params: Tensor, y_hat: Tensor | None
+                ) -> tuple[Tensor, Tensor, Tensor]:
+        """y_hat, scales, means (B, M, h, w). y_hat None: y with noise, as in training."""
+        if y_hat is None:
+            y_hat = y + torch.empty_like(y).uniform_(-0.5, 0.5)
+        kept = [mask.to(y.device) for mask in lattices(*y.shape[-2:])[1:]]
+        contexts = [conv(y_hat) * mask for conv, mask in zip(self.contexts, kept, strict=True)]
+        scales, means = self.parameters_network(torch.cat([params, *contexts], 1)).chunk(2, 1)
+        return y_hat, scales, means
+
+    def passes(self, params: Tensor, table: Tensor) -> Iterator[tuple[int, Context, list]]:
+        """What is coded, in order: the group of channels, its context, [(context, positions)]."""
+        context = Context(list(self.contexts), self.parameters_network, params, table)
+        masks = [mask.flatten().to(params.device) for mask in lattices(*params.shape[-2:])]
+        yield 0, context, [(k, block) for k, mask in enumerate(masks)
+                           for block in mask.nonzero().flatten().split(BLOCK)]
+
+
+class SCCTX(nn.Module):
+    """Space-channel context model: five groups of channels, each a checkerboard of two passes.
+
+    A group sees the hyper parameters and the groups before it (5x5 convolutions); of its own
+    latents the second half, at row + column even, sees the first. After ELIC (He et al. 2022), with
+    GELU, and hyper parameters in the channel context.
+    """
+
+    def __init__(self, M: int):
+        super().__init__()
+        if M <= sum(GROUPS):
+            raise UserError(f"latent_dim {M}: this context model needs more than {sum(GROUPS)}")
+        self.M, self.sizes = M, (*GROUPS, M - sum(GROUPS))
+        before = [sum(self.sizes[:k]) for k in range(len(self.sizes))]
+        self.channel_contexts = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(2 * M + s, 224, 5, padding=2), nn.GELU(),
+                          nn.Conv2d(224, 128, 5, padding=2), nn.GELU(),
+                          nn.Conv2d(128, 2 * c, 3, padding=1))
+            for s, c in zip(before, self.sizes, strict=True))
+        self.space_contexts = nn.ModuleList(MaskedConv(c, 2 * c, CHECKERBOARD) for c in self.sizes)
+        self.parameters_networks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(2 * M + 4 * c, 3 * c, 1), nn.GELU(),
+                          nn.Conv2d(3 * c, 2 * c, 1), nn.GELU(), nn.Conv2d(2 * c, 2 * c, 1))
+            for c in self.sizes)
+
+    def forward(self, y: Tensor, params: Tensor, y_hat: Tensor | None
+                ) -> tuple[Tensor, Tensor, Tensor]:
+        """y_hat, scales, means (B, M, h, w). y_hat None: rounded, with the identity as gradient."""
+        anchor = anchors(*y.shape[-2:]).to(y.device)
+        given = None if y_hat is None else y_hat.split(self.sizes, 1)
+        done: list[Tensor] = []
+        all_scales, all_means = [], []
+        for k, y_k in enumerate(y.split(self.sizes, 1)):
+            channel = self.channel_contexts[k](torch.cat([params, *done], 1))
+            none = torch.zeros_like(channel)
+            if given is None:
+                _, means = self._predict(k, params, none, channel)
+                first = quantize_ste(y_k - means) + means
+            else:
+                first = given[k]
+            space = self.space_contexts[k](first * anchor) * ~anchor
+            scales, means = self._predict(k, params, space, channel)
+            done.append(quantize_ste(y_k - means) + means if given is None else given[k])
+            all_scales.append(scales)
+            all_means.append(means)
+        return torch.cat(done, 1), torch.cat(all_scales, 1), torch.cat(all_means, 1)
+
+    def _predict(self, k: int, params: Tensor, space: Tensor, channel: Tensor) -> tuple:
+        return self.parameters_networks[k](torch.cat([params, space, channel], 1)).chunk(2, 1)
+
+    def passes(self, params: Tensor, table: Tensor) -> Iterator[tuple[int, Context, list]]:
+        """As MCM's; a group's context must be full when the next one is asked for."""
+        anchor = anchors(*params.shape[-2:]).flatten().to(params.device)
+        order = [(k, block) for k, mask in enumerate((anchor, ~anchor))
+                 for block in mask.nonzero().flatten().split(BLOCK)]
+        done: list[Tensor] = []
+        for k in range(len(self.sizes)):
+            channel = exact.run(self.channel_contexts[k], torch.cat([params, *done], 1))
+            context = Context(self.space_contexts[k], self.parameters_networks[k], params, table,
+                              extra=channel)
+            yield k, context, order
+            done.append(context.y_hat().double())
+
+
+def anchors(height: int, width: int) -> Tensor:
+    """(height, width) bool: the latents of the first pass, row + column odd."""
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return (row + column) % 2 == 1
+
+
+# ------------------------------------------------------------------------------------------- model
+class ConvNeXTIC(CompressionModel):
+    """v2 at N, M = 128, 192:
+
+        x (3,512,768) -> g_a: 4 Down -> y (M,32,48) -------------------> Q -> y_hat -> g_s: 4 Up
+                                        |                                |     |
+                                        |                 N(means, scales^2)  context model
+                                        v                                |     v
+                               h_a: 2 Down -> z (N,8,12) -> Q -> h_s: 2 Up -> params (2M,32,48)
+
+    With the patch stem (v0, v1) y is at 1/32 and z at 1/128 of the image's resolution.
+    """
+
+    exact_parts = ("h_s", "context_model")
+    options = ("variant", *BASELINE)  # in a checkpoint's config, as the weights do not tell them
+    entropy_device: torch.device | None = None  # where the exact part runs; None: with the rest
+
+    def __init__(self, variant: str = "v2_stride2", embed_dim: int = 128, latent_dim: int = 192,
+                 **options: Any):
+        """options: those of BASELINE, in place of the variant's."""
+        super().__init__()
+        o = merged(variant, options)
+        self.variant, self.N, self.M = variant, embed_dim, latent_dim
+        for key, value in o.items():
+            setattr(self, key, value)
+        N, M, stem, other = embed_dim, latent_dim, o["stem"], o["resample"]
+        normed, ea = o["resample_norm"] == "layernorm", o["external_attention"]
+        depths = o["depths"]
+        rates = torch.linspace(0, o["drop_path_rate"], sum(depths)).tolist()
+
+        def blocks(dim: int, depth: int, decoder: bool) -> list[Block]:
+            return [Block(dim, o, drops.pop(0), decoder) for _ in range(depth)]
+
+        def down(i: int, dim_in: int, dim_out: int, attention: bool = False) -> Down:
+            norm = ("after" if i == 0 else "before") if normed else ""
+            return Down(dim_in, dim_out, other if i else stem, blocks(dim_out, depths[i], False),
+                        norm, ea and attention)
+
+        def up(i: int, dim_in: int, dim_out: int, attention: bool = False) -> Up:
+            norm = ("after" if i == 5 else "before") if normed else ""
+            return Up(dim_in, dim_out, other if i < 5 else stem,
+                      blocks(dim_in, depths[5 - i], True), norm, ea and attention)
+
+        drops = list(rates)  # one ramp over the encoder ...
+        self.g_a = nn.Sequential(down(0, 3, N), down(1, N, N, True), down(2, N, N),
+                                 down(3, N, M, True))
+        self.h_a = nn.Sequential(down(4, M, N), down(5, N, N, True))
+        drops = list(rates)  # ... and the same over the decoder
+        self.h_s = nn.Sequential(up(0, N, N, True), up(1, N, 2 * M))
+        self.g_s = nn.Sequential(up(2, M, N, True), up(3, N, N), up(4, N, N, True), up(5, N, 3))
+        self.context_model = {"mcm": MCM, "scctx": SCCTX}[o["context"]](M)
+        self.entropy_bottleneck = EntropyBottleneck(N)
+        self.gaussian_conditional = GaussianConditional(None)
+        if o["variable_rate"]:
+            self.scale_a = nn.ModuleList(map(ScalingNet, (N, N, N, M)))  # after the stages of g_a
+            self.scale_s = nn.ModuleList(map(ScalingNet, (M, N, N, N)))  # before those of g_s
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, ScalingNet):
+                module.zero()
+
+    @property
+    def stride(self) -> int:
+        """Image pixels to a latent of y."""
+        return SAMPLERS[self.stem][1] * 8
+
+    @property
+    def downsampling_factor(self) -> int:
+        return self.stride * 4
+
+    def forward(self, x: Tensor, lmbda: Tensor | float | None = None) -> dict[str, Any]:
+        """x (B, 3, H, W) in [0, 1], H and W multiples of 64 (patch stem: 128) -> x_hat and
+        likelihoods of y, z. In eval mode y_hat is that of a file.
+
+        lmbda: of a variable-rate model, a number or (B,).
+        """
+        y = self.analyse(x, lmbda).float()
+        z = self.h_a(y).float()
+        with torch.autocast(x.device.type, enabled=False):  # likelihoods in float32
+            z_hat, z_likelihoods = self.entropy_bottleneck(z)
+        y_hat = None
+        if not self.training:
+            y_hat, _ = self._encode(y, self._params(z_hat))
+        elif self.context == "scctx":
+            z_hat = z + (entropy.dequantize(self.entropy_bottleneck, z) - z).detach()
+        y_hat, scales, means = self.context_model(y, self.h_s(z_hat), y_hat)
+        with torch.autocast(x.device.type, enabled=False):
+            _, y_likelihoods = self.gaussian_conditional(y, scales.float(), means.float())
+        x_hat = self.synthesize(y_hat, lmbda)
+        return {"x_hat": x_hat, "likelihoods": {"y": y_likelihoods, "z": z_likelihoods}}
+
+    def analyse(self, x: Tensor, lmbda: Tensor | float | None = None) -> Tensor:
+        """g_a: x (B, 3, H, W) -> y (B, M, H/16, W/16), or 1/32; scaled for lmbda (v5)."""
+        gains = self._gains("scale_a", x, lmbda)
+        for stage, gain in zip(self.g_a, gains, strict=True):
+            x = stage(x) * gain if gain is not None else stage(x)
+        return x
+
+    def synthesize(self, y_hat: Tensor, lmbda: Tensor | float | None = None) -> Tensor:
+        """g_s: the way back."""
+        gains = self._gains("scale_s", y_hat, lmbda)
+        for stage, gain in zip(self.g_s, gains, strict=True):
+            y_hat = stage(y_hat * gain if gain is not None else y_hat)
+        return y_hat
+
+    def _gains(self, name: str, x: Tensor, lmbda: Tensor | float | None) -> list:
+        if not self.variable_rate:
+            return [None] * 4
+        if lmbda is None:
+            raise UserError("this model has a variable rate: give it a lmbda")
+        lmbda = torch.as_tensor(lmbda, dtype=torch.float32, device=x.device).expand(len(x))
+        return [net(lmbda) for net in getattr(self, name)]
+
+    @torch.no_grad()
+    def compress(self, x: Tensor, lmbda: float | None = None) -> dict[str, Any]:
+        """x as in forward -> {"strings": [y1, y2, y3, y4, z] or [y, z], "shape": of z}."""
+        y = tiled(lambda part: self.analyse(part, lmbda), x, down=self.stride, halo=HALO)
+        z = self.h_a(y)
+        z_strings = entropy.encode_bottleneck(self.entropy_bottleneck, z)
+        _, coded = self._encode(y, self._params(entropy.dequantize(self.entropy_bottleneck, z)))
+        tables = entropy.Tables.of(self.gaussian_conditional)
+        strings = [entropy.encode(*(torch.cat([t.flatten(1) for t in column], 1)
+                                    for column in zip(*parts, strict=True)), tables)
+                   for parts in coded]
+        result = {"strings": [*strings, z_strings], "shape": tuple(z.shape[-2:])}
+        if self.variable_rate:
+            result["parameters"] = struct.pack("<f", lmbda)
+        return result
+
+    @torch.no_grad()
+    def decompress(self, strings: list[list[bytes]], shape: tuple[int, int],
+                   lmbda: float | None = None) -> dict[str, Tensor]:
+        """Inverse of compress -> {"x_hat": (B, 3, H, W) in [0, 1]}."""
+        *y_strings, z_strings = strings
+        z_hat = entropy.decode_bottleneck(self.entropy_bottleneck, z_strings, shape)
+        params, tables = self._params(z_hat), entropy.Tables.of(self.gaussian_conditional)
+        decoders = self._decoders(y_strings, params, tables)
+        groups = []
+        for _, context, blocks in self.context_model.passes(params, self._table()):
+            for which, positions in blocks:
+                indexes, means = context.predict(positions, which)
+                symbols = decoders[which if self.context == "mcm" else 0].decode(indexes)
+                context.put(positions, symbols.to(means) + means)
+            groups.append(context.y_hat())
+        for decoder in decoders:
+            decoder.finish()
+        y_hat = torch.cat(groups, 1).to(z_hat.device)
+        up = self.stride
+        x_hat = tiled(lambda part: self.synthesize(part, lmbda), y_hat, up=up, halo=HALO)
+        return {"x_hat": x_hat.clamp_(0, 1)}
+
+    def _decoders(self, strings: list[list[bytes]], params: Tensor, tables: entropy.Tables) -> list:
+        """One for each of y's strings: four of MCM's lattices, one of SCCTX."""
+        height, width = params.shape[-2:]
+        counts = ([int(mask.sum()) for mask in lattices(height, width)] if self.context == "mcm"
+                  else [height * width])
+        return [entropy.Decoders(string, self.M * count, tables)
+                for string, count in zip(strings, counts, strict=True)]
+
+    @staticmethod
+    def read_parameters(parameters: bytes) -> dict[str, Any]:
+        """lmbda, as the header of a variable-rate file holds it."""
+        return {"lmbda": struct.unpack("<f", parameters)[0]} if len(parameters) == 4 else {}
+
+    def _params(self, z_hat: Tensor) -> Tensor:
+        return exact.run(self.h_s, z_hat.to(self.entropy_device or z_hat.device))
+
+    def _table(self) -> Tensor:
+        return self.gaussian_conditional.scale_table
+
+    @torch.no_grad()
+    @torch.compiler.disable
+    def _encode(self, y: Tensor, params: Tensor) -> tuple[Tensor, list[list]]:
+        """y_hat (B, M, h, w); for each string of y [(symbols, CDF indexes), ...], in order."""
+        coded: list[list] = [[] for _ in range(4 if self.context == "mcm" else 1)]
+        groups = []
+        sections = y.to(params.device).split(self.context_model.sizes, 1)
+        for k, context, blocks in self.context_model.passes(params, self._table()):
+            rows = sections[k].flatten(2).transpose(1, 2)  # (B, h * w, channels)
+            for which, positions in blocks:
+                indexes, means = context.predict(positions, which)
+                symbols = torch.round(rows[:, positions].to(means) - means)
+                context.put(positions, symbols + means)
+                coded[which if self.context == "mcm" else 0].append((symbols, indexes))
+            groups.append(context.y_hat())
+        return torch.cat(groups, 1).to(y.device), coded
+
+    @classmethod
+    def from_state_dict(cls, state_dict: dict[str, Tensor], **options: Any) -> ConvNeXTIC:
+        """Build with the N and M of the weights and load them, strictly."""
+        M, N = state_dict["g_a.3.down.0.weight"].shape[:2]
+        net = cls(options.pop("variant", "v2_stride2"), N, M, **options)
+        net.load_state_dict(state_dict)
+        return net
+
+
+def merged(variant: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a variant, with some replaced; UserError for what there is not."""
+    if variant not in VARIANTS:
+        raise UserError(f"variant {variant}: choose from {', '.join(VARIANTS)}")
+    result = dict(VARIANTS[variant])
+    for key, value in options.items():
+        if key not in result:
+            raise UserError(f"there is no option {key}: {', '.join(result)}")
+        if value is None:
+            continue
+        if key in CHOICES and value not in CHOICES[key]:
+            raise UserError(f"{key} {value}: choose from {', '.join(CHOICES[key])}")
+        result[key] = tuple(value) if key == "depths" else value
+    if len(result["depths"]) != 6 or min(result["depths"]) < 1:
+        raise UserError(f"depths {result['depths']}: give six positive numbers")
+    if result["kernel_size"] % 2 == 0:
+        raise UserError(f"kernel_size {result['kernel_size']}: give an odd number")
+    return result
+
+
+def build(variant: str = "v2_stride2", embed_dim: int = 128, latent_dim: int = 192,
+          **options: Any) -> ConvNeXTIC:
+    """A new model: a revision of the source, with options of BASELINE in place of its own."""
+    return ConvNeXTIC(variant, embed_dim, latent_dim, **options)
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> ConvNeXTIC:
+    """A model from a checkpoint or a bare state dict, ready to code."""
+    return runs.load_model(path, ConvNeXTIC, device)
