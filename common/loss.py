@@ -35,8 +35,10 @@ class RateDistortionLoss(nn.Module):
             raise UserError(f"--metric {metric}: beta weighs bits against mse; use lmbda")
         self.lmbda, self.metric, self.beta = lmbda, metric, beta
 
-    def forward(self, output: dict, x: Tensor) -> dict[str, Tensor]:
+    def forward(self, output: dict, x: Tensor, lmbda: Tensor | None = None) -> dict[str, Tensor]:
         """output: a model's forward result for x (B, 3, H, W) in [0, 1].
+
+        lmbda: (B,), in place of the one number: mean over the batch of each sample's lmbda * MSE.
 
         Returns scalars: "loss"; "bpp" and one "bpp_<latent>" per latent; "mse" (times 255^2, as
         logged everywhere); "ms_ssim" if that is the metric. Raises UserError where x is too small
@@ -49,7 +51,10 @@ class RateDistortionLoss(nn.Module):
         bpp = sum(terms.values())
         x_hat = output["x_hat"].float()
         mse = 255**2 * F.mse_loss(x_hat, x)
-        if self.metric == "ms-ssim":
+        if lmbda is not None:
+            each = 255**2 * (x_hat - x).square().mean(dim=(1, 2, 3))
+            loss = bpp + (lmbda * each).mean()
+        elif self.metric == "ms-ssim":
             terms["ms_ssim"] = ms_ssim(x_hat, x, data_range=1.0)
             loss = bpp + self.lmbda * (1 - terms["ms_ssim"])
         elif self.beta is not None:

@@ -1,0 +1,329 @@
+"""Train a ConvNeXTIC.
+
+    python train.py                                      the source's config.yaml
+    python train.py --config quick.yaml                  small, on the bundled photographs
+    python train.py --variant v3_scctx --quality_level 3 --trainset /path --name scctx
+    python train.py --variant v5_vr --resume results/scctx/3/snapshots/best.pt --name vr
+    torchrun --nproc_per_node=4 train.py ...             more processes or machines
+
+Everything goes to ./results/<name>/<quality_level>/: config.yaml, snapshots/best.pt,
+snapshots/<epoch>_<bpp>_<mse>.pt, snapshots/latest.pt, logs/. `--resume` alone continues that run
+where it stopped; `--resume FILE` starts from weights, as in the source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from common import UserError, data, runs
+from common.loss import RateDistortionLoss, check_size
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from convnextic.model import BASELINE, CHOICES, VARIANTS, ConvNeXTIC, build, merged
+
+SOURCE_EPOCH = 2_450  # about, of the source's 20,000 photographs in batches of 8
+LATEST, BEST = "latest.pt", "best.pt"
+LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18)  # qualities 1 to 8
+LMBDA_MIN = (0.0003, 0.0007, 0.001, 0.0015, 0.0035, 0.007, 0.013, 0.03)  # of a variable rate
+LMBDA_MAX = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.23)
+VARIABLE_RATES = 21  # equally spaced from lambda_max to lambda_min
+SCHEDULES = ("multistep", "cosine", "cosine_restarts", "constant")
+SAME_RUN = ("variant", "embed_dim", "latent_dim", *BASELINE, "metric", "lmbda", "lambda_min",
+            "lambda_max", "optimizer", "weight_decay", "wd_exclude_1d", "eb_group", "lr", "lr_aux",
+            "lr_schedule", "milestones", "gamma", "T_max", "eta_min", "batchsize", "patchsize",
+            "flip", "images", "steps_per_epoch", "seed", "clip_max_norm")
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = runs.Parser(description="Train a ConvNeXt image codec (VCIP 2022 challenge).")
+    add = parser.add_argument_group("the source's flags and keys of its config.yaml").add_argument
+    add("--name", default="VCIP", help="folder of the run under ./results")
+    add("--resume", nargs="?", const="", help="continue this run; with FILE: start from weights")
+    add("--seed", type=runs.seed_number, default=0, help="of weights, noise, crops")
+    add("--snapshot_save_epoch", type=runs.positive_int, default=10, help="epochs between kept ones")
+    add("--log_itr", type=runs.positive_int, default=1000, help="without effect: each is logged")
+    add("--startepoch", type=runs.count, default=0, help="first epoch, with --resume FILE")
+    add("--epochs", type=runs.positive_int, default=400, help="last epoch, exclusive")
+    add("--lr", type=runs.positive_float, default=1e-4)
+    add("--lr_aux", type=runs.positive_float, default=1e-3, help="of the quantiles")
+    add("--clip_max_norm", type=float, default=1.0, help="gradient norm limit; 0: none")
+    add("--metric", choices=["mse", "ms-ssim"], default="mse")
+    add("--gpu_id", default="0", help="'0 1 2': three processes")
+    add("--quality_level", default="7", help="1 to 8: sub-folder, and lmbda unless that is given")
+    add("--lmbda", type=runs.positive_float, help="weight of 255^2 MSE; none: by quality_level")
+    add("--lambda_min", type=runs.positive_float, help="of v5_vr; none: by quality_level")
+    add("--lambda_max", type=runs.positive_float, help="of v5_vr; none: by quality_level")
+    add("--in_chans", type=int, choices=[3], default=3)
+    add("--embed_dim", type=runs.positive_int, default=128, help="N")
+    add("--latent_dim", type=runs.positive_int, default=192, help="M")
+    add("--trainset", help="folder with train/ and test/; none: bundled photographs, Kodak")
+    add("--batchsize", type=runs.positive_int, default=8, help="over all processes")
+    add("--batchsize_test", type=runs.positive_int, default=1)
+    add("--patchsize", type=runs.positive_int, default=256, help="side of the crops, pixels")
+    add("--worker_num", type=runs.count, default=8, help="data loader processes")
+    for dead in ("lr_shedule_step", "lr_shedule_scale", "set_lr", "p"):
+        add(f"--{dead}", help="without effect, as in the source")
+    add = parser.add_argument_group("ablations; none: as in --variant").add_argument
+    add("--variant", choices=list(VARIANTS), default="v2_stride2", help="revision of the source")
+    add("--depths", type=runs.positive_int, nargs=6, help="blocks of g_a's and h_a's stages")
+    add("--kernel_size", type=runs.positive_int, help="of depthwise convolutions")
+    add("--mlp_ratio", type=runs.positive_int)
+    add("--dw_groups", type=runs.count, help="groups of that convolution; 0: depthwise")
+    add("--drop_path_rate", type=float, help="of the deepest block")
+    add("--layer_scale_init", type=runs.positive_float)
+    for key in CHOICES:
+        add(f"--{key}", choices=CHOICES[key])
+    for key in ("variable_rate", "external_attention"):
+        add(f"--{key}", action=argparse.BooleanOptionalAction, default=None)
+    add("--optimizer", choices=["adam", "adamw", "muon"], default="adam")
+    add("--weight_decay", type=float, default=0.05, help="of adamw")
+    add("--wd_exclude_1d", action=argparse.BooleanOptionalAction, default=False,
+        help="no weight decay of biases, norms, scales")
+    add("--eb_group", choices=["main", "aux"], default="main",
+        help="optimiser of p(z)'s network; the source: aux")
+    add("--lr_schedule", choices=SCHEDULES, default="multistep", help="stepped once an epoch")
+    add("--gamma", type=runs.positive_float, default=0.1, help="of multistep")
+    add("--T_max", type=runs.positive_int, help="of the cosine; none: all epochs")
+    add("--eta_min", type=float, default=0.0, help="of the cosine")
+    runs.add_flags(parser, lr_schedule="multistep", without=(
+        "--resume", "--metric", "--optimizer", "--aux-lr", "--lr-schedule", "--clip-max-norm",
+        "--patch-size", "--seed", "--save-every"))
+    parser.set_defaults(milestones=[250, 350])
+    parser.add_argument("--check_time", type=runs.minutes, default=10,
+                        help="minutes between saves within an epoch")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = flags()
+    args = runs.parse(parser, argv)
+    options = merged(args.variant, {key: getattr(args, key) for key in BASELINE})
+    for key, value in options.items():
+        setattr(args, key, list(value) if isinstance(value, tuple) else value)
+    choose_lmbda(args)
+    runs.launch(args.gpu_id)
+    device = runs.start(args.device, args.seed, args.threads)
+    folder = Path("results", args.name, args.quality_level)
+
+    # data
+    items = data.find_items(args.trainset)
+    crops = data.Crops(items, args.patchsize, args.seed, args.flip)
+    one_pass = max(1, len(items) // args.batchsize)
+    args.steps_per_epoch = args.steps_per_epoch or (one_pass if args.trainset else SOURCE_EPOCH)
+    args.images, steps_per_epoch = data.digest(items), args.steps_per_epoch
+    test = Path(args.trainset or "", "test")
+    test_images = central_crops(data.list_images(
+        test if args.trainset and test.is_dir() else data.KODAK), args.patchsize)
+    check_size(args.metric, (args.patchsize, args.patchsize))
+    batch = runs.share(args.batchsize)
+
+    # model, optimisers, schedule
+    model = build(args.variant, args.embed_dim, args.latent_dim, **options)
+    model = model.to(device, memory_format=torch.channels_last)
+    if args.patchsize % model.downsampling_factor:
+        raise UserError(f"--patchsize {args.patchsize} is not a multiple of "
+                        f"{model.downsampling_factor}")
+    net = runs.parallel(model, args.compile)
+    optimizer, aux_optimizer = optimizers(model, args)
+    scheduler = schedule(optimizer, args)
+    criterion = RateDistortionLoss(args.lmbda, args.metric)
+
+    # resume
+    log = runs.Log(folder / "logs", args.epochs * steps_per_epoch)
+    parts = {"model": model, "optimizer": optimizer, "aux_optimizer": aux_optimizer,
+             "scheduler": scheduler, "log": log}
+    checkpoints = runs.Checkpoints(folder / "snapshots", parts, vars(args), SAME_RUN,
+                                   "--resume FILE and another --name")
+    step, best = 0, math.inf
+    if args.resume == "" and (folder / "snapshots" / LATEST).exists():
+        state = checkpoints.resume(folder / "snapshots" / LATEST)
+        step, best = state["step"], state["best"]
+    elif (folder / "snapshots" / LATEST).exists():
+        raise UserError(f"{folder} holds a run: continue it with --resume alone, or give this one "
+                        "another --name")
+    elif args.resume:
+        load_weights(model, args.resume)
+        step = args.startepoch * steps_per_epoch
+        for _ in range(args.startepoch):
+            scheduler.step()
+    log.begin(step)
+    if runs.rank() == 0:
+        text = yaml.safe_dump(vars(args), sort_keys=False)
+        runs.write_atomic(folder / "config.yaml", text.encode())
+        print(text.strip())
+        print(f"{len(items)} training images{'' if args.trainset else ' (bundled photographs)'}, "
+              f"{steps_per_epoch} steps an epoch, on {runs.describe(device)}", flush=True)
+        if step >= args.epochs * steps_per_epoch:
+            print(f"nothing to do: this run has its {args.epochs} epochs already (--epochs)")
+
+    saved = time.monotonic()
+    for epoch in range(step // steps_per_epoch, args.epochs):
+        model.train()
+        last_step = (epoch + 1) * steps_per_epoch
+        for images in data.loader(crops, step, last_step, batch, runs.rank(), runs.world(),
+                                  args.worker_num):
+            x = data.to_float(images.to(device, non_blocking=True))
+            x = x.contiguous(memory_format=torch.channels_last)
+            lmbda = draw_lmbda(args, step, len(x)).to(device) if args.variable_rate else None
+            with runs.autocast(device, args.precision):
+                output = net(x, lmbda)
+            # each sample's lmbda weighs its own distortion
+            losses = criterion(output, x, lmbda)
+
+            optimizer.zero_grad()
+            aux_optimizer.zero_grad()
+            losses["loss"].backward()
+            limit = args.clip_max_norm if args.clip_max_norm > 0 else math.inf
+            grad_norm = torch.nn.utils.clip_grad_norm_(main_parameters(model), limit)
+            runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
+            optimizer.step()
+            aux_loss = model.aux_loss()
+            aux_loss.backward()
+            aux_optimizer.step()
+
+            step += 1
+            log.step(step, {**losses, "aux": aux_loss, "grad_norm": grad_norm,
+                            "lr": optimizer.param_groups[0]["lr"]})
+            due = step % 20 == 0 and time.monotonic() - saved > 60 * args.check_time
+            if step < last_step and runs.agree(due):
+                checkpoints.save(LATEST, epoch, step, best=best)
+                saved = time.monotonic()
+
+        means = log.means()
+        scheduler.step()
+        line = f"epoch {epoch}  step {step}  train loss {means['loss']:.4f} bpp {means['bpp']:.4f}"
+        names, last = [LATEST], epoch + 1 == args.epochs
+        if last:
+            checkpoints.update_tables(step, settle=True)
+        if (epoch + 1) % args.test_every == 0 or last:
+            found = validate(model, test_images, args, criterion, device, log, step)
+            line += (f"  test loss {found['loss']:.4f} bpp {found['bpp']:.4f} "
+                     f"psnr {found['psnr']:.2f}")
+            if found["loss"] < best:
+                best = found["loss"]
+                names.insert(0, BEST)  # before LATEST: a run killed between them makes it again
+            if (epoch + 1) % args.snapshot_save_epoch == 0 or last:
+                scores = "" if args.variable_rate else f"_{found['bpp']:.4f}_{found['mse'] / 255**2:.8f}"
+                names.insert(0, f"{epoch:03}{scores}.pt")
+        for name in names:
+            checkpoints.save(name, epoch, step, best=best)
+        saved = time.monotonic()
+        log.line(line)
+    log.close()
+
+
+def choose_lmbda(args: argparse.Namespace) -> None:
+    """lmbda and its range from quality_level, where they are not given."""
+    quality = args.quality_level
+    known = quality.isdigit() and 1 <= int(quality) <= len(LMBDAS)
+    for key, values in (("lmbda", LMBDAS), ("lambda_min", LMBDA_MIN), ("lambda_max", LMBDA_MAX)):
+        if getattr(args, key) is None:
+            if not known:
+                raise UserError(f"--quality_level {quality}: give 1 to {len(LMBDAS)}, or --{key}")
+            setattr(args, key, values[int(quality) - 1])
+    if args.lambda_min > args.lambda_max:
+        raise UserError(f"--lambda_min {args.lambda_min} is above --lambda_max {args.lambda_max}")
+    if Path(quality).name != quality:
+        raise UserError(f"--quality_level {quality}: is the name of a folder")
+
+
+def draw_lmbda(args: argparse.Namespace, step: int, count: int) -> Tensor:
+    """(count,) multipliers, one for each sample: of 21 equally spaced ones, uniformly."""
+    values = np.linspace(args.lambda_max, args.lambda_min, VARIABLE_RATES)
+    key = (args.seed + 2**33 + runs.rank()) % 2**64
+    rng = np.random.Generator(np.random.Philox(key=key, counter=step))
+    return torch.from_numpy(rng.choice(values, count)).float()
+
+
+def main_parameters(model: ConvNeXTIC) -> Iterable[Tensor]:
+    return (p for name, p in model.named_parameters() if not name.endswith("quantiles"))
+
+
+def optimizers(model: ConvNeXTIC, args: argparse.Namespace) -> tuple[Any, Any]:
+    """(main, aux). The source puts all of p(z), not its quantiles alone, under aux (`eb_group`)."""
+    if args.optimizer == "muon":
+        return runs.optimizers(model, "muon", args.lr, args.lr_aux)
+    named = dict(model.named_parameters())
+    aux = [n for n in named if n.endswith("quantiles")
+           or (args.eb_group == "aux" and n.startswith("entropy_bottleneck"))]
+    main = [named[n] for n in named if n not in aux]
+    if args.optimizer == "adam":
+        optimizer: Any = torch.optim.Adam(main, lr=args.lr)
+    else:
+        flat = [p for p in main if p.dim() < 2] if args.wd_exclude_1d else []
+        rest = [p for p in main if p.dim() >= 2] if args.wd_exclude_1d else main
+        groups = [{"params": rest}, {"params": flat, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr,
+                                      weight_decay=args.weight_decay)
+    return optimizer, torch.optim.Adam([named[n] for n in aux], lr=args.lr_aux)
+
+
+def schedule(optimizer: Any, args: argparse.Namespace) -> Any:
+    """multistep, constant, or a cosine: past T_max it climbs again, as PyTorch's, or restarts."""
+    rates = torch.optim.lr_scheduler
+    period = args.T_max or args.epochs
+    if args.lr_schedule == "multistep":
+        return rates.MultiStepLR(optimizer, args.milestones, gamma=args.gamma)
+    if args.lr_schedule == "cosine":
+        return rates.CosineAnnealingLR(optimizer, period, eta_min=args.eta_min)
+    if args.lr_schedule == "cosine_restarts":
+        return rates.CosineAnnealingWarmRestarts(optimizer, period, eta_min=args.eta_min)
+    return rates.LambdaLR(optimizer, lambda _: 1.0)
+
+
+def load_weights(model: ConvNeXTIC, path: str) -> None:
+    """Strictly; but a variable-rate model may start from a fixed-rate one, its nets being 1."""
+    state = runs.load_checkpoint(path)["model"]
+    weights = {n: t for n, t in model.state_dict().items() if n.startswith("scale_")} | state
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        raise UserError(f"{path}: not weights of this model: {runs.reason(e)}") from None
+
+
+# --------------------------------------------------------------------------------- validation
+def central_crops(paths: list[Path], side: int) -> Tensor:
+    """uint8 (n, 3, side, side); UserError names an image that is smaller."""
+    found = []
+    for path in paths:
+        x = data.read_image(path, notice=lambda _: None)
+        top, left = (x.shape[1] - side) // 2, (x.shape[2] - side) // 2
+        if min(top, left) < 0:
+            raise UserError(f"{path}: {x.shape[2]}x{x.shape[1]} is smaller than the crop of "
+                            f"{side}; remove it or set a smaller --patchsize")
+        found.append(x[:, top : top + side, left : left + side])
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def validate(model: ConvNeXTIC, images: Tensor, args: argparse.Namespace,
+             criterion: RateDistortionLoss, device: torch.device, log: runs.Log, step: int
+             ) -> dict[str, float]:
+    """Mean losses over central crops, quantised as in files, rate estimated; v5 at lambda_max."""
+    model.eval()
+    sums: dict[str, float] = {}
+    for batch in images.split(args.batchsize_test):
+        x = data.to_float(batch.to(device))
+        lmbda = x.new_full((len(x),), args.lambda_max) if args.variable_rate else None
+        output = model(x, lmbda)
+        losses = criterion(output, x, lmbda)
+        error = (output["x_hat"].clamp(0, 1) - x).square().mean(dim=(1, 2, 3))
+        losses["psnr"] = -10 * error.log10().mean()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * len(x) / len(images)
+    log.images(x[-1], output["x_hat"][-1], step)
+    log.scalars("test", sums, step)
+    return sums
+
+
+if __name__ == "__main__":
+    runs.cli(main)
