@@ -49,7 +49,7 @@ def flags() -> argparse.ArgumentParser:
     add("--name", default="VCIP", help="folder of the run under ./results")
     add("--resume", nargs="?", const="", help="continue this run; with FILE: start from weights")
     add("--seed", type=runs.seed_number, default=0, help="of weights, noise, crops")
-    add("--snapshot_save_epoch", type=runs.positive_int, default=10, help="epochs between kept ones")
+    add("--snapshot_save_epoch", type=runs.positive_int, default=10, help="epochs between kept")
     add("--log_itr", type=runs.positive_int, default=1000, help="without effect: each is logged")
     add("--startepoch", type=runs.count, default=0, help="first epoch, with --resume FILE")
     add("--epochs", type=runs.positive_int, default=400, help="last epoch, exclusive")
@@ -212,7 +212,8 @@ def main(argv: list[str] | None = None) -> None:
                 best = found["loss"]
                 names.insert(0, BEST)  # before LATEST: a run killed between them makes it again
             if (epoch + 1) % args.snapshot_save_epoch == 0 or last:
-                scores = "" if args.variable_rate else f"_{found['bpp']:.4f}_{found['mse'] / 255**2:.8f}"
+                scores = f"_{found['bpp']:.4f}_{found['mse'] / 255**2:.8f}"
+                scores = "" if args.variable_rate else scores
                 names.insert(0, f"{epoch:03}{scores}.pt")
         for name in names:
             checkpoints.save(name, epoch, step, best=best)

@@ -1,0 +1,116 @@
+"""Code a folder of images into real files, decode them, and write what they cost and how they look.
+
+    python eval.py                                  bundled small weights, Kodak
+    python eval.py --snapshot ./results/VCIP/7/snapshots/best.pt --testset /path/to/Kodak
+    python eval.py --checkpoint A.pt B.pt           these weights: one point of the curve each
+    python eval.py --snapshot VR.pt --lmbda 0.0035 0.0067 0.013     rates of a variable-rate model
+    torchrun --nproc_per_node=4 eval.py ...         images divided over processes
+
+bpp is the size of the file on disk * 8 / original pixels, header included. PSNR and MS-SSIM are
+those of 8-bit images without padding, averaged over images.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from common import UserError, compare, data, evaluate, metrics, runs
+
+import numpy as np
+
+from convnextic.model import TAG, ConvNeXTIC, build, load
+
+HERE = Path(__file__).parent
+SOURCE_STEPS = 980_000  # 400 epochs of about 2,450
+RATES = 6  # of a variable-rate model, between its lambda_min and lambda_max
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = runs.Parser(description="Code images for real and measure rate and distortion.")
+    add = parser.add_argument_group("the source's flags").add_argument
+    add("--snapshot", type=Path, help="weights; none: the bundled ones")
+    add("--quality", help="without effect: weights know their own")
+    add("--testset", help="folder of images; none: Kodak")
+    add = parser.add_argument_group("ours, of this codec").add_argument
+    add("--lmbda", type=runs.positive_float, nargs="+",
+        help=f"rates of a variable-rate model; none: {RATES} over the range it was trained for")
+    add("--outdir", default="./output", help="bitstreams and decoded images")
+    add("--resultdir", default="./results", help="JSON, CSV, plot")
+    add("--test_batch_size", type=runs.positive_int, default=1, help="images of equal size")
+    add("--entropy_device", default="cpu", help="where h_s and contexts run when coding")
+    evaluate.add_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = flags().parse_args(argv)
+    device = runs.start(args.device, threads=args.threads)
+    entropy_device = runs.usable(args.entropy_device)
+    if args.complexity:
+        complexity()
+        return
+    images = data.list_images(args.testset or data.KODAK)
+    curves = []
+    for name, checkpoints in find_checkpoints(args).items():
+        points = []
+        for checkpoint in checkpoints:
+            model = load(checkpoint, device)
+            model.entropy_device = entropy_device
+            out = evaluate.folder_of(args.outdir, name, checkpoint)
+            for rate in rates(model, args):
+                folder = out / f"lmbda_{rate['lmbda']:g}" if rate else out
+                meta = {"variant": model.variant, "steps_source": SOURCE_STEPS} | rate
+                points.append(evaluate.evaluate(model, images, TAG, name, str(checkpoint.name),
+                                                folder, args.test_batch_size, meta, rate=rate))
+        curves.append(evaluate.merge(points))
+    if runs.rank() == 0:
+        compare.report(curves, HERE / "results" / "published.json", images, Path(args.resultdir),
+                       "ConvNeXTIC")
+
+
+def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
+    """What to evaluate, by the name of its curve."""
+    small = sorted((HERE / "weights").glob("small-*.pth"))
+    if args.snapshot or args.checkpoint:
+        paths = [args.snapshot] if args.snapshot else args.checkpoint
+        return {paths[0].stem: paths}
+    if args.reproduce:
+        if not args.config:
+            raise UserError("--reproduce needs --config, the file that the run was trained with")
+        config = runs.read_yaml(args.config)
+        folder = Path("results", str(config.get("name", "VCIP")),
+                      str(config.get("quality_level", "7")), "snapshots")
+        if not (folder / "latest.pt").exists():
+            raise UserError(f"{folder}: holds no trained model; run train.py --config first")
+        return {args.config.stem: [folder / "latest.pt"], "small": small}
+    return {"small": small}
+
+
+def rates(model: ConvNeXTIC, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The operating points: one, or those of a variable-rate model."""
+    if not model.variable_rate:
+        if args.lmbda:
+            raise UserError("--lmbda is for variable-rate models; this one has one rate")
+        return [{}]
+    config = model.info.get("config", {})
+    if not args.lmbda and not {"lambda_min", "lambda_max"} <= set(config):
+        raise UserError("these weights do not tell their range of rates: give --lmbda")
+    values = args.lmbda or np.geomspace(config["lambda_min"], config["lambda_max"], RATES).tolist()
+    return [{"lmbda": float(np.float32(value))} for value in values]
+
+
+def complexity() -> None:
+    """Parameters and multiply-accumulates for one 768x512 image, by both counting rules."""
+    print("one 768x512 image; 'thop' charges transposed convolutions by output pixels")
+    for variant in ("v1_patch", "v2_stride2", "v3_scctx"):
+        for N, M in ((128, 192), (192, 320)):
+            counts = metrics.complexity(build(variant, N, M))
+            print(f"{variant:10s} N={N} M={M}  parameters {counts['params_total']:,} "
+                  f"(thop {counts['params_thop']:,})  MACs {counts['macs_true'] / 1e9:.3f} G "
+                  f"(thop {counts['macs_thop'] / 1e9:.3f} G)")
+
+
+if __name__ == "__main__":
+    runs.cli(main)
