@@ -38,12 +38,13 @@ def flags(description: str, weights: str = "0.0067", which: str = "lmbda"
 
 
 def run(args: argparse.Namespace, tag: bytes, load: Callable[..., nn.Module], weights: Path,
-        encode: Callable[[nn.Module, Tensor], tuple[bytes, str]] | None = None) -> None:
+        encode: Callable[[nn.Module, Tensor], tuple[bytes, str]] | None = None,
+        decode: Callable[[nn.Module, bytes], Tensor] | None = None) -> None:
     """Do what the command line says. tag, load: the paper's; weights: folder of the bundled ones.
 
     Without --checkpoint, encoding takes the bundled weights --weights, and decoding those that the
     fingerprint in the file names. encode(model, x): in place of `evaluate.encode_image`, the file
-    and what else to print.
+    and what else to print; decode(model, file): in place of `evaluate.decode_image`, x_hat.
     """
     device = runs.start(args.device, threads=args.threads)
     bundled = sorted(weights.glob("small-*.pth"))
@@ -52,8 +53,9 @@ def run(args: argparse.Namespace, tag: bytes, load: Callable[..., nn.Module], we
         checkpoints = [args.checkpoint] if args.checkpoint else bundled
         model = evaluate.model_of(file, tag, checkpoints, load, device)
         output = args.output or args.input.with_suffix(DECODED)
-        _refuse_same(args.input, output)
-        data.write_image(evaluate.decode_image(model, file, tag), output)
+        refuse_same(args.input, output)
+        data.write_image(decode(model, file) if decode else evaluate.decode_image(model, file, tag),
+                         output)
         print(f"{output}: decoded from {args.input}")
         return
     checkpoint = args.checkpoint or weights / f"small-{args.weights}.pth"
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace, tag: bytes, load: Callable[..., nn.Module], we
         have = ", ".join(path.stem.removeprefix("small-") for path in bundled)
         raise UserError(f"--weights {args.weights}: choose from {have}")
     output = args.output or args.input.with_suffix(".bin")
-    _refuse_same(args.input, output)
+    refuse_same(args.input, output)
     image = data.read_image(args.input)
     height, width = image.shape[-2:]
     model, x = load(checkpoint, device), data.to_float(image.to(device))
@@ -70,6 +72,6 @@ def run(args: argparse.Namespace, tag: bytes, load: Callable[..., nn.Module], we
     print(f"{output}: {len(file)} bytes, {8 * len(file) / (height * width):.4f} bpp{note}")
 
 
-def _refuse_same(source: Path, output: Path) -> None:
+def refuse_same(source: Path, output: Path) -> None:
     if source.exists() and output.exists() and source.samefile(output):
         raise UserError(f"{output}: would replace the input; name another file with -o")
