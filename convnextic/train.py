@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
         means = log.means()
         scheduler.step()
         line = f"epoch {epoch}  step {step}  train loss {means['loss']:.4f} bpp {means['bpp']:.4f}"
-        names, last = [LATEST], epoch + 1 == args.epochs
+        names, last, found = [LATEST], epoch + 1 == args.epochs, {}
         if last:
             checkpoints.update_tables(step, settle=True)
         if (epoch + 1) % args.test_every == 0 or last:
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
                 scores = "" if args.variable_rate else scores
                 names.insert(0, f"{epoch:03}{scores}.pt")
         for name in names:
-            checkpoints.save(name, epoch, step, best=best)
+            checkpoints.save(name, epoch, step, best=best, test=found)
         saved = time.monotonic()
         log.line(line)
     log.close()

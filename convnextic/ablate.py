@@ -1,0 +1,110 @@
+"""Train the rows of the source's ablation table at equal steps and print ours beside it.
+
+    python ablate.py                                    ablation.yaml, on the bundled photographs
+    python ablate.py --rows baseline GDN --seed 1       some rows, another seed
+    python ablate.py --config config.yaml -- --trainset /path --variant v1_patch --epochs 200
+
+Each row is one change of the baseline (v1_patch), trained by train.py as results/<name>-<row>/; a
+row that is there already is continued or read, not trained again. J = bpp + lmbda * 255^2 * MSE,
+from mean bpp and mean PSNR, as is all that the source has: compare rows by it, not by PSNR alone.
+What follows `--` goes to train.py.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from common import UserError, evaluate, runs
+
+from convnextic import train
+
+HERE = Path(__file__).parent
+ROWS = {
+    "baseline": [],
+    "AdamW": ["--optimizer", "adamw"],
+    "d3393": ["--depths", "3", "3", "9", "3", "3", "3"],
+    "dwtrans": ["--decoder_dw", "convtranspose"],
+    "GDN": ["--block_norm", "gdn"],
+    "k5 + drop path": ["--kernel_size", "5", "--drop_path_rate", "0.1"],
+    "drop path": ["--drop_path_rate", "0.1"],
+    "stride 2 (v2)": ["--variant", "v2_stride2"],  # of another table of the source's
+}
+PUBLISHED = {  # bpp, PSNR after 200 epochs: Flicker test split, 256x256 crops, estimated
+    "3": {"baseline": (0.3024, 28.4361), "AdamW": (0.2947, 28.2912), "d3393": (0.3025, 28.4938),
+          "dwtrans": (0.3026, 28.4055), "GDN": (0.2943, 28.1276),
+          "k5 + drop path": (0.3032, 28.4232), "drop path": (0.3044, 28.3524)},
+    "7": {"baseline": (0.9548, 31.7102), "AdamW": (0.9149, 31.7587), "d3393": (0.9365, 31.6994),
+          "dwtrans": (0.9700, 31.7013), "GDN": (0.9178, 31.4390),
+          "k5 + drop path": (0.9552, 31.6454), "drop path": (0.9539, 31.6802)},
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else list(argv)
+    extra = words[words.index("--") + 1 :] if "--" in words else []
+    words = words[: words.index("--")] if "--" in words else words
+    parser = runs.Parser(description="Train and compare the rows of the ablation table.")
+    parser.add_argument("--config", type=Path, default=HERE / "ablation.yaml")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--name", default="ablation", help="results/<name>-<row>")
+    parser.add_argument("--seed", type=runs.seed_number, default=0)
+    parser.add_argument("--output", type=Path, help="write the table as JSON too")
+    args = parser.parse_args(words)
+    found = {}
+    for row in args.rows:
+        name = f"{args.name}-{re.sub(r'[^a-z0-9]+', '-', row.lower()).strip('-')}"
+        print(f"\n--- {row}: {' '.join(ROWS[row]) or 'v1_patch'}", flush=True)
+        train.main(["--config", str(args.config), "--name", name, "--seed", str(args.seed),
+                    *extra, *ROWS[row], "--resume"])
+        found[row] = result(name)
+    print("\n" + table(found))
+    if args.output:
+        evaluate.save_json(args.output, {"name": args.name, "rows": found})
+
+
+def result(name: str) -> dict[str, float | str]:
+    """What the last validation of a run found."""
+    newest = sorted(Path("results", name).glob("*/snapshots/latest.pt"),
+                    key=lambda path: path.stat().st_mtime_ns)[-1]
+    state = runs.load_checkpoint(newest)
+    if not state.get("test"):
+        raise UserError(f"{newest}: its last epoch was not validated; continue it with --resume")
+    config, test = state["config"], state["test"]
+    return {"bpp": test["bpp"], "psnr": test["psnr"], "lmbda": config["lmbda"],
+            "quality": config["quality_level"], "steps": state["step"], "seed": config["seed"],
+            "J": cost(test["bpp"], test["psnr"], config["lmbda"])}
+
+
+def cost(bpp: float, psnr: float, lmbda: float) -> float:
+    return bpp + lmbda * 255**2 * 10 ** (-psnr / 10)
+
+
+def table(found: dict[str, dict]) -> str:
+    """Rows with ours and the source's, J of each also relative to its baseline."""
+    quality = next(iter(found.values()))["quality"]
+    theirs = PUBLISHED.get(str(quality), {})
+    lines = ["| row | steps | bpp | PSNR | J | against baseline | source: bpp | PSNR | J | against "
+             "baseline |", "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    base = found.get("baseline", {}).get("J")
+    for row, values in found.items():
+        cells = [row, f"{values['steps']:,}", f"{values['bpp']:.4f}", f"{values['psnr']:.2f}",
+                 f"{values['J']:.4f}", _relative(values["J"], base)]
+        if row in theirs:
+            lmbda = train.LMBDAS[int(quality) - 1]
+            j, j_base = cost(*theirs[row], lmbda), cost(*theirs["baseline"], lmbda)
+            cells += [f"{theirs[row][0]:.4f}", f"{theirs[row][1]:.2f}", f"{j:.4f}",
+                      _relative(j, j_base)]
+        else:
+            cells += ["-"] * 4
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _relative(value: float, base: float | None) -> str:
+    return "-" if not base else f"{100 * (value / base - 1):+.1f} %"
+
+
+if __name__ == "__main__":
+    runs.cli(main)
