@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +182,8 @@ def main(argv: list[str] | None = None) -> None:
             aux_optimizer.zero_grad()
             losses["loss"].backward()
             limit = args.clip_max_norm if args.clip_max_norm > 0 else math.inf
-            grad_norm = torch.nn.utils.clip_grad_norm_(main_parameters(model), limit)
+            grad_norm = torch.nn.utils.clip_grad_norm_(
+                runs.main_parameters(model).values(), limit)
             runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
             optimizer.step()
             aux_loss = model.aux_loss()
@@ -243,10 +243,6 @@ def draw_lmbda(args: argparse.Namespace, step: int, count: int) -> Tensor:
     key = (args.seed + 2**33 + runs.rank()) % 2**64
     rng = np.random.Generator(np.random.Philox(key=key, counter=step))
     return torch.from_numpy(rng.choice(values, count)).float()
-
-
-def main_parameters(model: ConvNeXTIC) -> Iterable[Tensor]:
-    return (p for name, p in model.named_parameters() if not name.endswith("quantiles"))
 
 
 def optimizers(model: ConvNeXTIC, args: argparse.Namespace) -> tuple[Any, Any]:
