@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 PAPERS := $(patsubst %/train.py,%,$(wildcard */train.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint bench compare clean $(PAPERS:%=reproduce-%)
+.PHONY: help setup test lint bench compare clean ablate-convnextic $(PAPERS:%=reproduce-%)
 
 help:
 	@echo "make setup              make $(VENV) and install the pinned packages (the others do it too)"
@@ -18,6 +18,7 @@ help:
 	@echo "make reproduce-PAPER    train, code the 24 Kodak images, table and plot; PAPER is one of:"
 	@echo "                            $(PAPERS)"
 	@echo "                        CONFIG=config.yaml DATASET=/path runs the paper's own recipe"
+	@echo "make ablate-convnextic  train the rows of its ablation table at equal steps"
 	@echo "make compare            all papers' bundled results in one table and one plot, rd.png"
 	@echo "make bench              measure training and coding speed"
 	@echo "make clean              remove $(VENV) and caches"
@@ -42,6 +43,9 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
+
+ablate-convnextic: $(STAMP)
+	cd convnextic && ../$(PY) ablate.py
 
 bench: $(STAMP)
 	$(PY) -m common.bench $(PAPERS)

@@ -64,7 +64,8 @@ def flags() -> argparse.ArgumentParser:
     add("--in_chans", type=int, choices=[3], default=3)
     add("--embed_dim", type=runs.positive_int, default=128, help="N")
     add("--latent_dim", type=runs.positive_int, default=192, help="M")
-    add("--trainset", help="folder with train/ and test/; none: bundled photographs, Kodak")
+    add("--trainset", "--dataset",
+        help="folder with train/ and test/; none: bundled photographs, Kodak")
     add("--batchsize", type=runs.positive_int, default=8, help="over all processes")
     add("--batchsize_test", type=runs.positive_int, default=1)
     add("--patchsize", type=runs.positive_int, default=256, help="side of the crops, pixels")

@@ -20,6 +20,7 @@ from convnextic.model import (
     EDGES,
     TAG,
     VARIANTS,
+    Depthwise,
     anchors,
     build,
     lattices,
@@ -41,7 +42,7 @@ def lively(variant, seed=0, **options):
     torch.manual_seed(seed)
     merged = VARIANTS[variant] | options
     options.setdefault("layer_scale_init", 0.5)
-    model = build(variant, 8, 136 if merged["context"] == "scctx" else 12, **options)
+    model = build(variant, 8, 24 if merged["context"] == "scctx" else 12, **options)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.startswith(("g_a.3.down", "h_a.1.down")) and p.dim() == 4:
@@ -70,6 +71,25 @@ def test_parameter_count(variant, options, counts):
     for widths, count in zip(((128, 192), (192, 320)), counts, strict=True):
         model = build(variant, *widths, **options)
         assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize("dim, k", [(48, 7), (6, 5), (5, 7)])  # blocks of 16, 2 and 1 channels
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_of_the_depthwise_convolution(dim, k, precision):
+    torch.manual_seed(0)
+    conv = Depthwise(dim, dim, k, padding=k // 2, groups=dim)
+    x = torch.randn(2, dim, 9, 12).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn_like(x)
+    found = []
+    for mode in (True, False):  # the second is PyTorch's
+        conv.train(mode).zero_grad()
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16" and mode):
+            (conv(leaf) * weight).sum().backward()
+        found.append((leaf.grad, conv.weight.grad, conv.bias.grad))
+    tolerance = {"fp32": 1e-5, "bf16": 2e-2}[precision]
+    for ours, theirs in zip(*found, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < tolerance
 
 
 def test_parts_of_v2_and_v3():
@@ -442,9 +462,9 @@ def test_resumed_run_is_the_run(run, monkeypatch):
 
 def test_resume_from_a_file_takes_weights(run):
     """As in the source: fixed rate to variable rate, first epoch as told."""
-    folder = run("--name", "fixed", "--variant", "v3_scctx", "--latent_dim", 136)
+    folder = run("--name", "fixed", "--variant", "v3_scctx", "--latent_dim", 24)
     start = folder / "fixed" / "3" / "snapshots" / "best.pt"
-    run("--name", "vr", "--variant", "v5_vr", "--latent_dim", 136, "--resume", start,
+    run("--name", "vr", "--variant", "v5_vr", "--latent_dim", 24, "--resume", start,
         "--startepoch", 1, "--lr", 1e-9, "--lr_aux", 1e-9)
     state = read(folder / "vr" / "3" / "snapshots" / "latest.pt")
     assert state["step"] == 6 and (folder / "vr" / "3" / "snapshots" / "001.pt").exists()
