@@ -304,7 +304,7 @@ class SCCTX(nn.Module):
 
     A group sees the hyper parameters and the groups before it (5x5 convolutions); of its own
     latents the second half, at row + column even, sees the first. After ELIC (He et al. 2022), with
-    GELU, and hyper parameters in the channel context. With M up to 128 all widths shrink as M / 192.
+    GELU, and hyper parameters in the channel context. If M <= 128 all widths shrink by M / 192.
     """
 
     def __init__(self, M: int):
