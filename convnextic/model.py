@@ -565,7 +565,8 @@ class ConvNeXTIC(CompressionModel):
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Tensor], **options: Any) -> ConvNeXTIC:
         """Build with the N and M of the weights and load them, strictly."""
-        M, N = state_dict["g_a.3.down.0.weight"].shape[:2]
+        N = len(state_dict["entropy_bottleneck.quantiles"])
+        M = len(state_dict["g_a.3.blocks.0.scale.gamma"])
         net = cls(options.pop("variant", "v2_stride2"), N, M, **options)
         net.load_state_dict(state_dict)
         return net

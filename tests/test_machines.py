@@ -30,6 +30,9 @@ MODELS = {  # name: (paper, weights, rates of its files)
     "qvrf balle": ("qvrf", "small-balle.pth", [{"s": 5}, {"factor": 3.7}]),
     "qvrf minnen": ("qvrf", "small-minnen.pth", [{"s": 5}, {"factor": 3.7}]),
 }
+VARIANTS = ("v0_ln", "v1_patch", "v2_stride2", "v3_scctx", "v4_ea", "v5_vr")  # random weights
+for variant in VARIANTS:
+    MODELS[variant] = ("convnextic", f"{variant}.pth", [{"lmbda": 0.02} if "vr" in variant else {}])
 IMAGES = ("kodim08", "kodim13")
 
 
@@ -71,6 +74,22 @@ def _digest(tensor):
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
+def _random_weights(path):
+    """A small ConvNeXTIC whose blocks do something and whose latents are not all zero."""
+    import torch
+
+    from convnextic.model import build
+
+    torch.manual_seed(0)
+    options = {"variant": path.stem, "layer_scale_init": 0.5}
+    model = build(**options, embed_dim=8, latent_dim=24)
+    with torch.no_grad():
+        for part in (model.g_a[3], model.h_a[1]):
+            next(m for m in part.down if isinstance(m, torch.nn.Conv2d)).weight *= 6
+    model.update(force=True)
+    torch.save({"model": model.state_dict(), "config": options}, path)
+
+
 def _main():
     import argparse
     import importlib
@@ -94,13 +113,21 @@ def _main():
     symbols, float_indexes = {}, {}
     for name, (folder, weights, rates) in MODELS.items():
         paper = importlib.import_module(f"{folder}.model")
-        model = paper.load(ROOT / folder / "weights" / weights).to(memory_format=layout)
+        path = (args.folder if name in VARIANTS else ROOT / folder / "weights") / weights
+        if name in VARIANTS and args.job == "encode":
+            _random_weights(path)
+        model = paper.load(path).to(memory_format=layout)
         seen = []
+        if folder == "convnextic":  # its g_s is called stage by stage
+            synthesize = model.synthesize
+            model.synthesize = lambda y_hat, *rest, seen=seen, synthesize=synthesize: (
+                seen.append(y_hat), synthesize(y_hat, *rest))[1]
         model.g_s.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         for image, (i, rate) in itertools.product(IMAGES, enumerate(rates)):
             path = args.folder / f"{name}-{image}-{i}.bin"
             if args.job == "encode":
                 x = data.to_float(data.read_image(data.KODAK / f"{image}.png"))
+                x = x[:, :200, :300] if name in VARIANTS else x
                 path.write_bytes(evaluate.encode_image(model, x, paper.TAG, **rate))
             evaluate.decode_image(model, path.read_bytes(), paper.TAG)
             symbols[path.name] = _digest(seen.pop())
