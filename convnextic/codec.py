@@ -6,8 +6,9 @@
     python codec.py encode test.png --checkpoint VR.pt -lb 130 -ph 1088 -pw 1408    lmbda 0.013
     python codec.py encode test.png --format source               the source's header
 
-Without --checkpoint, the bundled small weights: encoding takes those of -q, and decoding recognises
-them by the fingerprint in the file. The source's format has none: give -q or --checkpoint again.
+Without --checkpoint, the bundled small weights, of a variable rate: -q 1 to 4 (without it 3) or -lb
+7 to 130. Decoding recognises weights by the fingerprint in the file. The source's format has none:
+give --checkpoint again where it was given.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from convnextic.model import TAG, ConvNeXTIC, load
+from convnextic.model import LMBDAS, TAG, ConvNeXTIC, load
 
 WEIGHTS = Path(__file__).parent / "weights"
 MODELS = ("cnexTIC", "nic")  # of which the source's files know the first, by its place
@@ -35,6 +36,8 @@ METRICS = ("mse", "ms-ssim")
 PATCH = (1088, 1408)  # height, width: the source's
 MULTIPLE = 256  # to which the source pads
 LMBDA_UNIT = 10_000  # -lb 130 is lmbda 0.013
+QUALITY = 3
+BUNDLED = "vr"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,12 +59,13 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         if word in ("encode", "decode"):
             words.insert(0, words.pop(i))
             break
-    parser, encoder, decoder = codec.flags("Code one image file.", "q3", "quality")
+    parser, encoder, decoder = codec.flags("Code one image file.", BUNDLED, "kind")
     for command in (encoder, decoder):
         command.add_argument("--model", choices=MODELS, default=MODELS[0])
         command.add_argument("-m", "--metric", choices=METRICS, default="mse")
         command.add_argument("-q", "--quality", type=int, choices=range(1, 9),
-                             help="of the bundled weights, and in the source's header")
+                             help="in the source's header; the rate of a variable-rate model "
+                             "without -lb")
         command.add_argument("-c", "--coder", choices=["ans"], default="ans")
     decoder.add_argument("--show", action="store_true", help="open the decoded image")
     add = encoder.add_argument
@@ -70,8 +74,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("-ph", type=side, help=f"code patches of this height (the source: {PATCH[0]})")
     add("-pw", type=side, help=f"and of this width (the source: {PATCH[1]})")
     args = parser.parse_args(words)
-    if args.quality:
-        args.weights = f"q{args.quality}"
     if args.metric != "mse" and not args.checkpoint:
         raise UserError(f"-m {args.metric}: the bundled weights are for mse; give --checkpoint")
     return args
@@ -87,6 +89,9 @@ def side(text: str) -> int:
 # ------------------------------------------------------------------------------------ our format
 def encode(model: ConvNeXTIC, x: Tensor, args: argparse.Namespace) -> tuple[bytes, str]:
     """x (3, H, W) in [0, 1] -> the file, and what to print of it."""
+    quality = args.quality or QUALITY
+    if model.variable_rate and args.lamb is None:
+        args.lamb = round(LMBDAS[quality - 1] * LMBDA_UNIT)
     rate = lmbda_of(model, args.lamb)
     patch = None if args.ph is args.pw is None else (args.ph or PATCH[0], args.pw or PATCH[1])
     if patch and any(s % model.downsampling_factor for s in patch):
@@ -94,7 +99,6 @@ def encode(model: ConvNeXTIC, x: Tensor, args: argparse.Namespace) -> tuple[byte
                         f"{model.downsampling_factor}")
     note = f", lmbda {rate['lmbda']:g}" if rate else ""
     if args.format == "source":
-        quality = args.quality or 3
         return pack_source(model, x, rate, args.lamb, patch, quality, args.metric), note
     if not patch:
         return evaluate.encode_image(model, x, TAG, **rate), note
@@ -119,12 +123,18 @@ def decode(model: ConvNeXTIC, file: bytes) -> Tensor:
 
 def lmbda_of(model: ConvNeXTIC, lamb: int | None) -> dict[str, float]:
     """The rate that -lb asks for, as `compress` takes it."""
-    if model.variable_rate != (lamb is not None):
-        raise UserError("this model has a variable rate: choose one with -lb" if
-                        model.variable_rate else f"-lb {lamb}: this model has one rate; leave -lb "
-                        "out, or give a --checkpoint of v5_vr")
-    return {"lmbda": struct.unpack("<f", struct.pack("<f", lamb / LMBDA_UNIT))[0]} if (
-        model.variable_rate) else {}
+    if not model.variable_rate:
+        if lamb is not None:
+            raise UserError(f"-lb {lamb}: this model has one rate; leave -lb out, or give a "
+                            "--checkpoint of v5_vr")
+        return {}
+    config = model.info.get("config", {})
+    low, high = (round(config.get(key, lamb / LMBDA_UNIT) * LMBDA_UNIT)
+                 for key in ("lambda_min", "lambda_max"))
+    if not low <= lamb <= high:
+        raise UserError(f"lmbda {lamb / LMBDA_UNIT:g}: these weights are trained for {low} to "
+                        f"{high} (-lb), 1/{LMBDA_UNIT} each")
+    return {"lmbda": struct.unpack("<f", struct.pack("<f", lamb / LMBDA_UNIT))[0]}
 
 
 # --------------------------------------------------------------------------------------- patches
@@ -259,7 +269,7 @@ def decode_source(args: argparse.Namespace) -> None:
     file = bitstream.read(args.input)
     if not file:
         raise UserError(f"{args.input}: is empty: encode the image again")
-    path = args.checkpoint or WEIGHTS / f"small-{args.weights}.pth"
+    path = args.checkpoint or WEIGHTS / f"small-{BUNDLED}.pth"
     model = load(path, device)
     parts = unpack_source(file, model.variable_rate)
     area = parts.patch or grown(parts.size)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 TAG = b"cnxt"  # names this paper in the header of its files
 HALO = 24  # latents that g_a and g_s see to each side
 BLOCK = 4096  # positions coded at a time, to bound memory
+LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18)  # qualities 1 to 8
 GROUPS = (16, 16, 32, 64)  # channels of SCCTX's groups; the last one has the rest
 
 BASELINE = {

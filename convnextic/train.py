@@ -27,11 +27,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from convnextic.model import BASELINE, CHOICES, VARIANTS, ConvNeXTIC, build, merged
+from convnextic.model import BASELINE, CHOICES, LMBDAS, VARIANTS, ConvNeXTIC, build, merged
 
 SOURCE_EPOCH = 2_450  # about, of the source's 20,000 photographs in batches of 8
 LATEST, BEST = "latest.pt", "best.pt"
-LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18)  # qualities 1 to 8
 LMBDA_MIN = (0.0003, 0.0007, 0.001, 0.0015, 0.0035, 0.007, 0.013, 0.03)  # of a variable rate
 LMBDA_MAX = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.23)
 VARIABLE_RATES = 21  # equally spaced from lambda_max to lambda_min

@@ -308,7 +308,8 @@ def weights(tmp_path_factory):
     for variant in ("v2_stride2", "v3_scctx", "v5_vr"):
         model = lively(variant)
         options = {key: getattr(model, key) for key in BASELINE}
-        torch.save({"model": model.state_dict(), "config": {"variant": variant} | options},
+        options |= {"variant": variant, "lambda_min": 0.0007, "lambda_max": 0.013}
+        torch.save({"model": model.state_dict(), "config": options},
                    folder / f"{variant}.pt")
     Image.open(data.KODAK / "kodim23.png").crop((100, 100, 401, 350)).save(folder / "in.png")
     return folder
@@ -362,6 +363,19 @@ def test_patches_of_a_variable_rate(form, weights, tmp_path):
     if form == "source":
         header = struct.unpack(">BB6I4I", path.read_bytes()[:42])
         assert header == (0, 2, 250, 301, 128, 192, 1, 130, 2, 3, 4, 2)
+
+
+def test_quality_is_a_rate_of_a_variable_rate_model(weights, tmp_path, capsys):
+    path = tmp_path / "a.bin"
+    encode = ["encode", str(weights / "in.png"), "-o", str(path), "--checkpoint",
+              str(weights / "v5_vr.pt")]
+    for flags, lmbda in (([], 0.0067), (["-q", "1"], 0.0018), (["-q", "4", "-lb", "7"], 0.0007)):
+        codec.main([*encode, *flags])
+        assert f"lmbda {lmbda:g}" in capsys.readouterr().out
+    with pytest.raises(UserError, match="trained for 7 to 130"):
+        codec.main([*encode, "-q", "5"])
+    with pytest.raises(UserError, match="has one rate"):
+        codec.main([*encode[:-1], str(weights / "v2_stride2.pt"), "-lb", "35"])
 
 
 def test_readme_form_of_the_source(weights, tmp_path):
