@@ -325,3 +325,36 @@ def test_a_gpu_gives_the_same_bits():
     h_s.append(nn.GELU())
     y = exact.run(h_s, z)
     assert torch.equal(exact.run(h_s.cuda(), z.cuda()).cpu(), y)
+
+
+# ------------------------------------------------------------------------------- products of int8
+@pytest.mark.skipif(not exact._int8_is_exact(), reason="this CPU has no exact int8 products")
+@pytest.mark.parametrize("layer, shape", [
+    (nn.Conv2d(24, 16, 5, padding=2), (1, 24, 13, 10)), (nn.Conv2d(24, 16, 1), (2, 24, 7, 9)),
+    (nn.Conv2d(9, 8, 3, stride=2, padding=1), (2, 9, 15, 12)),
+    (nn.Conv2d(8, 8, 3, padding=2, dilation=2), (2, 8, 9, 12)),
+    (nn.ConvTranspose2d(8, 6, 5, stride=2, padding=2, output_padding=1), (1, 8, 9, 7)),
+    (nn.Linear(12, 8), (3, 5, 12))])
+@pytest.mark.parametrize("strip", [1, 1000, 2**23])
+def test_digits_give_the_bits_of_float64(layer, shape, strip, monkeypatch):
+    torch.manual_seed(0)
+    layer = copy.deepcopy(layer)
+    with torch.no_grad():  # weights at both ends of the 16 bits, in different channels
+        layer.weight.view(-1)[0] = 1.0 - 2**-17
+        layer.weight.view(-1)[-1] = -1.0 + 2**-17
+    monkeypatch.setattr(exact, "STRIP_ELEMENTS", strip)
+    for scale in (0.01, 1, 100, 10_000):
+        x = scale * torch.randn(shape)
+        found = []
+        for work in (0, 2**60):
+            monkeypatch.setattr(exact, "DIGITS_WORK", work)
+            found.append(exact.run(layer, x))
+        assert torch.equal(*found)
+    assert exact._prepare(layer, "", x.device).digits  # they were used
+
+
+@pytest.mark.parametrize("value", [-(2**23), -32_896, -129, -128, -1, 0, 127, 128, 32_639,
+                                   8_355_711])
+def test_digits_of_an_integer(value):
+    digits = exact._digits(torch.tensor([value], dtype=torch.int32), 3)
+    assert sum(256**i * int(d) for i, d in enumerate(digits)) == value

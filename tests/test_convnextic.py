@@ -1,7 +1,10 @@
 """ConvNeXTIC: six revisions, their ablations, two context models, two file formats."""
 
+import importlib
 import json
 import math
+import re
+import shlex
 import struct
 from pathlib import Path
 
@@ -534,3 +537,33 @@ def test_config_holds_the_published_table():
     names = [curve["name"] for curve in published["curves"]]
     assert len(names) >= 4 and all(
         math.isfinite(v) for c in published["curves"] for v in c["results"]["bpp"])
+
+
+# --------------------------------------------------------------------------------------- pages
+def test_readme_commands(tmp_path, monkeypatch):
+    """In their order, in one folder, as a reader would type them; only sizes are made tiny."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "convnextic" / "README.md").read_text(), re.S)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("python ")]
+    assert {c[0] for c in commands} == {"train.py", "ablate.py", "eval.py", "codec.py"}
+    kodak = Image.open(data.KODAK / "kodim23.png")
+    for folder in ("flicker/train", "flicker/test", "Kodak"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(2):
+            kodak.crop((90 * i, 100, 128 + 90 * i, 230)).save(tmp_path / folder / f"{i}.png")
+    kodak.crop((100, 100, 280, 165)).save(tmp_path / "test.png")
+    monkeypatch.chdir(tmp_path)
+    tiny = [*TINY, "--epochs", "1", "--latent_dim", "12", "--no-compile"]
+    tiny = [w for w in tiny if w not in ("--quality_level", "3")]
+    for script, *words in commands:
+        words = [str(ROOT / "convnextic" / w) if w.endswith(".yaml") else w for w in words]
+        if script == "train.py":
+            words += tiny
+        elif script == "ablate.py":
+            words += ["--rows", "baseline", "stride 2 (v2)", "--", *tiny, "--trainset", "flicker"]
+        elif script == "eval.py" and "--testset" not in words:
+            words += ["--testset", "Kodak"]
+        importlib.import_module(f"convnextic.{script.removesuffix('.py')}").main(words)
+    assert Image.open("out.png").size == (180, 65)
+    sizes = [Path(f"{name}.bin").stat().st_size for name in ("compressed", "rate", "patches")]
+    assert sizes == sorted(sizes)
