@@ -33,7 +33,7 @@ def write(path: Path, model: nn.Module, **info: Any) -> None:
     with torch.no_grad():
         for name, module in model.named_modules():
             weight = getattr(module, "weight", None)
-            if not isinstance(weight, nn.Parameter) or weight.dim() != 4:
+            if not isinstance(weight, nn.Parameter) or weight.dim() not in (2, 4):
                 continue
             name = f"{name}.weight"
             if weight.numel() < SMALL_KERNEL:
