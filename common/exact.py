@@ -375,6 +375,7 @@ def _digits_of(layer: _Layer, x: Tensor) -> tuple[Tensor, Tensor] | None:
     out, inputs, kh, kw = layer.weight.shape
     work = out * inputs * kh * kw * x.shape[0] * x.shape[2] * x.shape[3]
     if (layer.groups > 1 or work < DIGITS_WORK or x.device.type != "cpu"
+            or inputs * kw == 1  # its rows are contiguous whatever their stride: _int_mm errs
             or inputs * kh * kw * 2**14 >= 2**31 or not _int8_is_exact()):
         return None
     if layer.digits is None:

@@ -95,19 +95,20 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.InstanceNorm2d, nn.PReLU)
 
 
-def complexity(model: nn.Module, size: tuple[int, int] = (512, 768)) -> dict[str, int]:
+def complexity(model: nn.Module, size: tuple[int, int] = (512, 768), **rate: float
+               ) -> dict[str, int]:
     """Parameters of a model, and multiply-accumulates (MACs) of forward on one (height, width).
 
     params_total  every parameter, quantiles of the entropy bottlenecks included
     params_thop   what the tool thop counts: convolutions, linear layers and norms, but neither GDN
-                  nor entropy models nor subclasses of a convolution
+                  nor entropy models nor masked convolutions
     macs_true     convolutions and linear layers; a transposed convolution costs its weights once
                   per input pixel
     macs_thop     the same, but once per output pixel, as thop has it: 4x too much at stride 2
     macs_gdn      the 1x1 convolutions inside GDN
-    macs_masked   subclasses of a convolution (masked context models), all taps counted
+    macs_masked   convolutions with a `mask` (context models), all taps counted
     Biases, activations and entropy models cost nothing here. The forward runs on tensors without
-    values, so that it takes no time.
+    values, so that it takes no time. rate: what forward of a variable-rate model takes.
     """
     model = copy.deepcopy(model).train()  # coding needs values, not shapes alone
     macs = dict.fromkeys(("macs_true", "macs_thop", "macs_gdn", "macs_masked"), 0)
@@ -121,22 +122,23 @@ def complexity(model: nn.Module, size: tuple[int, int] = (512, 768)) -> dict[str
         else:
             inputs, outputs = args[0][0, 0].numel(), out[0, 0].numel()
             weights = layer.weight.numel()
-            if type(layer) not in _CONVOLUTIONS + _TRANSPOSED:
+            if hasattr(layer, "mask"):
                 macs["macs_masked"] += outputs * weights
                 return
-            macs["macs_true"] += (inputs if type(layer) in _TRANSPOSED else outputs) * weights
+            macs["macs_true"] += (inputs if isinstance(layer, _TRANSPOSED) else outputs) * weights
             macs["macs_thop"] += outputs * weights
 
     params_thop = 0
     for layer in model.modules():
         if isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear, GDN)):
             layer.register_forward_hook(count)
-        if type(layer) in (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear, *_NORMS):
+        if (isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear, *_NORMS))
+                and not hasattr(layer, "mask")):
             params_thop += sum(p.numel() for p in layer.parameters())
         if isinstance(layer, EntropyBottleneck):  # its forward needs values, not shapes alone
             layer.forward = lambda x, *_: (x, x)
     device = next(model.parameters()).device
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        model(torch.empty(1, 3, *size, device=device))
+        model(torch.empty(1, 3, *size, device=device), **rate)
     params_total = sum(p.numel() for p in model.parameters())
     return {"params_total": params_total, "params_thop": params_thop, **macs}

@@ -730,6 +730,7 @@ def _number(name: str, kind: type, holds: Callable[[Any], bool]) -> Callable[[st
 
 
 positive_float = _number("positive_float", float, lambda v: 0 < v <= 1e30)  # float32 holds it
+number = _number("number", float, lambda v: 0 <= v <= 1e30)  # 0 or more
 positive_int = _number("positive_int", int, lambda v: v > 0)
 count = _number("count", int, lambda v: v >= 0)
 minutes = _number("minutes", float, lambda v: v >= 0)

@@ -81,8 +81,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def side(text: str) -> int:
     value = runs.positive_int(text)
-    if value % 64 or value > 2**20:
-        raise argparse.ArgumentTypeError(f"{text} is no multiple of 64")
+    if value % 64 or value > bitstream.MAX_SIDE:
+        raise argparse.ArgumentTypeError(f"{text} is no multiple of 64 up to {bitstream.MAX_SIDE}")
     return value
 
 
@@ -102,6 +102,7 @@ def encode(model: ConvNeXTIC, x: Tensor, args: argparse.Namespace) -> tuple[byte
         return pack_source(model, x, rate, args.lamb, patch, quality, args.metric), note
     if not patch:
         return evaluate.encode_image(model, x, TAG, **rate), note
+    check_area(x, patch)
     patches, _ = cut(x, patch, "replicate")
     coded = [model.compress(p[None], **rate) for p in patches]
     sections = [string for c in coded for string, in c["strings"]]
@@ -152,6 +153,14 @@ def cut(x: Tensor, patch: tuple[int, int], mode: str) -> tuple[list[Tensor], tup
             for i, j in corners(x.shape[1:], patch)], (top, left)
 
 
+def check_area(x: Tensor, patch: tuple[int, int]) -> None:
+    """UserError for an image that, filled up to whole patches, would not be decoded again."""
+    rows, columns = (-(-s // p) for s, p in zip(x.shape[1:], patch, strict=True))
+    if rows * patch[0] * columns * patch[1] > bitstream.MAX_PIXELS:
+        raise UserError(f"{rows * columns} patches of {patch[0]}x{patch[1]} are more than "
+                        f"{bitstream.MAX_PIXELS} pixels: give smaller -ph and -pw")
+
+
 def corners(size: tuple[int, int], patch: tuple[int, int]) -> Iterator[tuple[int, int]]:
     return ((i, j) for i in range(0, size[0], patch[0]) for j in range(0, size[1], patch[1]))
 
@@ -160,26 +169,30 @@ def decode_patches(model: ConvNeXTIC, strings: list[bytes], size: tuple[int, int
                    patch: tuple[int, int], rate: dict[str, float], centred: int) -> Tensor:
     """x_hat (3, H, W) from the strings of all patches; centred: 1 in the source's format."""
     factor = model.downsampling_factor
-    if not all(0 < s <= bitstream.MAX_SIDE and s % factor == 0 for s in patch):
+    if not all(s > 0 and s % factor == 0 for s in patch):
         raise UserError(f"the file states patches of {patch[0]}x{patch[1]}: encode the image again")
     rows, columns = (-(-s // p) for s, p in zip(size, patch, strict=True))
-    if rows * columns * patch[0] * patch[1] > 4 * bitstream.MAX_PIXELS:
-        raise UserError("the file states an image too large to decode: encode it again")
+    full = rows * patch[0], columns * patch[1]
+    if full[0] * full[1] > bitstream.MAX_PIXELS:
+        raise UserError(f"the file states {rows * columns} patches of {patch[0]}x{patch[1]}, more "
+                        f"than the {bitstream.MAX_PIXELS} pixels that can be decoded: encode the "
+                        "image again")
     count = strings_of(model)
     if len(strings) != count * rows * columns:
         raise UserError(f"the file holds {len(strings)} strings, {count * rows * columns} are "
                         "needed: it is damaged or of another model")
-    grid = torch.zeros(3, rows * patch[0], columns * patch[1])
+    grid = None  # made when something has been decoded: a few bytes can claim any size
     shape = tuple(s // factor for s in patch)
-    for k, (i, j) in enumerate(corners(grid.shape[1:], patch)):
+    for k, (i, j) in enumerate(corners(full, patch)):
         mine = [[s] for s in strings[k * count : (k + 1) * count]]
         try:
             x_hat = model.decompress(mine, shape, **rate)["x_hat"]
         except ValueError as e:
             raise UserError(f"the file's content does not decode ({e}): encode the image "
                             "again") from None
+        grid = torch.zeros(3, *full) if grid is None else grid
         grid[:, i : i + patch[0], j : j + patch[1]] = x_hat[0].cpu()
-    top, left = ((g - s) // 2 * centred for g, s in zip(grid.shape[1:], size, strict=True))
+    top, left = ((g - s) // 2 * centred for g, s in zip(full, size, strict=True))
     return grid[:, top : top + size[0], left : left + size[1]]
 
 
@@ -214,6 +227,7 @@ def pack_source(model: ConvNeXTIC, x: Tensor, rate: dict[str, float], lamb: int 
         raise UserError("-ph, -pw: the source's fixed-rate format has no patches; leave --format "
                         "source out")
     area = (patch or PATCH) if variable else grown(x.shape[1:])
+    check_area(x, area)
     patches, _ = cut(x, area, "zeros")
     coded = [model.compress(p[None], **rate) for p in patches]
     head = struct.pack(">BB2I", 0, METRICS.index(metric) << 4 | (quality - 1), *x.shape[1:])

@@ -20,7 +20,7 @@ from common import UserError, compare, data, evaluate, metrics, runs
 
 import numpy as np
 
-from convnextic.model import TAG, ConvNeXTIC, build, load
+from convnextic.model import TAG, VARIANTS, ConvNeXTIC, build, load
 
 HERE = Path(__file__).parent
 SOURCE_STEPS = 980_000  # 400 epochs of about 2,450
@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
             out = evaluate.folder_of(args.outdir, name, checkpoint)
             for rate in rates(model, args):
                 folder = out / f"lmbda_{rate['lmbda']:g}" if rate else out
-                meta = {"variant": model.variant, "steps_source": SOURCE_STEPS} | rate
+                meta = {"variant": model.variant, "steps_source": SOURCE_STEPS}
+                meta |= {key: float(f"{value:.6g}") for key, value in rate.items()}
                 points.append(evaluate.evaluate(model, images, TAG, name, str(checkpoint.name),
                                                 folder, args.test_batch_size, meta, rate=rate))
         curves.append(evaluate.merge(points))
@@ -98,18 +99,25 @@ def rates(model: ConvNeXTIC, args: argparse.Namespace) -> list[dict[str, Any]]:
     if not args.lmbda and not {"lambda_min", "lambda_max"} <= set(config):
         raise UserError("these weights do not tell their range of rates: give --lmbda")
     values = args.lmbda or np.geomspace(config["lambda_min"], config["lambda_max"], RATES).tolist()
+    low, high = config.get("lambda_min", 0), config.get("lambda_max", max(values))
+    if args.lmbda and not (0.999 * low <= min(values) and max(values) <= 1.001 * high):
+        raise UserError(f"--lmbda {min(values):g} ... {max(values):g}: these weights are trained "
+                        f"for {low:g} to {high:g}")
     return [{"lmbda": float(np.float32(value))} for value in values]
 
 
 def complexity() -> None:
     """Parameters and multiply-accumulates for one 768x512 image, by both counting rules."""
-    print("one 768x512 image; 'thop' charges transposed convolutions by output pixels")
-    for variant in ("v1_patch", "v2_stride2", "v3_scctx"):
+    print("one 768x512 image; masked convolutions with all their taps; 'thop' charges transposed "
+          "convolutions by output pixels")
+    for variant in VARIANTS:
         for N, M in ((128, 192), (192, 320)):
-            counts = metrics.complexity(build(variant, N, M))
+            model = build(variant, N, M)
+            counts = metrics.complexity(model, **({"lmbda": 0.01} if model.variable_rate else {}))
+            macs = counts["macs_true"] + counts["macs_masked"]
             print(f"{variant:10s} N={N} M={M}  parameters {counts['params_total']:,} "
-                  f"(thop {counts['params_thop']:,})  MACs {counts['macs_true'] / 1e9:.3f} G "
-                  f"(thop {counts['macs_thop'] / 1e9:.3f} G)")
+                  f"(thop {counts['params_thop']:,})  MACs {macs / 1e9:.2f} G "
+                  f"(thop {counts['macs_thop'] / 1e9:.2f} G)")
 
 
 if __name__ == "__main__":

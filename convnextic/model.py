@@ -8,6 +8,7 @@ model, entropy parameters) is exact arithmetic (common/exact.py, common/context.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from common import UserError, entropy, exact, runs
 from common.context import Context
-from common.tiles import tiled
+from common.tiles import LIMIT, tiled
 
 import torch
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional
@@ -395,6 +396,9 @@ class ConvNeXTIC(CompressionModel):
         """options: those of BASELINE, in place of the variant's."""
         super().__init__()
         o = merged(variant, options)
+        if o["dw_groups"] and (embed_dim % o["dw_groups"] or latent_dim % o["dw_groups"]):
+            raise UserError(f"dw_groups {o['dw_groups']}: give a divisor of {embed_dim} and "
+                            f"{latent_dim}, the widths, or 0")
         self.variant, self.N, self.M = variant, embed_dim, latent_dim
         for key, value in o.items():
             setattr(self, key, value)
@@ -441,6 +445,11 @@ class ConvNeXTIC(CompressionModel):
     def stride(self) -> int:
         """Image pixels to a latent of y."""
         return SAMPLERS[self.stem][1] * 8
+
+    @property
+    def tile_above(self) -> float:
+        """Image pixels; external attention sees the whole image, so there are no tiles."""
+        return math.inf if self.external_attention else LIMIT
 
     @property
     def downsampling_factor(self) -> int:
@@ -492,7 +501,8 @@ class ConvNeXTIC(CompressionModel):
     @torch.no_grad()
     def compress(self, x: Tensor, lmbda: float | None = None) -> dict[str, Any]:
         """x as in forward -> {"strings": [y1, y2, y3, y4, z] or [y, z], "shape": of z}."""
-        y = tiled(lambda part: self.analyse(part, lmbda), x, down=self.stride, halo=HALO)
+        y = tiled(lambda part: self.analyse(part, lmbda), x, down=self.stride, halo=HALO,
+                  limit=self.tile_above)
         z = self.h_a(y)
         z_strings = entropy.encode_bottleneck(self.entropy_bottleneck, z)
         _, coded = self._encode(y, self._params(entropy.dequantize(self.entropy_bottleneck, z)))
@@ -524,7 +534,8 @@ class ConvNeXTIC(CompressionModel):
             decoder.finish()
         y_hat = torch.cat(groups, 1).to(z_hat.device)
         up = self.stride
-        x_hat = tiled(lambda part: self.synthesize(part, lmbda), y_hat, up=up, halo=HALO)
+        x_hat = tiled(lambda part: self.synthesize(part, lmbda), y_hat, up=up, halo=HALO,
+                      limit=self.tile_above)
         return {"x_hat": x_hat.clamp_(0, 1)}
 
     def _decoders(self, strings: list[list[bytes]], params: Tensor, tables: entropy.Tables) -> list:
@@ -565,9 +576,13 @@ class ConvNeXTIC(CompressionModel):
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Tensor], **options: Any) -> ConvNeXTIC:
-        """Build with the N and M of the weights and load them, strictly."""
+        """Build with the N and M of the weights and load them, strictly.
+
+        options: what a checkpoint's config tells; without a variant the weights do (`options_of`).
+        """
         N = len(state_dict["entropy_bottleneck.quantiles"])
         M = len(state_dict["g_a.3.blocks.0.scale.gamma"])
+        options = options if "variant" in options else options_of(state_dict) | options
         net = cls(options.pop("variant", "v2_stride2"), N, M, **options)
         net.load_state_dict(state_dict)
         return net
@@ -590,7 +605,37 @@ def merged(variant: str, options: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"depths {result['depths']}: give six positive numbers")
     if result["kernel_size"] % 2 == 0:
         raise UserError(f"kernel_size {result['kernel_size']}: give an odd number")
+    if not 0 <= result["drop_path_rate"] < 1:
+        raise UserError(f"drop_path_rate {result['drop_path_rate']}: give 0 or more, below 1")
     return result
+
+
+def options_of(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    """The options that names and shapes of weights tell.
+
+    Not told: `decoder_dw` of depthwise kernels (taken as "conv"), what acts in training only.
+    """
+    def kernel(stage: str) -> int:
+        return next(t.shape[2] for key, t in state_dict.items()
+                    if key.startswith(f"{stage}.down.") and t.dim() == 4)
+
+    block = "g_a.1.blocks.0"
+    depths = [len({key.split(".")[3] for key in state_dict if key.startswith(f"{stage}.blocks.")})
+              for stage in ("g_a.0", "g_a.1", "g_a.2", "g_a.3", "h_a.0", "h_a.1")]
+    norms = {f"{block}.norm.beta": "gdn", f"{block}.norm.running_mean": "batchnorm",
+             f"{block}.norm.weight": "layernorm"}
+    N, inputs, size, _ = state_dict[f"{block}.dwconv.weight"].shape
+    return {
+        "depths": tuple(depths), "kernel_size": size,
+        "mlp_ratio": len(state_dict[f"{block}.mlp.0.weight"]) // N,
+        "dw_groups": 0 if inputs == 1 else N // inputs,
+        "block_norm": next((norm for key, norm in norms.items() if key in state_dict), "none"),
+        "stem": {4: "patch4", 2: "k2s2", 5: "k5s2"}[kernel("g_a.0")],
+        "resample": {2: "k2s2", 3: "k3s2"}[kernel("g_a.1")],
+        "resample_norm": "layernorm" if "g_a.1.down.1.weight" in state_dict else "none",
+        "context": "mcm" if "context_model.contexts.0.weight" in state_dict else "scctx",
+        "variable_rate": "scale_a.0.layers.0.weight" in state_dict,
+        "external_attention": "g_a.1.attention.conv1.weight" in state_dict}
 
 
 def build(variant: str = "v2_stride2", embed_dim: int = 128, latent_dim: int = 192,

@@ -53,7 +53,7 @@ def flags() -> argparse.ArgumentParser:
     add("--epochs", type=runs.positive_int, default=400, help="last epoch, exclusive")
     add("--lr", type=runs.positive_float, default=1e-4)
     add("--lr_aux", type=runs.positive_float, default=1e-3, help="of the quantiles")
-    add("--clip_max_norm", type=float, default=1.0, help="gradient norm limit; 0: none")
+    add("--clip_max_norm", type=runs.number, default=1.0, help="gradient norm limit; 0: none")
     add("--metric", choices=["mse", "ms-ssim"], default="mse")
     add("--gpu_id", default="0", help="'0 1 2': three processes")
     add("--quality_level", default="7", help="1 to 8: sub-folder, and lmbda unless that is given")
@@ -77,14 +77,14 @@ def flags() -> argparse.ArgumentParser:
     add("--kernel_size", type=runs.positive_int, help="of depthwise convolutions")
     add("--mlp_ratio", type=runs.positive_int)
     add("--dw_groups", type=runs.count, help="groups of that convolution; 0: depthwise")
-    add("--drop_path_rate", type=float, help="of the deepest block")
+    add("--drop_path_rate", type=runs.number, help="of the deepest block")
     add("--layer_scale_init", type=runs.positive_float)
     for key in CHOICES:
         add(f"--{key}", choices=CHOICES[key])
     for key in ("variable_rate", "external_attention"):
         add(f"--{key}", action=argparse.BooleanOptionalAction, default=None)
     add("--optimizer", choices=["adam", "adamw", "muon"], default="adam")
-    add("--weight_decay", type=float, default=0.05, help="of adamw")
+    add("--weight_decay", type=runs.number, default=0.05, help="of adamw")
     add("--wd_exclude_1d", action=argparse.BooleanOptionalAction, default=False,
         help="no weight decay of biases, norms, scales")
     add("--eb_group", choices=["main", "aux"], default="main",
@@ -92,7 +92,7 @@ def flags() -> argparse.ArgumentParser:
     add("--lr_schedule", choices=SCHEDULES, default="multistep", help="stepped once an epoch")
     add("--gamma", type=runs.positive_float, default=0.1, help="of multistep")
     add("--T_max", type=runs.positive_int, help="of the cosine; none: all epochs")
-    add("--eta_min", type=float, default=0.0, help="of the cosine")
+    add("--eta_min", type=runs.number, default=0.0, help="of the cosine")
     runs.add_flags(parser, lr_schedule="multistep", without=(
         "--resume", "--metric", "--optimizer", "--aux-lr", "--lr-schedule", "--clip-max-norm",
         "--patch-size", "--seed", "--save-every"))
@@ -109,6 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     for key, value in options.items():
         setattr(args, key, list(value) if isinstance(value, tuple) else value)
     choose_lmbda(args)
+    check(args)
     runs.launch(args.gpu_id)
     device = runs.start(args.device, args.seed, args.threads)
     folder = Path("results", args.name, args.quality_level)
@@ -225,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
 def choose_lmbda(args: argparse.Namespace) -> None:
     """lmbda and its range from quality_level, where they are not given."""
     quality = args.quality_level
-    known = quality.isdigit() and 1 <= int(quality) <= len(LMBDAS)
+    known = quality in map(str, range(1, len(LMBDAS) + 1))
     for key, values in (("lmbda", LMBDAS), ("lambda_min", LMBDA_MIN), ("lambda_max", LMBDA_MAX)):
         if getattr(args, key) is None:
             if not known:
@@ -233,8 +234,20 @@ def choose_lmbda(args: argparse.Namespace) -> None:
             setattr(args, key, values[int(quality) - 1])
     if args.lambda_min > args.lambda_max:
         raise UserError(f"--lambda_min {args.lambda_min} is above --lambda_max {args.lambda_max}")
-    if Path(quality).name != quality:
-        raise UserError(f"--quality_level {quality}: is the name of a folder")
+    for key in ("quality_level", "name"):
+        value = getattr(args, key)
+        if not value or value == ".." or Path(value).name != value:
+            raise UserError(f"--{key} '{value}': is the name of a folder")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be meant; say what has no effect."""
+    if args.eta_min > args.lr:
+        raise UserError(f"--eta_min {args.eta_min} is above --lr {args.lr}")
+    if args.startepoch and not args.resume:
+        raise UserError("--startepoch: goes with --resume FILE")
+    if args.optimizer == "muon" and (args.eb_group == "aux" or args.wd_exclude_1d):
+        raise UserError("--eb_group aux, --wd_exclude_1d: not with --optimizer muon")
 
 
 def draw_lmbda(args: argparse.Namespace, step: int, count: int) -> Tensor:

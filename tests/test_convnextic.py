@@ -2,25 +2,25 @@
 
 import importlib
 import json
-import math
 import re
 import shlex
 import struct
 from pathlib import Path
 
-from common import UserError, bitstream, data, evaluate, exact
+from common import UserError, bitstream, data, evaluate, exact, metrics
 
 import pytest
 import torch
 from PIL import Image
 
-from convnextic import codec, train
+from convnextic import ablate, codec, train
 from convnextic.model import (
     AROUND,
     BASELINE,
     CHECKERBOARD,
     CORNERS,
     EDGES,
+    SCCTX,
     TAG,
     VARIANTS,
     Depthwise,
@@ -76,6 +76,17 @@ def test_parameter_count(variant, options, counts):
         assert sum(p.numel() for p in model.parameters()) == count
 
 
+@pytest.mark.parametrize("variant, giga", [("v0_ln", (26.63, 60.17)),
+                                           ("v2_stride2", (112.77, 254.34)),
+                                           ("v5_vr", (132.03, 277.51))])
+def test_multiply_accumulates(variant, giga):
+    for widths, expected in zip(((128, 192), (192, 320)), giga, strict=True):
+        model = build(variant, *widths)
+        counts = metrics.complexity(model, **rate_of(model))
+        assert (counts["macs_true"] + counts["macs_masked"]) / 1e9 == pytest.approx(expected,
+                                                                                  abs=0.006)
+
+
 @pytest.mark.parametrize("dim, k", [(48, 7), (6, 5), (5, 7)])  # blocks of 16, 2 and 1 channels
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_gradients_of_the_depthwise_convolution(dim, k, precision):
@@ -95,21 +106,29 @@ def test_gradients_of_the_depthwise_convolution(dim, k, precision):
         assert float((ours - theirs).norm() / theirs.norm()) < tolerance
 
 
-def test_parts_of_v2_and_v3():
+@pytest.mark.parametrize("widths, g_a, h_a, h_s, g_s, bottleneck, mcm, scctx", [
+    ((128, 192), (286_720, 701_568, 978_560, 833_472), (498_304, 424_576), (424_576, 719_744),
+     (833_408, 978_560, 701_568, 286_595), 7_808, (663_936, 2_951_424),
+     (16_124_512, 486_784, 436_544)),
+    ((192, 320), (626_688, 1_556_160, 2_168_256, 2_228_800), (1_165_248, 944_064),
+     (944_064, 1_718_656), (2_228_672, 2_168_256, 1_556_160, 626_499), 11_712,
+     (1_843_840, 8_195_840), (23_587_680, 2_125_440, 1_551_552))])
+def test_parts(widths, g_a, h_a, h_s, g_s, bottleneck, mcm, scctx):
     def sizes(modules):
-        return [sum(p.numel() for p in m.parameters()) for m in modules]
+        return tuple(sum(p.numel() for p in m.parameters()) for m in modules)
 
-    model = build("v2_stride2")
-    assert sizes(model.g_a) == [286_720, 701_568, 978_560, 833_472]
-    assert sizes(model.h_a) == [498_304, 424_576]
-    assert sizes(model.h_s) == [424_576, 719_744]
-    assert sizes(model.g_s) == [833_408, 978_560, 701_568, 286_595]
-    assert sizes(model.context_model.contexts) == [663_936] * 3
-    assert sizes([model.context_model.parameters_network, model.entropy_bottleneck]) == [
-        2_951_424, 7_808]
-    context = build("v3_scctx").context_model
-    assert sizes([context.channel_contexts, context.space_contexts,
-                  context.parameters_networks]) == [16_124_512, 486_784, 436_544]
+    for variant in ("v2_stride2", "v3_scctx", "v5_vr"):
+        model = build(variant, *widths)
+        assert (sizes(model.g_a), sizes(model.h_a)) == (g_a, h_a)
+        assert (sizes(model.h_s), sizes(model.g_s)) == (h_s, g_s)
+        assert sizes([model.entropy_bottleneck]) == (bottleneck,)
+        context = model.context_model
+        if variant == "v2_stride2":
+            assert sizes(context.contexts) == (mcm[0],) * 3
+            assert sizes([context.parameters_network]) == mcm[1:]
+        else:
+            assert sizes([context.channel_contexts, context.space_contexts,
+                          context.parameters_networks]) == scctx
 
 
 @pytest.mark.parametrize("variant, y, z", [("v0_ln", 8, 2), ("v1_patch", 8, 2),
@@ -234,10 +253,10 @@ def test_mcm_sees_what_comes_before():
 
 def test_scctx_sees_what_comes_before():
     model = lively("v3_scctx")
-    y_hat, params = torch.randn(1, 136, 8, 8).round(), torch.randn(1, 272, 8, 8)
+    y_hat, params = torch.randn(1, 24, 8, 8).round(), torch.randn(1, 48, 8, 8)
     before = parameters_of(model, y_hat, params)
     sizes, anchor = model.context_model.sizes, anchors(8, 8)
-    assert sizes == (16, 16, 32, 64, 8)
+    assert sizes == (2, 2, 4, 8, 8) and SCCTX(320).sizes == (16, 16, 32, 64, 192)
     for k, size in enumerate(sizes):
         start = sum(sizes[:k])
         for part in (anchor, ~anchor):
@@ -284,21 +303,59 @@ def test_drawn_multipliers():
     assert values.diff().tolist() == pytest.approx([(0.0932 - 0.013) / 20] * 20, rel=1e-3)
 
 
-def test_tables_follow_the_weights():
+def test_tables_follow_the_weights(x):
     """A forced update after a training step: the source kept its first tables for ever."""
     model = lively("v2_stride2")
     before = model.entropy_bottleneck._quantized_cdf.clone()
-    with torch.no_grad():
-        for p in model.entropy_bottleneck.parameters():
-            p.add_(0.3)
+    optimizer = torch.optim.SGD(model.entropy_bottleneck.parameters(), lr=1.0)
+    (-model.train()(x)["likelihoods"]["z"].log2().mean()).backward()
+    optimizer.step()
     model.update(force=True)
     after = model.entropy_bottleneck._quantized_cdf
     assert before.shape != after.shape or not torch.equal(before, after)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_files_have_the_estimated_size(variant, x):
+    """Within 1 %, of a network whose densities cover its latents."""
+    model = lively(variant)
+    image = data.to_float(data.read_image(data.KODAK / "kodim23.png"))[None]
+    context = model.context_model
+    networks = [context.parameters_network] if model.context == "mcm" else (
+        context.parameters_networks)
+    with torch.no_grad():
+        spread = model.analyse(image, **rate_of(model)).std()
+        for network, channels in zip(networks, context.sizes, strict=True):
+            network[-1].bias[:channels] = 1.5 * spread
+        model.h_a[1].down[-1].weight /= 20  # untrained, p(z) covers +-10
+    rate = rate_of(model)
+    with torch.no_grad():
+        likelihoods = model(image, **rate)["likelihoods"].values()
+    bits = sum(float(-p.double().log2().sum()) for p in likelihoods)
+    size = sum(8 * len(s) for strings in model.compress(image, **rate)["strings"] for s in strings)
+    assert size == pytest.approx(bits, rel=0.01, abs=64 * 5)  # a few bytes end each string
+
+
+@pytest.mark.parametrize("variant, options", CASES)
+def test_bare_weights_tell_their_options(variant, options, x, tmp_path):
+    if "decoder_dw" in options:
+        pytest.skip("a transposed depthwise convolution has the shape of an ordinary one")
+    model = lively(variant, **options)
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    found = load(tmp_path / "bare.pt")
+    for key in BASELINE:
+        if key not in ("drop_path_rate", "layer_scale_init"):  # act in training, at the start
+            assert getattr(found, key) == getattr(model, key), key
+    with torch.no_grad():
+        assert torch.allclose(found(x, **rate_of(model))["x_hat"],
+                              model(x, **rate_of(model))["x_hat"], atol=1e-4)
+
+
 @pytest.mark.parametrize("options, message", [
     ({"variant": "v9"}, "choose from v0_ln"), ({"depths": (1, 2)}, "six positive"),
-    ({"kernel_size": 4}, "odd"), ({"stem": "k9"}, "patch4"), ({"dpeths": 1}, "no option dpeths")])
+    ({"kernel_size": 4}, "odd"), ({"dw_groups": 3}, "divisor of 8 and 12"),
+    ({"drop_path_rate": 1.0}, "below 1"), ({"stem": "k9"}, "patch4"),
+    ({"dpeths": 1}, "no option dpeths")])
 def test_impossible_options(options, message):
     with pytest.raises(UserError, match=message):
         build(**{"variant": "v2_stride2", "embed_dim": 8, "latent_dim": 12} | options)
@@ -410,6 +467,31 @@ def test_damaged_source_files(change, message, weights, tmp_path):
     assert not (tmp_path / "a.png").exists()
 
 
+@pytest.mark.parametrize("size, patch, message", [
+    ((64, 64), (32768, 32768), "1 patches of 32768x32768"),
+    ((65535, 4096), (64, 96), "states patches of 64x96"),
+    ((64, 64), (0, 64), "states patches of 0x64"), ((128, 64), (64, 64), "2 strings, 4 are"),
+    ((16384, 16384), (16384, 16384), "does not decode")])
+def test_source_files_with_absurd_patches(size, patch, message, weights, tmp_path):
+    """Consistent headers of a variable rate, and two strings of eight bytes."""
+    z = tuple(p // 64 for p in patch)
+    head = struct.pack(">BB2I4I2I2I", 0, 2, *size, *patch, 1, 130, *z, 1, 2)
+    path = tmp_path / "a.bin"
+    path.write_bytes(head + 2 * (struct.pack(">I", 8) + bytes(range(8))))
+    with pytest.raises(UserError, match=message):
+        codec.main(["decode", str(path), "--checkpoint", str(weights / "v5_vr.pt")])
+
+
+def test_what_is_encoded_can_be_decoded(weights):
+    x, model = torch.rand(3, 200, 100), load(weights / "v5_vr.pt")
+    with pytest.raises(UserError, match="give smaller -ph and -pw"):
+        codec.check_area(x, (65472, 65472))
+    parser_error = pytest.raises(SystemExit)
+    with parser_error as e:
+        codec.main(["encode", str(weights / "in.png"), "-ph", "65536"])
+    assert e.value.code == 2 and model.variable_rate
+
+
 # ---------------------------------------------------------------------------------------- training
 TINY = ("--embed_dim 4 --latent_dim 6 --patchsize 128 --batchsize 2 --steps-per-epoch 3 --epochs 2 "
         "--worker_num 0 --batchsize_test 8 --precision fp32 --quality_level 3 --seed 1").split()
@@ -519,8 +601,14 @@ def test_defaults_are_the_source_s():
 @pytest.mark.parametrize("flags, message", [
     (["--quality_level", "9"], "give 1 to 8"), (["--patchsize", "100"], "multiple of"),
     (["--resume", "no.pt"], "no such checkpoint"), (["--depths", "0"] + ["1"] * 5, "depths"),
-    (["--lambda_min", "0.5"], "is above"), (["--quality_level", "../a", "--lmbda", "1",
-                                             "--lambda_min", "1", "--lambda_max", "1"], "folder")])
+    (["--lambda_min", "0.5"], "is above"), (["--drop_path_rate", "1.5"], "below 1"),
+    (["--drop_path_rate", "nan"], "drop_path_rate"), (["--dw_groups", "3"], "divisor of"),
+    (["--optimizer", "adamw", "--weight_decay", "-1"], "weight_decay"),
+    (["--quality_level", "\u00b3"], "give 1 to 8"), (["--name", "../a"], "name of a folder"),
+    (["--eta_min", "1"], "is above"), (["--startepoch", "1"], "goes with --resume"),
+    (["--optimizer", "muon", "--eb_group", "aux"], "not with"),
+    (["--quality_level", "../a", "--lmbda", "1", "--lambda_min", "1", "--lambda_max", "1"],
+     "folder")])
 def test_training_mistakes(flags, message, run, capsys):
     try:
         run(*flags)
@@ -532,11 +620,25 @@ def test_training_mistakes(flags, message, run, capsys):
         pytest.fail("was accepted")
 
 
-def test_config_holds_the_published_table():
+def test_published_results():
     published = json.loads((ROOT / "convnextic" / "results" / "published.json").read_text())
-    names = [curve["name"] for curve in published["curves"]]
-    assert len(names) >= 4 and all(
-        math.isfinite(v) for c in published["curves"] for v in c["results"]["bpp"])
+    points = [point for c in published["curves"]
+              for point in zip(c["results"]["bpp"], c["results"]["psnr-rgb"], strict=True)]
+    for point in ((0.248, 30.26), (1.171, 39.16), (0.319, 32.34), (0.128, 29.16), (1.694, 40.68)):
+        assert point in points
+
+
+@pytest.mark.parametrize("quality, costs", [
+    ("3", {"baseline": 0.927, "AdamW": 0.940, "d3393": 0.919, "dwtrans": 0.932, "GDN": 0.965,
+           "drop path": 0.941}),
+    ("7", {"baseline": 5.043, "AdamW": 4.957, "d3393": 5.034, "dwtrans": 5.066, "GDN": 5.269,
+           "drop path": 5.070})])
+def test_published_ablation(quality, costs):
+    """J of each row, as the specification has computed it."""
+    lmbda = train.LMBDAS[int(quality) - 1]
+    for row, expected in costs.items():
+        found = ablate.cost(*ablate.PUBLISHED[quality][row], lmbda)
+        assert found == pytest.approx(expected, abs=0.001 if quality == "3" else 0.002)
 
 
 # --------------------------------------------------------------------------------------- pages
