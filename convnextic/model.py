@@ -36,7 +36,8 @@ BASELINE = {
     "depths": (2, 4, 6, 2, 2, 2), "kernel_size": 7, "mlp_ratio": 4, "dw_groups": 0,
     "block_norm": "layernorm", "decoder_dw": "conv", "drop_path_rate": 0.0,
     "layer_scale_init": 1e-6, "stem": "patch4", "resample": "k2s2", "resample_norm": "none",
-    "context": "mcm", "variable_rate": False, "external_attention": False}
+    "context": "mcm", "variable_rate": False, "lambda_input": "log",
+    "external_attention": False}
 STRIDE2 = BASELINE | {"stem": "k5s2", "resample": "k3s2", "drop_path_rate": 0.1}
 VARIANTS = {  # revisions of the source, oldest first
     "v0_ln": BASELINE | {"resample_norm": "layernorm"},
@@ -50,7 +51,8 @@ CHOICES = {
     "block_norm": ("layernorm", "gdn", "batchnorm", "none"),
     "decoder_dw": ("conv", "convtranspose"),
     "stem": ("patch4", "k2s2", "k5s2"), "resample": ("k2s2", "k3s2"),
-    "resample_norm": ("none", "layernorm"), "context": ("mcm", "scctx")}
+    "resample_norm": ("none", "layernorm"), "context": ("mcm", "scctx"),
+    "lambda_input": ("log", "raw")}
 SAMPLERS = {"patch4": (4, 4, 0, 0), "k2s2": (2, 2, 0, 0), "k3s2": (3, 2, 1, 1),
             "k5s2": (5, 2, 2, 1)}  # kernel, stride, padding, output padding
 
@@ -221,21 +223,29 @@ class ExternalAttention(nn.Module):
 
 
 class ScalingNet(nn.Module):
-    """lmbda (B,) -> a multiplier for each channel (B, C, 1, 1); 1 at initialisation."""
+    """lmbda (B,) -> a multiplier for each channel (B, C, 1, 1); 1 at initialisation.
 
-    def __init__(self, channels: int):
+    The source's nets are given lmbda itself, which is so small that they stay constants for
+    thousands of steps ("raw"); here they are given log(lmbda / 0.01) ("log").
+    """
+
+    def __init__(self, channels: int, lambda_input: str):
         super().__init__()
+        self.log = lambda_input == "log"
         self.layers = nn.Sequential(nn.Linear(1, channels // 2), nn.ReLU(),
                                     nn.Linear(channels // 2, channels))
-        self.zero()
 
-    def zero(self) -> None:
+    def initialise(self) -> None:
+        if self.log:  # units that bend at different rates
+            nn.init.normal_(self.layers[0].weight)
+            nn.init.normal_(self.layers[0].bias)
         nn.init.zeros_(self.layers[2].weight)
         nn.init.zeros_(self.layers[2].bias)
 
     def forward(self, lmbda: Tensor) -> Tensor:
         with torch.autocast(lmbda.device.type, enabled=False):
-            return self.layers(lmbda.float()[:, None]).exp()[:, :, None, None]
+            x = torch.log(lmbda.float() / 0.01) if self.log else lmbda.float()
+            return self.layers(x[:, None]).exp()[:, :, None, None]
 
 
 # ---------------------------------------------------------------------------------- context models
@@ -431,15 +441,16 @@ class ConvNeXTIC(CompressionModel):
         self.entropy_bottleneck = EntropyBottleneck(N)
         self.gaussian_conditional = GaussianConditional(None)
         if o["variable_rate"]:
-            self.scale_a = nn.ModuleList(map(ScalingNet, (N, N, N, M)))  # after the stages of g_a
-            self.scale_s = nn.ModuleList(map(ScalingNet, (M, N, N, N)))  # before those of g_s
+            nets = [ScalingNet(c, o["lambda_input"]) for c in (N, N, N, M, M, N, N, N)]
+            self.scale_a = nn.ModuleList(nets[:4])  # after the stages of g_a
+            self.scale_s = nn.ModuleList(nets[4:])  # before those of g_s
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         for module in self.modules():
             if isinstance(module, ScalingNet):
-                module.zero()
+                module.initialise()
 
     @property
     def stride(self) -> int:
@@ -613,7 +624,8 @@ def merged(variant: str, options: dict[str, Any]) -> dict[str, Any]:
 def options_of(state_dict: dict[str, Tensor]) -> dict[str, Any]:
     """The options that names and shapes of weights tell.
 
-    Not told: `decoder_dw` of depthwise kernels (taken as "conv"), what acts in training only.
+    Not told: `decoder_dw` of depthwise kernels (taken as "conv"), `lambda_input` ("log"), and what
+    acts in training only.
     """
     def kernel(stage: str) -> int:
         return next(t.shape[2] for key, t in state_dict.items()

@@ -270,9 +270,10 @@ def test_scctx_sees_what_comes_before():
             assert k == 4 or changed[start + size :].any()
 
 
-def test_scaling_nets_begin_at_one(x):
+@pytest.mark.parametrize("lambda_input", ["log", "raw"])
+def test_scaling_nets_begin_at_one(lambda_input, x):
     """v5 at the start is v3 with the same weights, at every lmbda."""
-    fixed, variable = lively("v3_scctx"), lively("v5_vr")
+    fixed, variable = lively("v3_scctx"), lively("v5_vr", lambda_input=lambda_input)
     variable.load_state_dict({**variable.state_dict(), **fixed.state_dict()})
     with torch.no_grad():
         expected = fixed(x)["x_hat"]
