@@ -643,6 +643,34 @@ def test_published_ablation(quality, costs):
 
 
 # --------------------------------------------------------------------------------------- pages
+def test_bundled_rates():
+    """One model spans a factor of four in rate, and every image's rate follows lmbda."""
+    found = json.loads((ROOT / "convnextic" / "results" / "small.json").read_text())
+    assert found["meta"]["lmbda"] == sorted(found["meta"]["lmbda"])
+    assert found["results"]["bpp"][-1] > 4 * found["results"]["bpp"][0]
+    for image in zip(*found["per_image"], strict=True):
+        rates = [row["bpp"] for row in image]
+        assert all(a < b for a, b in zip(rates, rates[1:], strict=False)), image[0]["image"]
+        for row in image:
+            assert row["bpp"] == pytest.approx(row["bpp_estimated"], rel=0.01)
+
+
+def test_pages_give_the_bundled_results():
+    results = json.loads((ROOT / "convnextic" / "results" / "small.json").read_text())["results"]
+    page, front = ((ROOT / name).read_text() for name in ("convnextic/README.md", "README.md"))
+    for bpp, psnr in zip(results["bpp"], results["psnr-rgb"], strict=True):
+        assert f"| {bpp:.4f} | {psnr:.2f} |" in page
+    assert f"| {results['bpp'][2]:.4f} | {results['psnr-rgb'][2]:.2f} |" in front
+
+
+def test_page_gives_the_ablation():
+    rows = json.loads((ROOT / "convnextic" / "results" / "ablation.json").read_text())["rows"]
+    assert list(rows) == list(ablate.ROWS)
+    page = (ROOT / "convnextic" / "README.md").read_text()
+    for row in ablate.table(rows).splitlines():
+        assert row in page
+
+
 def test_readme_commands(tmp_path, monkeypatch):
     """In their order, in one folder, as a reader would type them; only sizes are made tiny."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "convnextic" / "README.md").read_text(), re.S)

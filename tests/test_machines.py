@@ -29,6 +29,7 @@ MODELS = {  # name: (paper, weights, rates of its files)
     "checkerboard": ("checkerboard", "small-0.0067.pth", [{}]),
     "qvrf balle": ("qvrf", "small-balle.pth", [{"s": 5}, {"factor": 3.7}]),
     "qvrf minnen": ("qvrf", "small-minnen.pth", [{"s": 5}, {"factor": 3.7}]),
+    "convnextic": ("convnextic", "small-vr.pth", [{"lmbda": 0.001}, {"lmbda": 0.01}]),
 }
 VARIANTS = ("v0_ln", "v1_patch", "v2_stride2", "v3_scctx", "v4_ea", "v5_vr")  # random weights
 for variant in VARIANTS:
