@@ -472,7 +472,7 @@ def test_damaged_source_files(change, message, weights, tmp_path):
     ((64, 64), (32768, 32768), "1 patches of 32768x32768"),
     ((65535, 4096), (64, 96), "states patches of 64x96"),
     ((64, 64), (0, 64), "states patches of 0x64"), ((128, 64), (64, 64), "2 strings, 4 are"),
-    ((16384, 16384), (16384, 16384), "does not decode")])
+    ((2048, 2048), (2048, 2048), "does not decode")])
 def test_source_files_with_absurd_patches(size, patch, message, weights, tmp_path):
     """Consistent headers of a variable rate, and two strings of eight bytes."""
     z = tuple(p // 64 for p in patch)
