@@ -7,7 +7,7 @@
     python codec.py encode test.png --format source               the source's header
 
 Without --checkpoint, the bundled small weights, of a variable rate: -q 1 to 4 (without it 3) or -lb
-7 to 130. Decoding recognises weights by the fingerprint in the file. The source's format has none:
+5 to 160. Decoding recognises weights by the fingerprint in the file. The source's format has none:
 give --checkpoint again where it was given.
 """
 
