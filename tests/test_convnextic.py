@@ -651,9 +651,17 @@ def test_bundled_rates():
     for image in zip(*found["per_image"], strict=True):
         rates = [row["bpp"] for row in image]
         assert all(a < b for a, b in zip(rates, rates[1:], strict=False)), image[0]["image"]
-        for row in image:  # but for the header, 1 % of the smallest files
-            payload = 8 * (row["bytes"] - 31) / (row["height"] * row["width"])
-            assert payload == pytest.approx(row["bpp_estimated"], rel=0.01)
+        assert all(-0.025 < surplus(row) < 0.01 for row in image)
+    for images in found["per_image"]:
+        assert abs(sum(map(surplus, images)) / len(images)) < 0.01
+
+
+def surplus(row):
+    """Of a file without its header over the estimate, which has 30 bits for each latent beyond a
+    likelihood of 1e-9: in files they cost less.
+    """
+    payload = 8 * (row["bytes"] - 29) / (row["height"] * row["width"])
+    return payload / row["bpp_estimated"] - 1
 
 
 def test_pages_give_the_bundled_results():
@@ -686,7 +694,8 @@ def test_readme_commands(tmp_path, monkeypatch):
     kodak.crop((100, 100, 280, 165)).save(tmp_path / "test.png")
     monkeypatch.chdir(tmp_path)
     tiny = [*TINY, "--epochs", "1", "--latent_dim", "12", "--no-compile"]
-    tiny = [w for w in tiny if w not in ("--quality_level", "3")]
+    at = tiny.index("--quality_level")
+    del tiny[at : at + 2]
     for script, *words in commands:
         words = [str(ROOT / "convnextic" / w) if w.endswith(".yaml") else w for w in words]
         if script == "train.py":
