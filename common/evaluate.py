@@ -235,6 +235,34 @@ def evaluate(model: nn.Module, paths: list[Path], tag: bytes, name: str, descrip
     return point(name, description, rows, known | (meta or {}))
 
 
+@torch.no_grad()
+def estimated(model: nn.Module, paths: list[Path], name: str, multiple: int,
+              meta: dict[str, Any], rate: dict[str, Any] | None = None) -> dict[str, Any]:
+    """An operating point without files: bits that the likelihoods promise, no times.
+
+    multiple: of which images are padded to. A row also has the bits of each latent.
+    """
+    rows = []
+    model.eval()
+    meta = meta | {"fingerprint": bitstream.fingerprint(model).hex()}
+    names = image_names(paths)
+    for path, batch in data.batches(paths, 1):
+        x = data.to_float(batch.to(next(model.parameters()).device))
+        output = model(pad(x, multiple), **(rate or {}))
+        bits = {key: float(-p.double().log2().sum()) for key, p in output["likelihoods"].items()}
+        x_hat = data.to_uint8(crop(output["x_hat"], x.shape[-2:])[0]).cpu()
+        found = row(names[path[0]], batch[0], x_hat, math.ceil(sum(bits.values()) / 8))
+        rows.append(found | {"bpp_estimated": found["bpp"]}
+                    | {f"{key}_bits": value for key, value in bits.items()})
+    return point(name, "no files: bits of the likelihoods", rows, meta)
+
+
+def in_half(module: nn.Module, device: torch.device) -> None:
+    """Run a transform in float16; not one that must decode on every machine."""
+    forward = torch.autocast(device.type, torch.float16)(module.forward)
+    module.forward = lambda x: forward(x).float()
+
+
 def image_names(paths: list[Path]) -> dict[Path, str]:
     """What results call each image: its stem, or the whole name where stems are equal."""
     unique = len({p.stem for p in paths}) == len(paths)

@@ -486,6 +486,21 @@ def exp(x: Tensor) -> Tensor:
     return table[(index + limit).long()]
 
 
+def softmax(x: Tensor) -> Tensor:
+    """softmax over the last dimension of float64 x: `exp` by table, the sum over integers."""
+    weight = exp(x - x.amax(-1, keepdim=True))
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def matmul(a: Tensor, b: Tensor, a_range: tuple[int, int] = (12, 8),
+           b_range: tuple[int, int] = (12, 8)) -> Tensor:
+    """a @ b of float64 activations. Ranges (p, c): multiples of 2^-p within [-2^c, 2^c]."""
+    if a.shape[-1] * 2.0 ** sum(a_range + b_range) >= 2.0**EXACT_BITS:
+        raise UserError(f"a product over {a.shape[-1]} terms cannot be computed exactly")
+    unit = 2.0 ** -(a_range[0] + b_range[0])
+    return torch.matmul(_quantise(a, *a_range), _quantise(b, *b_range)) * unit
+
+
 def _tabulate(layer: nn.Module, name: str) -> Tensor:
     """Values on the grid, rounded to it; refused if another machine's exp could round otherwise."""
     limit = TABLE_RANGE << TABLE_BITS

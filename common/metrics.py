@@ -7,6 +7,7 @@ are means of the images' values in dB.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,38 +108,51 @@ def complexity(model: nn.Module, size: tuple[int, int] = (512, 768), **rate: flo
     macs_thop     the same, but once per output pixel, as thop has it: 4x too much at stride 2
     macs_gdn      the 1x1 convolutions inside GDN
     macs_masked   convolutions with a `mask` (context models), all taps counted
+    macs_products products of two activations: what a module's `product_macs(x)` says of its input
     Biases, activations and entropy models cost nothing here. The forward runs on tensors without
     values, so that it takes no time. rate: what forward of a variable-rate model takes.
     """
-    model = copy.deepcopy(model).train()  # coding needs values, not shapes alone
-    macs = dict.fromkeys(("macs_true", "macs_thop", "macs_gdn", "macs_masked"), 0)
+    parts = complexity_of_parts(model, size, **rate).values()
+    return {key: sum(part[key] for part in parts) for key in next(iter(parts))}
 
-    def count(layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        if isinstance(layer, GDN):
-            macs["macs_gdn"] += out.numel() * layer.gamma.shape[1]
+
+def complexity_of_parts(model: nn.Module, size: tuple[int, int] = (512, 768), **rate: float
+                        ) -> dict[str, dict[str, int]]:
+    """`complexity` of each of the model's children by name (g_a, h_s, ...)."""
+    model = copy.deepcopy(model).train()  # coding needs values, not shapes alone
+    kinds = ("true", "thop", "gdn", "masked", "products")
+
+    def count(part: dict[str, int], layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        if hasattr(layer, "product_macs"):
+            part["macs_products"] += layer.product_macs(args[0])
+        elif isinstance(layer, GDN):
+            part["macs_gdn"] += out.numel() * layer.gamma.shape[1]
         elif isinstance(layer, nn.Linear):
             for key in ("macs_true", "macs_thop"):
-                macs[key] += out.numel() * layer.in_features
+                part[key] += out.numel() * layer.in_features
         else:
             inputs, outputs = args[0][0, 0].numel(), out[0, 0].numel()
             weights = layer.weight.numel()
             if hasattr(layer, "mask"):
-                macs["macs_masked"] += outputs * weights
+                part["macs_masked"] += outputs * weights
                 return
-            macs["macs_true"] += (inputs if isinstance(layer, _TRANSPOSED) else outputs) * weights
-            macs["macs_thop"] += outputs * weights
+            part["macs_true"] += (inputs if isinstance(layer, _TRANSPOSED) else outputs) * weights
+            part["macs_thop"] += outputs * weights
 
-    params_thop = 0
-    for layer in model.modules():
-        if isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear, GDN)):
-            layer.register_forward_hook(count)
-        if (isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear, *_NORMS))
-                and not hasattr(layer, "mask")):
-            params_thop += sum(p.numel() for p in layer.parameters())
-        if isinstance(layer, EntropyBottleneck):  # its forward needs values, not shapes alone
-            layer.forward = lambda x, *_: (x, x)
+    found = {}
+    for name, child in model.named_children():
+        part = found[name] = {"params_total": sum(p.numel() for p in child.parameters()),
+                              "params_thop": 0} | {f"macs_{kind}": 0 for kind in kinds}
+        for layer in child.modules():
+            if (isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear, GDN))
+                    or hasattr(layer, "product_macs")):
+                layer.register_forward_hook(functools.partial(count, part))
+            if (isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear, *_NORMS))
+                    and not hasattr(layer, "mask")):
+                part["params_thop"] += sum(p.numel() for p in layer.parameters())
+            if isinstance(layer, EntropyBottleneck):  # its forward needs values, not shapes alone
+                layer.forward = lambda x, *_: (x, x)
     device = next(model.parameters()).device
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         model(torch.empty(1, 3, *size, device=device), **rate)
-    params_total = sum(p.numel() for p in model.parameters())
-    return {"params_total": params_total, "params_thop": params_thop, **macs}
+    return found

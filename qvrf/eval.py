@@ -21,7 +21,6 @@ from typing import Any
 
 from common import UserError, bitstream, compare, data, evaluate, metrics, runs
 
-import torch
 
 from qvrf.model import FACTORS, LMBDAS, QVRF, TAG, WIDTHS, build, load
 
@@ -79,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
             model.entropy_device = entropy_device
             if args.half:
                 for part in (model.g_a, model.g_s):
-                    in_half(part, device)
+                    evaluate.in_half(part, device)
             for rate in rates(model, args):
                 points.append(evaluate_rate(model, images, rate, name, checkpoint, args))
         curves.append(evaluate.merge(points))
@@ -182,7 +181,7 @@ def evaluate_rate(model: QVRF, images: list[Path], rate: dict[str, Any], name: s
             "steps": steps or None, "steps_source": SOURCE_STEPS}
     meta = {key: value for key, value in meta.items() if value is not None}
     if args.entropy_estimation:
-        point = estimated(model, images, rate, f"{name}-estimated", args.patch, meta)
+        point = evaluate.estimated(model, images, f"{name}-estimated", args.patch, meta, rate)
     else:
         point = evaluate.evaluate(model, images, TAG, name, str(checkpoint.name), folder,
                                   args.test_batch_size, meta, rate=rate)
@@ -191,24 +190,6 @@ def evaluate_rate(model: QVRF, images: list[Path], rate: dict[str, Any], name: s
         text = csv(point["per_image"][0], images, sections)
         runs.write_atomic(folder / f"{folder.name}_result.csv", text.encode())
     return point
-
-
-@torch.no_grad()
-def estimated(model: QVRF, images: list[Path], rate: dict[str, Any], name: str, patch: int,
-              meta: dict[str, Any]) -> dict[str, Any]:
-    """An operating point without files: bits that the likelihoods promise, no times."""
-    rows = []
-    meta = meta | {"fingerprint": bitstream.fingerprint(model).hex()}
-    names = evaluate.image_names(images)
-    for path, batch in data.batches(images, 1):
-        x = data.to_float(batch.to(next(model.parameters()).device))
-        output = model(evaluate.pad(x, patch), **rate)
-        bits = {key: float(-p.double().log2().sum()) for key, p in output["likelihoods"].items()}
-        x_hat = data.to_uint8(evaluate.crop(output["x_hat"], x.shape[-2:])[0]).cpu()
-        row = evaluate.row(names[path[0]], batch[0], x_hat, math.ceil(sum(bits.values()) / 8))
-        rows.append(row | {"bpp_estimated": row["bpp"]}
-                    | {f"{key}_bits": value for key, value in bits.items()})
-    return evaluate.point(name, "no files: bits of the likelihoods", rows, meta)
 
 
 def csv(rows: list[dict[str, Any]], images: list[Path], folder: Path | None) -> str:
@@ -238,12 +219,6 @@ def against_fixed(ours: dict[str, Any], fixed: dict[str, Any]) -> str:
     text = "no common range of PSNR" if value is None else f"{value:+.1f} %"
     return (f"BD-rate of {ours['name']}, one model for {len(curves[1][0])} rates, against "
             f"{len(curves[0][0])} models of a fixed rate, each trained as long: {text}")
-
-
-def in_half(module: torch.nn.Module, device: torch.device) -> None:
-    """Run a transform in float16; what must decode on every machine is not among them."""
-    forward = torch.autocast(device.type, torch.float16)(module.forward)
-    module.forward = lambda x: forward(x).float()
 
 
 def complexity() -> None:

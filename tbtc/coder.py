@@ -1,0 +1,159 @@
+"""What the five models share: coding with a hyperprior, the latents in slices of channels.
+
+    x (3,512,768) -> g_a -> y (D,32,48) -------------------------> Q -> y_hat -> g_s -> x_hat
+                            |                                      |     |
+                            |        N(means_i, scales_i^2) of slice i   slices before i
+                            |                                      |     v
+                           h_a -> z (Hd,8,12) -> Q -> z_hat -> h_s -> params
+
+A slice is coded all over the plane at once; what the next one knows of it is y_hat. A model without
+such a context has one slice. The decoder's part is exact arithmetic (common/exact.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from common import entropy, exact
+from common.tiles import tiled
+
+import torch
+from compressai.entropy_models import EntropyBottleneck, GaussianConditional
+from compressai.models import CompressionModel
+from compressai.ops import quantize_ste
+from torch import Tensor, nn
+
+MEAN_BITS = 8  # means are multiples of 2^-8 when coding
+Run = Callable[[nn.Module, Tensor], Tensor]  # layers, x -> layers(x), in floats or in fixed point
+
+
+def in_floats(layers: nn.Module, x: Tensor) -> Tensor:
+    return layers(x)
+
+
+class SliceCoder(CompressionModel):
+    """g_a, g_s, h_a and the three methods below make a codec of it."""
+
+    downsampling_factor = 64
+    halo = 2  # latents that g_a and g_s see to each side
+    entropy_device: torch.device | None = None  # where the exact part runs; None: with the rest
+
+    def __init__(self, slices: list[int], hyper_channels: int):
+        """slices: channels of each; their sum is D."""
+        super().__init__()
+        self.slices = slices
+        self.entropy_bottleneck = EntropyBottleneck(hyper_channels)
+        self.gaussian_conditional = GaussianConditional(None)
+
+    @property
+    def exact_parts(self) -> tuple[str, ...]:
+        """Names of the modules that the decoder computes in fixed point."""
+        raise NotImplementedError
+
+    def hyper(self, z_hat: Tensor, run: Run) -> Any:
+        """What h_s says, as `predict` takes it."""
+        raise NotImplementedError
+
+    def predict(self, i: int, params: Any, before: list[Tensor], run: Run
+                ) -> tuple[Tensor, Tensor, Any]:
+        """scales and means of slice i, given y_hat of those before; and what `refine` needs."""
+        raise NotImplementedError
+
+    def refine(self, i: int, y_hat: Tensor, support: Any, run: Run) -> Tensor:
+        """y_hat of slice i, improved (TCM's latent residual prediction)."""
+        return y_hat
+
+    # ---------------------------------------------------------------------------------- training
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        """x (B, 3, H, W) in [0, 1], H and W multiples of 64 -> x_hat and likelihoods of y, z.
+
+        Likelihoods with noise in training, reconstruction with rounding ("mixed" quantisation). In
+        eval mode y_hat, means and scales are those of a file.
+        """
+        y = self.g_a(x).float()
+        z = self.h_a(y).float()
+        with torch.autocast(x.device.type, enabled=False):  # likelihoods in float32
+            _, z_likelihoods = self.entropy_bottleneck(z)
+        z_hat = z + (entropy.dequantize(self.entropy_bottleneck, z) - z).detach()
+        if self.training:
+            y_hat, scales, means = self.walk(
+                self.hyper(z_hat, in_floats), in_floats,
+                lambda i, scales, means: quantize_ste(y.split(self.slices, 1)[i] - means))
+        else:
+            y_hat, scales, means, _ = self.encode(y, z_hat)
+        with torch.autocast(x.device.type, enabled=False):
+            _, y_likelihoods = self.gaussian_conditional(y, scales.float(), means.float())
+        x_hat = self.g_s(y_hat)
+        return {"x_hat": x_hat, "likelihoods": {"y": y_likelihoods, "z": z_likelihoods}}
+
+    def walk(self, params: Any, run: Run, symbols: Callable[[int, Tensor, Tensor], Tensor]
+             ) -> tuple[Tensor, Tensor, Tensor]:
+        """y_hat, scales, means (B, D, h, w), slice after slice.
+
+        symbols(i, scales, means): y - means of slice i, rounded.
+        """
+        found: list[tuple[Tensor, Tensor]] = []
+        before: list[Tensor] = []
+        for i in range(len(self.slices)):
+            scales, means, support = self.predict(i, params, before, run)
+            if run is not in_floats:
+                means = exact.round_to_grid(means, MEAN_BITS)
+            y_hat = symbols(i, scales, means) + means
+            before.append(self.refine(i, y_hat, support, run))
+            found.append((scales, means))
+        return torch.cat(before, 1), *(torch.cat(t, 1) for t in zip(*found, strict=True))
+
+    # ------------------------------------------------------------------------------------ coding
+    @torch.no_grad()
+    def compress(self, x: Tensor) -> dict[str, Any]:
+        """x as in forward -> {"strings": [y_strings, z_strings], "shape": (H / 64, W / 64)}."""
+        y = tiled(self.g_a, x, down=16, halo=self.halo)
+        z = self.h_a(y)
+        z_strings = entropy.encode_bottleneck(self.entropy_bottleneck, z)
+        z_hat = entropy.dequantize(self.entropy_bottleneck, z)
+        *_, coded = self.encode(y, z_hat)
+        symbols, indexes = (torch.cat([t.flatten(1) for t in column], 1)
+                            for column in zip(*coded, strict=True))
+        y_strings = entropy.encode(symbols, indexes, entropy.Tables.of(self.gaussian_conditional))
+        return {"strings": [y_strings, z_strings], "shape": tuple(z.shape[-2:])}
+
+    @torch.no_grad()
+    def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
+        """Inverse of compress -> {"x_hat": (B, 3, H, W) in [0, 1]}."""
+        y_strings, z_strings = strings
+        z_hat = entropy.decode_bottleneck(self.entropy_bottleneck, z_strings, shape)
+        y_hat = self.decode(y_strings, z_hat)
+        x_hat = tiled(self.g_s, y_hat, up=16, halo=self.halo)
+        return {"x_hat": x_hat.clamp_(0, 1)}
+
+    @torch.no_grad()
+    @torch.compiler.disable
+    def encode(self, y: Tensor, z_hat: Tensor) -> tuple[Tensor, Tensor, Tensor, list]:
+        """y_hat, scales, means (B, D, h, w); (symbols, CDF indexes) of each slice."""
+        coded = []
+        slices = y.to(self.entropy_device or y.device).double().split(self.slices, 1)
+
+        def symbols(i: int, scales: Tensor, means: Tensor) -> Tensor:
+            q = torch.round(slices[i] - means)
+            coded.append((q, exact.scale_indexes(scales, self.gaussian_conditional.scale_table)))
+            return q
+
+        found = self.walk(self.hyper(z_hat.to(slices[0].device), exact.run), exact.run, symbols)
+        return *(t.to(y) for t in found), coded
+
+    @torch.no_grad()
+    def decode(self, strings: list[bytes], z_hat: Tensor) -> Tensor:
+        """y_hat (B, D, h, w) from one string an image; ValueError when one is damaged."""
+        device = self.entropy_device or z_hat.device
+        h, w = (4 * side for side in z_hat.shape[-2:])
+        decoder = entropy.Decoders(strings, sum(self.slices) * h * w,
+                                   entropy.Tables.of(self.gaussian_conditional))
+
+        def symbols(i: int, scales: Tensor, means: Tensor) -> Tensor:
+            indexes = exact.scale_indexes(scales, self.gaussian_conditional.scale_table)
+            return decoder.decode(indexes).to(means)
+
+        y_hat, _, _ = self.walk(self.hyper(z_hat.to(device), exact.run), exact.run, symbols)
+        decoder.finish()
+        return y_hat.to(z_hat)

@@ -1,0 +1,149 @@
+"""Code a folder of images into real files, decode them, and write what they cost and how they look.
+
+    python eval.py                                      bundled small weights, Kodak
+    python eval.py checkpoint /path/to/kodak -a zyc2022-swint-charm --cuda -v -p A.ckpt B.ckpt
+    python eval.py pretrained /path/to/kodak -a zyc2022-swint-charm      the bundled ones of it
+    python eval.py --complexity                         parameters and MACs of all models, by part
+    torchrun --nproc_per_node=4 eval.py ...             images divided over processes
+
+bpp is the size of the file on disk * 8 / original pixels, header included. PSNR and MS-SSIM are
+those of 8-bit images without padding, averaged over images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from common import UserError, compare, data, evaluate, runs
+
+from tbtc.complexity import report
+from tbtc.model import MODELS, TAG, SliceCoder, load
+from tbtc.train import newest_checkpoint, run_folder, versions
+
+HERE = Path(__file__).parent
+SOURCE_STEPS = 1_020_000  # 5,000 epochs of 204 batches
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = runs.Parser(description="Code images for real and measure rate and distortion.")
+    add = parser.add_argument_group("the source's eval_model").add_argument
+    add("source", nargs="?", choices=["pretrained", "checkpoint"],
+        help="bundled weights, or those of -p")
+    add("dataset", nargs="?", help="folder of images; none: Kodak")
+    add("-a", "--architecture", choices=MODELS, help="what the weights must be of")
+    add("-p", "--path", type=Path, nargs="*", help="weights, one point of the curve each")
+    add("-q", "--quality", help="of the bundled weights: lmbdas, separated by commas")
+    add("-c", "--entropy-coder", choices=["ans"], default="ans")
+    add("-m", "--metric", choices=["mse", "ms-ssim"], default="mse",
+        help="part of the JSON's name; both are measured")
+    add("-d", "--output_directory", type=Path, help="folder of the JSON that eval_model writes")
+    add("-o", "--output-file", help="its name, without .json")
+    add("--cuda", action="store_true", help="a GPU must be there (it is used anyway if it is)")
+    add("--half", action="store_true", help="g_a and g_s in float16")
+    add("--entropy-estimation", action="store_true", help="no files: the likelihoods' bits")
+    add("--per-image", action="store_true", help="print each image's row too")
+    add("-v", "--verbose", action="store_true", help="print what is read and done")
+    add("--no-update", action="store_true", help="without effect: tables are the checkpoint's")
+    add = parser.add_argument_group("ours, of this paper").add_argument
+    add("--outdir", default="./output", help="bitstreams and decoded images")
+    add("--resultdir", default="./results", help="JSON, CSV, plot")
+    add("--test_batch_size", type=runs.positive_int, default=1, help="images of equal size")
+    add("--entropy_device", default="cpu", help="where h_s and contexts run when coding")
+    evaluate.add_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = flags().parse_args(argv)
+    device = runs.start("cuda" if args.cuda else args.device, threads=args.threads)
+    entropy_device = runs.usable(args.entropy_device)
+    if args.complexity:
+        print(report([args.architecture] if args.architecture else list(MODELS)))
+        return
+    images = data.list_images(args.dataset or data.KODAK)
+    curves = []
+    for name, checkpoints in find_checkpoints(args).items():
+        points = []
+        for checkpoint in checkpoints:
+            model = load(checkpoint, device)
+            if args.architecture not in (None, model.name):
+                raise UserError(f"{checkpoint}: holds weights of {model.name}, not of "
+                                f"-a {args.architecture}")
+            model.entropy_device = entropy_device
+            if args.half:
+                for part in (model.g_a, model.g_s):
+                    evaluate.in_half(part, device)
+            if args.verbose and runs.rank() == 0:
+                print(f"{checkpoint}: {model.name}, {sum(p.numel() for p in model.parameters()):,}"
+                      f" parameters; {len(images)} images", flush=True)
+            points.append(measure(model, images, name, checkpoint, args))
+        curves.append(evaluate.merge(points))
+    if runs.rank() == 0:
+        compare.report(curves, HERE / "results" / "published.json", images, Path(args.resultdir),
+                       "TBTC")
+        if args.per_image:
+            print(json.dumps(curves[0]["per_image"], indent=1))
+        if args.source:
+            as_eval_model(curves[0], args)
+
+
+def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
+    """What to evaluate, by the name of its curve: bundled weights have one for each model."""
+    if args.source == "checkpoint" and not args.path:
+        raise UserError("checkpoint: name weights with -p")
+    if args.path and args.source != "checkpoint":
+        raise UserError("-p: goes with `checkpoint DATASET`")
+    if paths := args.path or args.checkpoint:
+        return {paths[0].stem if len(paths) == 1 else paths[0].parent.name: paths}
+    bundled: dict[str, list[Path]] = {}
+    for path in sorted((HERE / "weights").glob("small-*.pth")):
+        name, lmbda = path.stem.removeprefix("small-").rsplit("-", 1)
+        wanted = args.architecture in (None, f"zyc2022-{name}", name)
+        if wanted and (args.quality is None or lmbda in args.quality.split(",")):
+            bundled.setdefault(name, []).append(path)
+    if args.reproduce:
+        if not args.config:
+            raise UserError("--reproduce needs --config, the file that the run was trained with")
+        folder = run_folder(runs.read_yaml(args.config))
+        have = versions(folder)
+        newest = newest_checkpoint(have[-1]) if have else None
+        if newest is None:
+            raise UserError(f"{folder}: holds no trained model; run train.py --config first")
+        return {args.config.stem: [newest], **bundled}
+    if not bundled:
+        raise UserError("no bundled weights of this -a and -q; name others: checkpoint DATASET -p")
+    return bundled
+
+
+def measure(model: SliceCoder, images: list[Path], name: str, checkpoint: Path,
+            args: argparse.Namespace) -> dict[str, Any]:
+    """One operating point."""
+    config = model.info.get("config", {})
+    meta = {"model": model.name, "quality": config.get("quality"), "steps_source": SOURCE_STEPS}
+    meta = {key: value for key, value in meta.items() if value is not None}
+    if args.entropy_estimation:
+        return evaluate.estimated(model, images, f"{name}-estimated", model.downsampling_factor,
+                                  meta | {"lmbda": config.get("lmbda")})
+    out = evaluate.folder_of(args.outdir, name, checkpoint)
+    return evaluate.evaluate(model, images, TAG, name, str(checkpoint.name), out,
+                             args.test_batch_size, meta)
+
+
+def as_eval_model(curve: dict[str, Any], args: argparse.Namespace) -> None:
+    """What CompressAI's eval_model prints and writes."""
+    kind = "entropy estimation" if args.entropy_estimation else args.entropy_coder
+    keys = ("psnr-rgb", "ms-ssim-rgb", "bpp", "encoding_time", "decoding_time")
+    name = args.architecture or curve["name"]
+    text = json.dumps({"name": f"{name}-{args.metric}", "description": f"Inference ({kind})",
+                       "results": {key: curve["results"][key] for key in keys}}, indent=2)
+    print(text)
+    if args.output_directory or args.output_file:
+        file = args.output_file or f"{name}-{args.metric}-{args.entropy_coder}"
+        runs.write_atomic((args.output_directory or Path()) / f"{file}.json", f"{text}\n".encode())
+
+
+if __name__ == "__main__":
+    runs.cli(main)

@@ -1,0 +1,194 @@
+"""Transformer-based transform coding, Y. Zhu, Y. Yang, T. Cohen, ICLR 2022 (OpenReview
+IDwN6xjHnK8): {Conv, SwinT} transforms x {Hyperprior, ChARM}. ChARM is Minnen and Singh's
+channel-wise prior (ICIP 2020, arXiv:2007.08739). The fifth model, TCM, is in tcm.py.
+
+State-dict keys are those of ali-zafari/TBTC. What is exact when coding: h_s and ChARM's networks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from common import UserError, runs
+
+import torch
+from compressai.layers import GDN
+from compressai.models.utils import conv, deconv
+from torch import Tensor, nn
+
+from tbtc.coder import Run, SliceCoder
+from tbtc.swin import SwinAnalysis, SwinSynthesis
+from tbtc.tcm import TCM
+
+TAG = b"tbtc"  # names this paper in the header of its files
+SLICE = 32  # channels of a slice of ChARM
+DEPTHS, HYPER_DEPTHS = (2, 2, 6, 2), (5, 1)  # blocks of g_a's and h_a's stages
+WINDOW, HYPER_WINDOW = 8, 4
+SIZES = {  # D, Hd of Conv; C1 ... C4, C5, C6 of SwinT; N of TCM. XS is ours, for a CPU
+    "XS": ((96, 64), (32, 64, 96, 96, 64, 64), 32),
+    "S": ((192, 128), (96, 128, 160, 192, 96, 128), 64),
+    "M": ((320, 192), (128, 192, 256, 320, 192, 192), 96),
+    "L": ((448, 256), (160, 256, 352, 448, 192, 256), 128),
+}
+ZOO = {f"zyc2022-{t}-{p}": (t, p) for t in ("conv", "swint") for p in ("hyperprior", "charm")}
+MODELS = (*ZOO, "tcm")
+CHARM_WIDTHS = ("src", "paper")
+SPLITS = ("pre", "post")
+
+
+# -------------------------------------------------------------------------------------- transforms
+def conv_transforms(D: int, Hd: int) -> dict[str, nn.Module]:
+    """g_a, g_s, h_a, h_s of the Conv models: Minnen et al. 2018, with as many channels all over."""
+    return {
+        "g_a": nn.Sequential(conv(3, D), GDN(D), conv(D, D), GDN(D), conv(D, D), GDN(D),
+                             conv(D, D)),
+        "g_s": nn.Sequential(deconv(D, D), GDN(D, inverse=True), deconv(D, D),
+                             GDN(D, inverse=True), deconv(D, D), GDN(D, inverse=True),
+                             deconv(D, 3)),
+        "h_a": nn.Sequential(conv(D, Hd, 3, 1), nn.ReLU(), conv(Hd, Hd), nn.ReLU(), conv(Hd, Hd)),
+        "h_s": nn.Sequential(deconv(Hd, Hd), nn.ReLU(), deconv(Hd, Hd), nn.ReLU(),
+                             conv(Hd, 2 * D, 3, 1)),
+    }
+
+
+def swin_transforms(dims: tuple[int, ...], heads: int | None, split: str) -> dict[str, nn.Module]:
+    """g_a, g_s, h_a, h_s of the SwinT models (Figure 2; widths in Table 4 of the appendix)."""
+    main, hyper = dims[:4], dims[4:]
+    return {
+        "g_a": SwinAnalysis(3, main, DEPTHS, WINDOW, heads),
+        "g_s": SwinSynthesis(main[::-1], 3, DEPTHS[::-1], WINDOW, heads, split),
+        "h_a": SwinAnalysis(main[3], hyper, HYPER_DEPTHS, HYPER_WINDOW, heads, "patch_merger"),
+        "h_s": SwinSynthesis(hyper[::-1], 2 * main[3], HYPER_DEPTHS[::-1], HYPER_WINDOW, heads,
+                             split),
+    }
+
+
+class SliceNet(nn.Module):
+    """Mean or scale of one slice (B, 32, h, w) from its own 32 channels of the hyper parameters
+    and the slices before it (B, 32 * i, h, w): three 3x3 convolutions.
+    """
+
+    def __init__(self, i: int, widths: str = "src"):
+        """widths: hidden ones interpolated from input to output, rounded as the PyTorch code does
+        ("src") or as the authors' log says ("paper").
+        """
+        super().__init__()
+        inputs = SLICE * (i + 1)
+        if widths == "src":
+            a, b = (k * (SLICE - inputs) // 3 + inputs for k in (1, 2))
+        else:
+            a, b = (k * (max(inputs, 2 * SLICE) + SLICE) // 3 for k in (2, 1))
+        self.layers = nn.Sequential(nn.Conv2d(inputs, a, 3, padding=1), nn.ReLU(),
+                                    nn.Conv2d(a, b, 3, padding=1), nn.ReLU(),
+                                    nn.Conv2d(b, SLICE, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+    def exact(self, x: Tensor, run: Any) -> Tensor:
+        return run(self.layers, x)
+
+
+# ------------------------------------------------------------------------------------------ models
+class ZYC2022(SliceCoder):
+    """One of the four models. ChARM, slice i of D / 32 (Figure 3 of the appendix):
+
+        params --- scales_i (32,h,w) --+--> charm_scale_transforms.i --> scales
+            \\                          |
+             \\---- means_i (32,h,w) ---|--+--> charm_mean_transforms.i --> means
+                                       |  |                                 |
+           y_hat of slices 0 ... i-1 --+--+     y_hat_i = round(y_i - means) + means
+    """
+
+    def __init__(self, transform: str = "swint", prior: str = "charm",
+                 widths: tuple[int, ...] = SIZES["M"][1], charm_widths: str = "src",
+                 split: str = "pre", heads: int | None = None):
+        """widths: (D, Hd) of conv, (C1, ..., C6) of swint. heads: None for channels / 32."""
+        channels, hyper = widths[0 if transform == "conv" else 3], widths[-1]
+        slices = [SLICE] * (channels // SLICE) if prior == "charm" else [channels]
+        if sum(slices) != channels:
+            raise UserError(f"ChARM codes slices of {SLICE} channels; {channels} is no multiple")
+        super().__init__(slices, hyper)
+        self.name, self.N, self.M = f"zyc2022-{transform}-{prior}", hyper, channels
+        parts = (conv_transforms(*widths) if transform == "conv"
+                 else swin_transforms(widths, heads, split))
+        for name, part in parts.items():
+            self.add_module(name, part)
+        if transform == "swint":
+            self.halo = 48  # what its 12 blocks see: 14 + 21 + 4 + 2 latents, in whole windows
+        self.charm = prior == "charm"
+        if self.charm:
+            for name in ("charm_mean_transforms", "charm_scale_transforms"):
+                nets = nn.ModuleList(SliceNet(i, charm_widths) for i in range(len(slices)))
+                self.add_module(name, nets)
+
+    @property
+    def exact_parts(self) -> tuple[str, ...]:
+        return ("h_s", *(("charm_mean_transforms", "charm_scale_transforms") if self.charm else ()))
+
+    def hyper(self, z_hat: Tensor, run: Run) -> tuple:
+        scales, means = run(self.h_s, z_hat).chunk(2, 1)  # scales first
+        return scales.split(self.slices, 1), means.split(self.slices, 1)
+
+    def predict(self, i: int, params: tuple, before: list[Tensor], run: Run
+                ) -> tuple[Tensor, Tensor, None]:
+        scales, means = (part[i] for part in params)
+        if self.charm:
+            scales = run(self.charm_scale_transforms[i], torch.cat([scales, *before], 1))
+            means = run(self.charm_mean_transforms[i], torch.cat([means, *before], 1))
+        return scales, means, None
+
+    @classmethod
+    def from_state_dict(cls, state_dict: dict[str, Tensor]) -> SliceCoder:
+        """Build what the weights are of, TCM or any size of the four, and load them, strictly."""
+        if "h_mean_s.0.subpel_conv.0.weight" in state_dict:
+            return TCM.from_state_dict(state_dict)
+        state_dict = {key: value for key, value in state_dict.items()
+                      if not key.endswith(("relative_position_index", "attn_mask"))}
+        options: dict[str, Any] = {
+            "prior": "charm" if "charm_mean_transforms.0.layers.0.weight" in state_dict
+            else "hyperprior"}
+        if "g_a.0.weight" in state_dict:
+            D, Hd = (len(state_dict[f"{key}.weight"]) for key in ("g_a.0", "h_a.0"))
+            options |= {"transform": "conv", "widths": (D, Hd)}
+        else:
+            names = [f"g_a.layers.{i}" for i in range(4)] + [f"h_a.layers.{i}" for i in range(2)]
+            block = "blocks.0.norm1.weight"
+            widths = tuple(len(state_dict[f"{name}.{block}"]) for name in names)
+            heads = state_dict["g_a.layers.3.blocks.0.attn.relative_position_bias_table"].shape[1]
+            norm = state_dict["g_s.layers.0.downsample.norm.weight"]
+            options |= {"transform": "swint", "widths": widths,
+                        "heads": None if heads == widths[3] // 32 else heads,
+                        "split": "pre" if len(norm) == widths[3] else "post"}
+        if options["prior"] == "charm":
+            a = len(state_dict["charm_mean_transforms.1.layers.0.weight"])
+            options["charm_widths"] = "src" if a == 53 else "paper"
+        net = cls(**options)
+        net.load_state_dict(state_dict)
+        return net
+
+
+def build(model: str = "zyc2022-swint-charm", quality: str = "M", charm_widths: str = "src",
+          split: str = "pre", num_heads: int | None = None) -> SliceCoder:
+    """A new model: its name in the source's zoo, and a size: S, M, L, or our XS.
+
+    charm_widths: of ChARM's networks, "src" (PyTorch code) or "paper"; split: where g_s and h_s
+    have their norms, "pre" (PyTorch) or "post" (TensorFlow, paper). num_heads: None for channels
+    / 32, as the paper; 4 for weights of the first PyTorch code.
+    """
+    if quality not in SIZES:
+        raise UserError(f"quality {quality}: choose a size, {', '.join(SIZES)}")
+    if model not in MODELS:
+        raise UserError(f"model {model}: choose from {', '.join(MODELS)}")
+    conv_widths, swin_widths, N = SIZES[quality]
+    if model == "tcm":
+        return TCM(N, *((160, 96) if quality == "XS" else ()))
+    transform, prior = ZOO[model]
+    return ZYC2022(transform, prior, conv_widths if transform == "conv" else swin_widths,
+                   charm_widths, split, num_heads)
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> SliceCoder:
+    """A model from a checkpoint or a bare state dict, ours or the source's, ready to code."""
+    return runs.load_model(path, ZYC2022, device)

@@ -1,0 +1,221 @@
+"""Learned image compression with mixed Transformer-CNN architectures (TCM), J. Liu, H. Sun, J.
+Katto, CVPR 2023 (arXiv:2303.14978): half of the channels go through a residual block, half through
+a Swin block; five slices, with attention over what predicts them and a predicted residual.
+
+State-dict keys are those of jmliu206/LIC_TCM, but in the Swin blocks (`_renamed`). What is exact
+when coding: both h_s, attention, entropy parameters and latent residual prediction.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from common import UserError, exact
+
+import torch
+from compressai.layers import (
+    GDN,
+    AttentionBlock,
+    ResidualBlock,
+    ResidualBlockUpsample,
+    ResidualBlockWithStride,
+    conv1x1,
+    conv3x3,
+    subpel_conv3x3,
+)
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from tbtc.coder import Run, SliceCoder
+from tbtc.swin import Block, WindowAttention
+
+SLICES = 5
+HEADS = (8, 16, 32)  # channels of a head in g_a's stages; g_s the other way round
+WINDOW, HYPER_WINDOW = 8, 4
+# of the source's Swin blocks, and here
+SWIN_KEYS = (("ln1.", "norm1."), ("ln2.", "norm2."), ("mlp.0.", "mlp.fc1."),
+             ("mlp.2.", "mlp.fc2."), ("msa.embedding_layer.", "attn.qkv."),
+             ("msa.linear.", "attn.proj."),
+             ("msa.relative_position_params", "attn.relative_position_bias_table"))
+
+
+class SwinBlock(Block):
+    """Block on (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def exact(self, x: Tensor, run: Any) -> Tensor:
+        return super().exact(x.permute(0, 2, 3, 1), run).permute(0, 3, 1, 2)
+
+
+class ConvTransBlock(nn.Module):
+    """(B, 2N, H, W) -> the same: a residual block on one half, a Swin block on the other (Fig. 3)."""
+
+    def __init__(self, N: int, head_dim: int, window: int, shift: int):
+        super().__init__()
+        self.trans_block = SwinBlock(N, window, shift, head_dim=head_dim)
+        self.conv1_1, self.conv1_2 = nn.Conv2d(2 * N, 2 * N, 1), nn.Conv2d(2 * N, 2 * N, 1)
+        self.conv_block = ExactResidualBlock(N, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, trans = self.conv1_1(x).chunk(2, 1)
+        conv = self.conv_block(conv) + conv
+        return x + self.conv1_2(torch.cat([conv, self.trans_block(trans)], 1))
+
+    def exact(self, x: Tensor, run: Any) -> Tensor:
+        conv, trans = run(self.conv1_1, x).chunk(2, 1)
+        conv = run(self.conv_block, conv) + conv
+        return x + run(self.conv1_2, torch.cat([conv, run(self.trans_block, trans)], 1))
+
+
+class ExactResidualBlock(ResidualBlock):
+    def exact(self, x: Tensor, run: Any) -> Tensor:
+        return run([self.conv1, self.leaky_relu, self.conv2, self.leaky_relu], x) + x
+
+
+class ExactUpsample(ResidualBlockUpsample):
+    def __init__(self, in_ch: int, out_ch: int):
+        super().__init__(in_ch, out_ch, 2)
+        self.igdn = ExactIGDN(out_ch, inverse=True)
+
+    def exact(self, x: Tensor, run: Any) -> Tensor:
+        return run([self.subpel_conv, self.leaky_relu, self.conv, self.igdn], x) + (
+            run(self.upsample, x))
+
+
+class ExactIGDN(GDN):
+    """Inverse GDN with a fixed-point form: its sums run over integers."""
+
+    def exact(self, x: Tensor, run: Any) -> Tensor:
+        beta = self.beta_reparam(self.beta).detach().double().view(-1, 1, 1)
+        gamma = self.gamma_reparam(self.gamma).detach().double()
+        gamma = exact.round_to_grid(gamma, 20)
+        if float(gamma.sum(1).max()) >= 2**9:
+            raise UserError("GDN cannot be computed exactly: its gamma is too large")
+        squares = exact.round_to_grid(x.clamp(-256, 256).square(), 8)
+        return x * torch.sqrt(torch.matmul(gamma, squares.flatten(2)).view_as(squares) + beta)
+
+
+class SWAtten(AttentionBlock):
+    """Attention over the support of a slice (Fig. 5): a gate that sees windows, and a skip."""
+
+    def __init__(self, channels: int, inner: int, head_dim: int = 16):
+        super().__init__(inner)
+        self.in_conv, self.out_conv = conv1x1(channels, inner), conv1x1(inner, channels)
+        self.non_local_block = nn.ModuleDict({
+            f"block_{1 + i}": SwinBlock(inner, WINDOW, i * WINDOW // 2, head_dim=head_dim)
+            for i in range(2)})
+        self.gate = nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.in_conv(x)
+        z = x
+        for block in self.non_local_block.values():
+            z = block(z)
+        return self.out_conv(self.conv_a(x) * self.gate(self.conv_b(z)) + x)
+
+    def exact(self, x: Tensor, run: Any) -> Tensor:
+        x = run(self.in_conv, x)
+        z = run(list(self.non_local_block.values()), x)
+
+        def branch(layers: nn.Sequential, x: Tensor) -> Tensor:
+            for layer in layers:  # CompressAI's residual units, and a last 1x1
+                x = (run(layer, x) if isinstance(layer, nn.Conv2d)
+                     else (run(layer.conv, x) + x).clamp_min(0))
+            return x
+
+        gated = branch(self.conv_a, x) * run(self.gate, branch(self.conv_b, z))
+        return run(self.out_conv, gated + x)
+
+
+class TCM(SliceCoder):
+    """Means and scales of slice i from all hyper parameters and all slices before it:
+
+        h_mean_s -> (M,h,w) --+-> atten_mean.i -> support -+-> cc_mean_transforms.i -> means
+        y_hat_0 ... y_hat_i-1-+                            |
+        round(y_i - means) + means ------------------------+-> lrp_transforms.i -> 0.5 tanh: y_hat_i
+
+    and the same with h_scale_s, atten_scale, cc_scale_transforms for the scales.
+    """
+
+    def __init__(self, N: int = 128, M: int = 320, Hd: int = 192):
+        """2N: width of the transforms; M, Hd: channels of y, z."""
+        super().__init__([M // SLICES] * SLICES, Hd)
+        self.name, self.N, self.M = "tcm", N, M
+        self.halo = 16  # what g_a's blocks see: 6 + 3 + 2 latents, in whole windows
+
+        def blocks(head_dim: int, window: int = WINDOW) -> list[nn.Module]:
+            return [ConvTransBlock(N, head_dim, window, shift) for shift in (0, window // 2)]
+
+        a, b, c = HEADS
+        down, up = (lambda: ResidualBlockWithStride(2 * N, 2 * N, 2),
+                    lambda: ResidualBlockUpsample(2 * N, 2 * N, 2))
+        self.g_a = nn.Sequential(ResidualBlockWithStride(3, 2 * N, 2), *blocks(a), down(),
+                                 *blocks(b), down(), *blocks(c), conv3x3(2 * N, M, stride=2))
+        self.g_s = nn.Sequential(ResidualBlockUpsample(M, 2 * N, 2), *blocks(c), up(),
+                                 *blocks(b), up(), *blocks(a), subpel_conv3x3(2 * N, 3, 2))
+        self.h_a = nn.Sequential(ResidualBlockWithStride(M, 2 * N, 2), *blocks(c, HYPER_WINDOW),
+                                 conv3x3(2 * N, Hd, stride=2))
+        for name in ("h_mean_s", "h_scale_s"):
+            self.add_module(name, nn.Sequential(
+                ExactUpsample(Hd, 2 * N), *blocks(c, HYPER_WINDOW), subpel_conv3x3(2 * N, M, 2)))
+
+        def net(inputs: int) -> nn.Sequential:
+            return nn.Sequential(conv3x3(inputs, 7 * M // 10), nn.GELU(),
+                                 conv3x3(7 * M // 10, 2 * M // 5), nn.GELU(),
+                                 conv3x3(2 * M // 5, M // SLICES))
+
+        supports = [M + sum(self.slices[:i]) for i in range(SLICES)]
+        for name in ("mean", "scale"):
+            self.add_module(f"atten_{name}", nn.ModuleList(
+                nn.Sequential(SWAtten(s, 2 * M // 5)) for s in supports))
+            self.add_module(f"cc_{name}_transforms", nn.ModuleList(map(net, supports)))
+        self.lrp_transforms = nn.ModuleList(net(s + M // SLICES) for s in supports)
+        self.tanh = nn.Tanh()
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, WindowAttention):
+                trunc_normal_(module.relative_position_bias_table, std=0.02)
+
+    exact_parts = ("h_mean_s", "h_scale_s", "atten_mean", "atten_scale", "cc_mean_transforms",
+                   "cc_scale_transforms", "lrp_transforms")
+
+    def hyper(self, z_hat: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+        return run(self.h_scale_s, z_hat), run(self.h_mean_s, z_hat)
+
+    def predict(self, i: int, params: tuple, before: list[Tensor], run: Run
+                ) -> tuple[Tensor, Tensor, Tensor]:
+        scale_support, mean_support = (torch.cat([part, *before], 1) for part in params)
+        scales = run(self.cc_scale_transforms[i], run(self.atten_scale[i], scale_support))
+        support = run(self.atten_mean[i], mean_support)
+        return scales, run(self.cc_mean_transforms[i], support), support
+
+    def refine(self, i: int, y_hat: Tensor, support: Tensor, run: Run) -> Tensor:
+        residual = run(self.lrp_transforms[i], torch.cat([support, y_hat], 1))
+        return y_hat + 0.5 * run(self.tanh, residual)
+
+    @classmethod
+    def from_state_dict(cls, state_dict: dict[str, Tensor]) -> TCM:
+        """Build with the N, M of the weights (ours or the source's) and load them, strictly."""
+        net = cls(len(state_dict["g_a.0.conv1.weight"]) // 2,
+                  len(state_dict["cc_mean_transforms.0.4.weight"]) * SLICES,
+                  len(state_dict["entropy_bottleneck.quantiles"]))
+        net.load_state_dict(_renamed(state_dict))
+        return net
+
+
+def _renamed(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The source's Swin blocks in our names; biases (heads, 2w - 1, 2w - 1) -> (offsets, heads)."""
+    result = {}
+    for key, value in state_dict.items():
+        for theirs, ours in SWIN_KEYS:
+            key, found = re.subn(rf"(trans_block|block_[12])\.{re.escape(theirs)}", rf"\1.{ours}",
+                                 key)
+            if found and theirs.endswith("params"):
+                value = value.flatten(1).t()
+        result[key] = value
+    return result

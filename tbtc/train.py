@@ -1,0 +1,379 @@
+"""Train one of the four models of Zhu et al., or TCM.
+
+    python train.py -c "first run"                       the source's configuration
+    python train.py --config quick.yaml                  small, on the bundled photographs
+    python train.py --model zyc2022-conv-charm --quality S --lmbda 0.0067 --dataset_directory /path
+    torchrun --nproc_per_node=2 train.py --scale_lr ...  several processes; or --devices 0 1
+
+The source has its settings in a Python class; here they are flags and YAML keys of the same names.
+A run goes to ckpt/<model>-lambda=<lmbda>-beta=<beta>/lightning_logs/version_<n>/: hparams.yaml,
+model.txt, TensorBoard events, log.txt, checkpoints/. `--resume` continues the newest version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from common import UserError, data, runs
+from common.loss import RateDistortionLoss
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from tbtc.model import CHARM_WIDTHS, MODELS, SIZES, SPLITS, SliceCoder, build
+
+HERE = Path(__file__).parent
+LATEST = "latest.ckpt"
+PRECISIONS = {"auto": "auto", "bf16": "bf16", "fp32": "fp32", "32-true": "fp32", "32": "fp32",
+              "bf16-mixed": "bf16"}  # ours, and Lightning's names
+SAME_RUN = ("model", "quality", "charm_widths", "split", "num_heads", "lmbda", "beta", "metric",
+            "train_batch_size", "train_patch_size", "net_lr", "aux_lr", "scale_lr", "optimizer",
+            "lr_schedule", "warmup", "decay_at", "gradient_clip_norm", "quantiles",
+            "quantiles_every", "ema", "ema_decay", "flip", "images", "steps_per_epoch", "seed")
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = runs.Parser(description="Train a transform coder with a hyperprior or ChARM, or TCM.")
+    add = parser.add_argument_group("the source's flag and settings").add_argument
+    add("-c", "--comment", default="", help="free text, kept in hparams.yaml")
+    add("--model", choices=MODELS, default="zyc2022-swint-charm")
+    add("--quality", choices=list(SIZES), default="M", help="size of the network, not of the rate")
+    add("--lmbda", type=runs.positive_float, help="loss: lmbda * 255^2 * MSE + bpp; without --beta "
+        "0.01")
+    add("--beta", type=runs.positive_float, help="in place of lmbda: 255^2 * MSE + beta * bits")
+    add("--dataset_directory", "--dataset", help="folder with train/ and valid/ or test/, folder "
+        "of images, tar shards; none: bundled photographs, Kodak")
+    add("--train_batch_size", type=runs.positive_int, default=8, help="of each process")
+    add("--valid_batch_size", type=runs.positive_int, default=1)
+    add("--train_patch_size", type=runs.positive_int, nargs="+", default=[256], help="crops")
+    add("--valid_patch_size", type=runs.positive_int, nargs="+", default=[1024],
+        help="central crops; of smaller images the whole")
+    add("--num_workers", type=runs.count, default=8, help="data loader processes")
+    for name in ("pin_memory", "persistent_workers"):
+        add(f"--{name}", action=argparse.BooleanOptionalAction, help="without effect: chosen here")
+    add("--accelerator", choices=["auto", "gpu", "cpu"], default="auto")
+    add("--devices", type=runs.count, nargs="+", default=[0], help="GPUs; several: a process each")
+    add("--strategy", default="auto", help="without effect: DDP if there are several processes")
+    add("--num_epochs", type=runs.positive_int, default=5000)
+    add("--seed", type=runs.seed_number, default=10, help="of weights, noise, crops")
+    add("--net_lr", type=runs.positive_float, default=1e-4)
+    add("--aux_lr", type=runs.positive_float, default=1e-4, help="of the quantiles")
+    add("--validation_cadence", type=runs.positive_int, default=10, help="epochs")
+    add("--gradient_clip_norm", type=float, default=10.0, help="0: none")
+    add("--checkpoint_to_resume", "--ckpt_path", type=Path, help="continue from it as a new version")
+    add("--log_cadence", type=runs.positive_int, default=25, help="steps")
+    add("--float32_matmul_precision", choices=["highest", "high", "medium"])
+    add("--ema", action=argparse.BooleanOptionalAction, default=False,
+        help="average the weights, validate and code with the average")
+    add("--precision", choices=list(PRECISIONS), default="auto",
+        help="of training; auto: bf16 where the hardware has it")
+    add = parser.add_argument_group("the source's fork and other variants").add_argument
+    add("--ema_decay", type=runs.positive_float, default=0.999)
+    add("--quantiles", choices=["optimizer", "periodic"], default="optimizer",
+        help="periodic: solved for every --quantiles_every steps, as the fork does")
+    add("--quantiles_every", type=runs.positive_int, default=1800, help="steps")
+    add("--warmup", type=float, default=0.0, help="share of the steps; the fork: 0.01")
+    add("--decay_at", type=float, default=0.9, help="share of the steps; then a tenth of the rate")
+    add("--lr_schedule", choices=["step", "cosine", "constant"], default="step")
+    add("--scale_lr", action=argparse.BooleanOptionalAction, default=False,
+        help="net_lr times processes * train_batch_size / 16, as the fork")
+    add("--charm_widths", choices=CHARM_WIDTHS, default="src", help="of ChARM's networks")
+    add("--split", choices=SPLITS, default="pre", help="norms of SwinT's decoders: PyTorch, paper")
+    add("--num_heads", type=runs.positive_int, help="none: channels / 32; first PyTorch code: 4")
+    add("--ckpt_dir", type=Path, default=Path("ckpt"), help="where runs are kept")
+    runs.add_flags(parser, lr_schedule="step", without=(
+        "--aux-lr", "--lr-schedule", "--milestones", "--clip-max-norm", "--patch-size",
+        "--test-every", "--save-every", "--seed", "--precision"))
+    parser.set_defaults(flip=False)
+    parser.add_argument("--check_time", type=runs.minutes, default=10,
+                        help="minutes between saves within an epoch")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = check(runs.parse(flags(), argv))
+    runs.launch(" ".join(map(str, args.devices)))
+    wanted = {"gpu": "cuda", "cpu": "cpu", "auto": args.device}[args.accelerator]
+    device = runs.start(wanted, args.seed, args.threads)
+    if args.float32_matmul_precision:
+        torch.set_float32_matmul_precision(args.float32_matmul_precision)
+
+    # data
+    items = data.find_items(args.dataset_directory)
+    crops = data.Crops(items, args.train_patch_size, args.seed, args.flip)
+    batch = args.train_batch_size
+    args.steps_per_epoch = args.steps_per_epoch or max(1, len(items) // (batch * runs.world()))
+    args.images, per_epoch = data.digest(items), args.steps_per_epoch
+    test_images = validation_images(args)
+
+    # model, optimisers, schedule
+    model = build(args.model, args.quality, args.charm_widths, args.split, args.num_heads)
+    model = model.to(device, memory_format=torch.channels_last)
+    net = runs.parallel(model, args.compile)
+    ema = EMA(model, args.ema_decay) if args.ema else None
+    lr = args.net_lr * (runs.world() * batch / 16 if args.scale_lr else 1)
+    optimizer, aux_optimizer = runs.optimizers(model, args.optimizer, lr, args.aux_lr)
+    scheduler = schedule(optimizer, args)
+    criterion = RateDistortionLoss(args.lmbda, args.metric, args.beta)
+
+    # resume
+    folder, before = version(args)
+    log = runs.Log(folder, args.num_epochs * per_epoch)
+    parts = {"model": model, "optimizer": optimizer, "aux_optimizer": aux_optimizer,
+             "scheduler": scheduler, "log": log} | ({"averaged": ema} if ema else {})
+    checkpoints = Checkpoints(folder / "checkpoints", parts, vars(args), SAME_RUN,
+                              "a new one without --resume, or another --ckpt_dir")
+    step, best, kept = 0, math.inf, ""
+    if before is not None:
+        state = checkpoints.resume(before)
+        step, best, kept = state["step"], state["best"], state.get("kept", "")
+        kept = kept if (checkpoints.folder / kept).is_file() else ""
+    log.begin(step)
+    if runs.rank() == 0:
+        text = yaml.safe_dump(plain(vars(args)), sort_keys=False)
+        runs.write_atomic(folder / "hparams.yaml", text.encode())
+        runs.write_atomic(folder / "model.txt", f"{model}\n".encode())
+        print(text.strip())
+        print(f"{len(items)} training images"
+              f"{'' if args.dataset_directory else ' (bundled photographs)'}, {per_epoch} steps an "
+              f"epoch, on {runs.describe(device)}, to {folder}", flush=True)
+        if step >= args.num_epochs * per_epoch:
+            print(f"nothing to do: this run has its {args.num_epochs} epochs already (--num_epochs)")
+
+    saved = time.monotonic()
+    for epoch in range(step // per_epoch, args.num_epochs):
+        model.train()
+        last_step = (epoch + 1) * per_epoch
+        for images in data.loader(crops, step, last_step, batch, runs.rank(), runs.world(),
+                                  args.num_workers):
+            x = data.to_float(images.to(device, non_blocking=True))
+            x = x.contiguous(memory_format=torch.channels_last)
+            with runs.autocast(device, PRECISIONS[args.precision]):
+                output = net(x)
+            losses = criterion(output, x)
+
+            optimizer.zero_grad()
+            aux_optimizer.zero_grad()
+            losses["loss"].backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(
+                runs.main_parameters(model).values(), args.gradient_clip_norm or math.inf)
+            runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
+            rate = optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            scheduler.step()
+            aux_loss = model.aux_loss()
+            if args.quantiles == "optimizer":
+                aux_loss.backward()
+                aux_optimizer.step()
+            elif step % args.quantiles_every == 0:
+                checkpoints.update_tables(step, settle=True)
+            if ema:
+                ema.update(model)
+
+            step += 1
+            psnr = 10 * math.log10(255**2 / max(float(losses["mse"]), 1e-6))
+            log.step(step, {**losses, "psnr": psnr, "aux": aux_loss, "grad_norm": grad_norm,
+                            "lr": rate}, args.log_cadence)
+            due = step % 20 == 0 and time.monotonic() - saved > 60 * args.check_time
+            if step < last_step and runs.agree(due):
+                checkpoints.save(LATEST, epoch, step, best=best, kept=kept)
+                saved = time.monotonic()
+
+        means = log.means()
+        line = f"epoch {epoch}  step {step}  train loss {means['loss']:.4f} bpp {means['bpp']:.4f}"
+        last, found, better = epoch + 1 == args.num_epochs, {}, False
+        if last:
+            checkpoints.update_tables(step, settle=True)
+        if (epoch + 1) % args.validation_cadence == 0 or last:
+            found = validate(ema.model if ema else model, test_images, args, criterion, device)
+            better = found["loss"] < best
+            log.scalars("valid", found, step)
+            line += (f"  valid loss {found['loss']:.4f} bpp {found['bpp']:.4f} "
+                     f"psnr {found['psnr']:.2f}")
+        if better:
+            best, old = found["loss"], kept
+            kept = f"epoch={epoch}-val_loss={best:.4f}-best.ckpt"
+            checkpoints.save(kept, epoch, step, best=best, kept=kept, test=found)
+            checkpoints.discard([old] if old != kept else [])
+        name = f"epoch={epoch}-loss={means['loss']:.4f}-last.ckpt"
+        checkpoints.save(name, epoch, step, best=best, kept=kept, test=found)
+        checkpoints.discard([p.name for p in checkpoints.folder.glob("*-last.ckpt")
+                             if p.name != name] + [LATEST])
+        saved = time.monotonic()
+        log.line(line)
+    log.close()
+
+
+def check(args: argparse.Namespace) -> argparse.Namespace:
+    """Refuse what cannot be meant; one number of a patch size is both sides."""
+    if args.lmbda and args.beta:
+        raise UserError("--lmbda and --beta: exactly one of the two weighs rate and distortion")
+    if not args.lmbda and not args.beta:
+        args.lmbda = 0.01
+    for key in ("train_patch_size", "valid_patch_size"):
+        sizes = getattr(args, key)
+        if len(sizes) > 2:
+            raise UserError(f"--{key} {sizes}: give one side, or height and width")
+        setattr(args, key, list(sizes if len(sizes) == 2 else 2 * sizes))
+    factor = SliceCoder.downsampling_factor
+    if any(side % factor for side in args.train_patch_size):
+        raise UserError(f"--train_patch_size {args.train_patch_size}: give multiples of {factor}")
+    if not 0 <= args.warmup < args.decay_at <= 1:
+        raise UserError(f"--warmup {args.warmup} --decay_at {args.decay_at}: shares of the run, "
+                        "the first the smaller one")
+    if not 0 <= args.gradient_clip_norm < math.inf:
+        raise UserError(f"--gradient_clip_norm {args.gradient_clip_norm}: give 0 or more")
+    if not args.ema_decay < 1:
+        raise UserError(f"--ema_decay {args.ema_decay}: give a number below 1")
+    if args.checkpoint_to_resume and args.resume:
+        raise UserError("--resume continues the newest version, --checkpoint_to_resume names a "
+                        "checkpoint: give one of them")
+    return args
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: str(v) if isinstance(v, Path) else v for key, v in values.items()}
+
+
+# ------------------------------------------------------------------------------ runs, checkpoints
+def run_folder(config: dict[str, Any]) -> Path:
+    """Where Lightning keeps the versions of a run, by the settings that name it."""
+    keys = ("ckpt_dir", "model", "lmbda", "beta")
+    root, model, lmbda, beta = (config.get(key) for key in keys)
+    lmbda = 0.01 if lmbda is None and beta is None else lmbda
+    return Path(root or "ckpt", f"{model}-lambda={lmbda}-beta={beta}", "lightning_logs")
+
+
+def versions(folder: Path) -> list[Path]:
+    found = [p for p in folder.glob("version_*") if re.fullmatch(r"version_\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.split("_")[1]))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest of a version's checkpoints that can be continued."""
+    found = [*folder.glob("checkpoints/*-last.ckpt"), *folder.glob(f"checkpoints/{LATEST}")]
+    return max(found, key=lambda p: p.stat().st_mtime_ns, default=None)
+
+
+def version(args: argparse.Namespace) -> tuple[Path, Path | None]:
+    """This run's folder, and the checkpoint it goes on from."""
+    root = run_folder(vars(args))
+    have = versions(root)
+    if args.resume and have and (checkpoint := newest_checkpoint(have[-1])):
+        return have[-1], checkpoint
+    number = int(have[-1].name.split("_")[1]) + 1 if have else 0
+    if runs.world() > 1:  # all processes write to the first one's
+        numbers = [number]
+        torch.distributed.broadcast_object_list(numbers)
+        number = numbers[0]
+    return root / f"version_{number}", args.checkpoint_to_resume
+
+
+class Checkpoints(runs.Checkpoints):
+    """Lightning's names; of each kind only the newest is kept."""
+
+    def save(self, name: str, epoch: int, step: int, **extra: Any) -> None:
+        self.config = plain(self.config)
+        super().save(name, epoch, step, **extra)
+
+    def discard(self, names: list[str]) -> None:
+        for name in names if runs.rank() == 0 else ():
+            (self.folder / name).unlink(missing_ok=True)
+
+
+class EMA:
+    """Exponential moving average of all parameters, in a model of its own for validation and files.
+
+    After n updates the decay is min(decay, (1 + n) / (10 + n)), so that the first weights are soon
+    forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model, self.decay, self.updates = copy.deepcopy(model).eval(), decay, 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """With CDF tables that fit the averaged weights: files are written with these."""
+        self.model.update(force=True, update_quantiles=True)
+        return {**runs.coding_state(self.model), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.updates = state["updates"]
+
+
+def schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> Any:
+    """Stepped every step: linear warm-up from a hundredth, then constant with one step down to a
+    tenth, or a cosine to zero.
+    """
+    total = args.num_epochs * args.steps_per_epoch
+    warm = round(args.warmup * total)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return 0.01 + 0.99 * step / warm
+        if args.lr_schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * min(1, (step - warm) / max(1, total - warm))))
+        return 0.1 if args.lr_schedule == "step" and step >= round(args.decay_at * total) else 1.0
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+# ------------------------------------------------------------------------------------- validation
+def validation_images(args: argparse.Namespace) -> list[Tensor]:
+    """uint8 (3, h, w): central crops of `valid_patch_size`, or what an image has, in whole 64s."""
+    root, folder = Path(args.dataset_directory or ""), data.KODAK
+    for name in ("valid", "test") if args.dataset_directory else ():
+        if (root / name).is_dir():
+            folder = root / name
+            break
+    found = []
+    for path in data.list_images(folder):
+        x = data.read_image(path, notice=lambda _: None)
+        size = [min(s, limit) // 64 * 64
+                for s, limit in zip(x.shape[1:], args.valid_patch_size, strict=True)]
+        if min(size) == 0:
+            raise UserError(f"{path}: {x.shape[2]}x{x.shape[1]} is too small to validate with; "
+                            "remove it")
+        top, left = ((s - n) // 2 for s, n in zip(x.shape[1:], size, strict=True))
+        found.append(x[:, top : top + size[0], left : left + size[1]])
+    return found
+
+
+@torch.no_grad()
+def validate(model: SliceCoder, images: list[Tensor], args: argparse.Namespace,
+             criterion: RateDistortionLoss, device: torch.device) -> dict[str, float]:
+    """Mean losses over images quantised as in files, their rate estimated."""
+    model.eval()
+    sums: dict[str, float] = {}
+    first = 0
+    while first < len(images):
+        last = first + 1
+        while (last < min(len(images), first + args.valid_batch_size)
+               and images[last].shape == images[first].shape):
+            last += 1
+        x = data.to_float(torch.stack(images[first:last]).to(device))
+        output = model(x)
+        losses = criterion(output, x)
+        error = (output["x_hat"].clamp(0, 1) - x).square().mean(dim=(1, 2, 3))
+        losses |= {"psnr": -10 * error.log10().mean(), "aux": model.aux_loss()}
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * len(x) / len(images)
+        first = last
+    return sums
+
+
+if __name__ == "__main__":
+    runs.cli(main)
