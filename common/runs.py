@@ -444,7 +444,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not state:
         raise UserError(f"{path}: holds no state dict")
     if "model" not in state:
-        state = {"model": state.get("state_dict", state.get("network", state))}
+        names = ("state_dict", "network", "model_state_dict")
+        other = {key: value for key, value in state.items() if key not in names}
+        weights = next((state[key] for key in names if key in state), None)
+        state = {"model": state} if weights is None else {"model": weights} | other
     weights = state["model"]
     if not isinstance(weights, dict) or not all(
             isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
@@ -459,14 +462,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def load_model(path: str | Path, kind: type, device: torch.device | str = "cpu") -> nn.Module:
+def load_model(path: str | Path, kind: type, device: torch.device | str = "cpu",
+               state: dict[str, Any] | None = None) -> nn.Module:
     """Build a `kind` from a checkpoint: eval mode, channels_last, coding tables ready.
+
+    state: what `load_checkpoint(path)` gave, if at hand. Weights "averaged" over training are taken
+    in place of the last ones.
 
     CDF tables and the fixed-point scales come from the file; only a bare state dict without them
     gets new ones. The checkpoint's other entries are left in `model.info`; those of its config that
     `kind.options` names, what the weights do not tell, go to `kind.from_state_dict`.
     """
-    state = load_checkpoint(path)
+    state = load_checkpoint(path) if state is None else state
+    state = {**state, **state.get("averaged", {})}
     config = state.get("config", {})
     options = {name: config[name] for name in getattr(kind, "options", ()) if name in config}
     try:

@@ -7,6 +7,7 @@ State-dict keys are those of ali-zafari/TBTC. What is exact when coding: h_s and
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from tbtc.coder import Run, SliceCoder
 from tbtc.swin import SwinAnalysis, SwinSynthesis
-from tbtc.tcm import TCM
+from tbtc.tcm import TCM, our_name
 
 TAG = b"tbtc"  # names this paper in the header of its files
 SLICE = 32  # channels of a slice of ChARM
@@ -190,5 +191,29 @@ def build(model: str = "zyc2022-swint-charm", quality: str = "M", charm_widths: 
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> SliceCoder:
-    """A model from a checkpoint or a bare state dict, ours or the source's, ready to code."""
-    return runs.load_model(path, ZYC2022, device)
+    """A model from a checkpoint or a bare state dict, ours or the source's, ready to code.
+
+    Averaged weights are taken where there are some: those of the source's fork are a list, in the
+    order of its parameters.
+    """
+    state = runs.load_checkpoint(path)
+    state["model"] = {re.sub(r"^((net|module|_orig_mod)\.)+", "", key): value
+                      for key, value in state["model"].items()}
+    if "ema_state_dict" in state:
+        state["model"] |= _averaged(path, state)
+    return runs.load_model(path, ZYC2022, device, state)
+
+
+def _averaged(path: str | Path, state: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights of torch_ema's "shadow_params", by name."""
+    try:
+        shadow = state["ema_state_dict"]["shadow_params"]
+        trained = dict(ZYC2022.from_state_dict(state["model"]).named_parameters())
+        names = [key for key in state["model"] if our_name(key) in trained]  # in their order
+        pairs = dict(zip(names, shadow, strict=True))
+        if any(value.shape != state["model"][key].shape for key, value in pairs.items()):
+            raise ValueError
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        raise UserError(f"{path}: its averaged weights (ema_state_dict) do not fit its others") \
+            from None
+    return pairs

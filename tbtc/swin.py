@@ -25,7 +25,7 @@ from torch import Tensor, nn
 HEAD = 32  # channels of a head
 MASKED = -100.0  # logit of what is not to be seen; exp of it is 0 in float32
 MASKS = 64  # kept at most
-BAND = 2**17  # tokens that go through a block at a time when there are no gradients
+PART = 2**13  # tokens at a time when there are no gradients: bounded memory, and in the caches
 
 _masks: dict[tuple, Tensor] = {}
 
@@ -51,6 +51,17 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """mask: (windows of an image, w * w, w * w), added to the logits."""
+        if torch.is_grad_enabled() or x.shape[0] * x.shape[1] <= PART:
+            return self.attend(x, mask)
+        found, count = torch.empty_like(x), PART // x.shape[1]
+        for i in range(0, len(x), count):
+            part = x[i : i + count]
+            here = None if mask is None else mask[
+                torch.arange(i, i + len(part), device=x.device) % len(mask)]
+            found[i : i + count] = self.attend(part, here)
+        return found
+
+    def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = self.split(self.qkv(x))
         logits = torch.matmul(q * self.scale, k.transpose(2, 3)) + self.bias().to(q.dtype)
         if mask is not None:
@@ -98,7 +109,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attend(self.norm1(x), self.attn)
-        return x + self.mlp(self.norm2(x))
+        if torch.is_grad_enabled() or x[..., 0].numel() <= PART:
+            return x + self.mlp(self.norm2(x))
+        for part in x.flatten(0, 2).split(PART):
+            part += self.mlp(self.norm2(part))
+        return x
 
     def exact(self, x: Tensor, run: Any) -> Tensor:
         x = x + self.attend(run(self.norm1, x), partial(self.attn.exact, run=run))
@@ -212,17 +227,12 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = in_parts(block, x)
+            x = block(x)
         return x if self.downsample is None else self.downsample(x)
 
     def exact(self, x: Tensor, run: Any) -> Tensor:
         x = run(self.blocks, x)
         return x if self.downsample is None else run(self.downsample, x)
-
-
-def in_parts(block: Block, x: Tensor) -> Tensor:
-    """block(x); of a large map, without gradients, a band of windows at a time."""
-    return block(x)
 
 
 class SwinAnalysis(nn.Module):

@@ -208,14 +208,14 @@ class TCM(SliceCoder):
         return net
 
 
+def our_name(key: str) -> str:
+    """Of a weight in one of the source's Swin blocks; others keep theirs."""
+    for theirs, ours in SWIN_KEYS:
+        key = re.sub(rf"(trans_block|block_[12])\.{re.escape(theirs)}", rf"\1.{ours}", key)
+    return key
+
+
 def _renamed(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The source's Swin blocks in our names; biases (heads, 2w - 1, 2w - 1) -> (offsets, heads)."""
-    result = {}
-    for key, value in state_dict.items():
-        for theirs, ours in SWIN_KEYS:
-            key, found = re.subn(rf"(trans_block|block_[12])\.{re.escape(theirs)}", rf"\1.{ours}",
-                                 key)
-            if found and theirs.endswith("params"):
-                value = value.flatten(1).t()
-        result[key] = value
-    return result
+    """Ours, of the source's weights; its biases (heads, 2w - 1, 2w - 1) -> (offsets, heads)."""
+    return {our_name(key): value.flatten(1).t() if key.endswith("relative_position_params")
+            else value for key, value in state_dict.items()}

@@ -1,0 +1,217 @@
+"""Speed at the paper's size M: part of `make bench`.
+
+    python -m common.bench tbtc
+
+Seconds of decoding by part; ChARM's part beside CompressAI's codec of channel groups, with the same
+networks; our Swin blocks beside timm's and beside PyTorch's fused attention; a training step of
+SwinT-ChARM S in bf16 beside float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from common import bench, data, entropy, exact
+
+import torch
+import torch.nn.functional as F
+from compressai.entropy_models import GaussianConditional
+from compressai.latent_codecs import ChannelGroupsLatentCodec, GaussianConditionalLatentCodec
+from timm.models.swin_transformer import SwinTransformerBlock
+from torch import Tensor, nn
+
+from tbtc import coder
+from tbtc.model import SLICE, ZOO, ZYC2022, build
+from tbtc.swin import SwinAnalysis, SwinSynthesis, WindowAttention
+
+LMBDA = 0.01
+
+
+def run(rounds: int) -> None:
+    for name in ZOO:
+        by_part(name, rounds)
+    charm(rounds)
+    attention(rounds)
+    training(rounds)
+
+
+@torch.no_grad()
+def lively(name: str, quality: str = "M") -> ZYC2022:
+    """Random weights whose latents cost about half a bit per pixel."""
+    torch.manual_seed(0)
+    model = build(name, quality).to(memory_format=torch.channels_last).eval()
+    x = photograph()[:, :, :256, :256]
+    spread = model.g_a(x).std() / 1.5
+    last = model.g_a[-1] if isinstance(model.g_a, nn.Sequential) else (
+        model.g_a.layers[-1].blocks[-1].mlp.fc2)
+    last.weight /= spread
+    last.bias /= spread
+    nets = getattr(model, "charm_scale_transforms", ())
+    for net in nets:
+        net.layers[-1].bias += 0.8
+    if not nets and isinstance(model.h_s, nn.Sequential):
+        model.h_s[-1].bias[: model.M] += 0.8
+    model.update(force=True)
+    return model
+
+
+def photograph() -> Tensor:
+    return data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None]
+
+
+# ---------------------------------------------------------------------------------- decoding
+def by_part(name: str, rounds: int) -> None:
+    """Print seconds of decoding 512x768: h_s, ChARM's networks, entropy decoding, g_s, the rest."""
+    model = lively(name)
+    coded = model.compress(photograph())
+    found: list[dict[str, float]] = []
+    for _ in range(rounds + 1):
+        with stopwatch(model) as spent:
+            start = time.perf_counter()
+            model.decompress(coded["strings"], coded["shape"])
+            spent["all"] = time.perf_counter() - start
+        found.append(spent)
+    medians = {key: sorted(f[key] for f in found[1:])[rounds // 2] for key in found[0]}
+    rest = medians["all"] - sum(v for k, v in medians.items() if k != "all")
+    print(f"tbtc {name[8:]}: decompress {medians.pop('all'):.2f} s: " + ", ".join(
+        f"{key} {value:.3f}" for key, value in {**medians, "rest": rest}.items()), flush=True)
+
+
+@contextmanager
+def stopwatch(model: ZYC2022) -> Iterator[dict[str, float]]:
+    """Seconds within each part of a decompress."""
+    spent = {"h_s": 0.0, "ChARM": 0.0, "entropy decoding": 0.0, "g_s": 0.0}
+    run_exact, decode, synthesis = exact.run, entropy.Decoders.decode, model.g_s.forward
+
+    def watched(part: str, call: Any) -> Any:
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter()
+            result = call(*args)
+            spent[part] += time.perf_counter() - start
+            return result
+        return timed
+
+    def run_part(layers: Any, x: Tensor) -> Tensor:
+        return watched("h_s" if layers is model.h_s else "ChARM", run_exact)(layers, x)
+
+    coder.exact = type("exact", (), {**vars(exact), "run": staticmethod(run_part)})
+    coder.entropy.Decoders.decode = watched("entropy decoding", decode)
+    model.g_s.forward = watched("g_s", synthesis)
+    try:
+        yield spent
+    finally:
+        coder.exact, coder.entropy.Decoders.decode = exact, decode
+        model.g_s.forward = synthesis
+
+
+def charm(rounds: int) -> None:
+    """Decode y given h_s's parameters: ours, exact, and CompressAI's ChannelGroupsLatentCodec."""
+    model = lively("zyc2022-conv-charm")
+    theirs = ChannelGroups(model)
+    coded = model.compress(photograph())
+    z_hat = entropy.decode_bottleneck(model.entropy_bottleneck, coded["strings"][1],
+                                      coded["shape"])
+    params = model.hyper(z_hat, exact.run)
+    side = torch.cat([torch.cat(part, 1) for part in params], 1).float()
+    with torch.no_grad():
+        y_hat = model.decode(coded["strings"][0], z_hat)
+        file = theirs.compress(y_hat, side)
+    model.hyper = lambda *_: params  # h_s is not part of the comparison
+    h, w = y_hat.shape[-2:]
+    shape = [(SLICE, h, w)] * len(model.slices)
+    bench.compare("tbtc: ChARM at size M, decode y of 512x768",
+                  lambda: model.decode(coded["strings"][0], z_hat),
+                  torch.no_grad()(lambda: theirs.decompress(file["strings"], shape, side)), rounds)
+
+
+class ChannelGroups(ChannelGroupsLatentCodec):
+    """CompressAI's codec of channel groups with ChARM's networks: a group's means and scales from
+    its own part of the hyper parameters and from the groups before it.
+    """
+
+    def __init__(self, model: ZYC2022):
+        count = len(model.slices)
+        super().__init__({f"y{k}": GaussianConditionalLatentCodec(
+            gaussian_conditional=GaussianConditional(None), entropy_parameters=nn.Identity(),
+            quantizer="ste") for k in range(count)}, {}, groups=model.slices)
+        for codec in self.latent_codec.values():
+            codec.gaussian_conditional.load_state_dict(model.gaussian_conditional.state_dict(),
+                                                       strict=False)
+            codec.gaussian_conditional.update_scale_table(
+                model.gaussian_conditional.scale_table.tolist(), force=True)
+        self.nets = model.charm_scale_transforms, model.charm_mean_transforms
+
+    def _get_ctx_params(self, k: int, side_params: Tensor, y_hat_: Any) -> Tensor:
+        scales, means = (part.split(self.groups, 1)[k] for part in side_params.chunk(2, 1))
+        return torch.cat([net[k](torch.cat([part, *y_hat_[:k]], 1))
+                          for net, part in zip(self.nets, (scales, means), strict=True)], 1)
+
+
+# ------------------------------------------------------------------------------ Swin transforms
+def attention(rounds: int) -> None:
+    """g_a and g_s of size M on 512x768 in evaluation: our blocks, timm's, fused attention."""
+    model = lively("zyc2022-swint-hyperprior")
+    x = photograph()
+    with torch.no_grad():
+        y = model.g_a(x)
+        for name, transform, given in (("g_a", model.g_a, x), ("g_s", model.g_s, y)):
+            for other, blocks in (("timm's blocks", with_timm(transform)),
+                                  ("fused attention", with_fused(transform))):
+                expected, found = transform(given), blocks(given)
+                if not torch.allclose(expected, found, atol=1e-3):
+                    raise AssertionError(f"{other} differ by {(expected - found).abs().max()}")
+                bench.compare(f"tbtc: SwinT M {name}, ours and {other}",
+                              lambda t=transform, g=given: t(g), lambda t=blocks, g=given: t(g),
+                              rounds)
+
+
+def with_timm(transform: SwinAnalysis | SwinSynthesis) -> nn.Module:
+    """The same transform of timm's blocks, with the same weights."""
+    copied = copy.deepcopy(transform)
+    for stage in copied.layers:
+        for i, block in enumerate(stage.blocks):
+            theirs = SwinTransformerBlock(
+                len(block.norm1.weight), (64, 96), num_heads=block.attn.heads,
+                window_size=block.window, shift_size=block.shift, dynamic_mask=True,
+                always_partition=True).eval()
+            missing = theirs.load_state_dict(block.state_dict(), strict=False)
+            if missing.missing_keys or missing.unexpected_keys:
+                raise AssertionError(missing)
+            stage.blocks[i] = theirs
+    return copied
+
+
+def with_fused(transform: SwinAnalysis | SwinSynthesis) -> nn.Module:
+    """The same with PyTorch's scaled_dot_product_attention."""
+    copied = copy.deepcopy(transform)
+    for module in copied.modules():
+        if isinstance(module, WindowAttention):
+            module.__class__ = FusedAttention
+    return copied
+
+
+class FusedAttention(WindowAttention):
+    def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = self.split(self.qkv(x))
+        bias = self.bias() if mask is None else (self.bias() + mask[:, None]).repeat(
+            len(x) // len(mask), 1, 1, 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(len(x), -1, -1, -1),
+                                           scale=self.scale)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+# ------------------------------------------------------------------------------------- training
+def training(rounds: int) -> None:
+    """A step on 8 crops of 256x256, SwinT-ChARM S."""
+    x = bench.tiles()
+    torch.manual_seed(0)
+    ours, theirs = (build("zyc2022-swint-charm", "S") for _ in range(2))
+    ours = ours.to(memory_format=torch.channels_last)
+    bench.compare("tbtc: training step of SwinT-ChARM S, 8x256x256, bf16",
+                  bench.descent(ours, ours, x.contiguous(memory_format=torch.channels_last), LMBDA,
+                                "auto"),
+                  bench.descent(theirs, theirs, x.contiguous(), LMBDA, "fp32"), rounds)
