@@ -21,7 +21,6 @@ from typing import Any
 
 from common import UserError, bitstream, compare, data, evaluate, metrics, runs
 
-
 from qvrf.model import FACTORS, LMBDAS, QVRF, TAG, WIDTHS, build, load
 
 HERE = Path(__file__).parent

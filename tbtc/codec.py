@@ -3,7 +3,7 @@
     python codec.py encode IN.png [-o OUT.bin] [--checkpoint P]
     python codec.py decode OUT.bin [-o OUT.png] [--checkpoint P]
 
-Without --checkpoint the bundled weights of --weights encode, and the file tells which of them decode.
+Without --checkpoint the bundled weights of --weights encode, and the file tells which decode it.
 """
 
 from __future__ import annotations

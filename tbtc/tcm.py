@@ -51,7 +51,7 @@ class SwinBlock(Block):
 
 
 class ConvTransBlock(nn.Module):
-    """(B, 2N, H, W) -> the same: a residual block on one half, a Swin block on the other (Fig. 3)."""
+    """(B, 2N, H, W) -> the same: half in a residual block, half in a Swin block (Fig. 3)."""
 
     def __init__(self, N: int, head_dim: int, window: int, shift: int):
         super().__init__()

@@ -67,7 +67,7 @@ def flags() -> argparse.ArgumentParser:
     add("--aux_lr", type=runs.positive_float, default=1e-4, help="of the quantiles")
     add("--validation_cadence", type=runs.positive_int, default=10, help="epochs")
     add("--gradient_clip_norm", type=float, default=10.0, help="0: none")
-    add("--checkpoint_to_resume", "--ckpt_path", type=Path, help="continue from it as a new version")
+    add("--checkpoint_to_resume", "--ckpt_path", type=Path, help="continue it as a new version")
     add("--log_cadence", type=runs.positive_int, default=25, help="steps")
     add("--float32_matmul_precision", choices=["highest", "high", "medium"])
     add("--ema", action=argparse.BooleanOptionalAction, default=False,
@@ -87,6 +87,7 @@ def flags() -> argparse.ArgumentParser:
     add("--charm_widths", choices=CHARM_WIDTHS, default="src", help="of ChARM's networks")
     add("--split", choices=SPLITS, default="pre", help="norms of SwinT's decoders: PyTorch, paper")
     add("--num_heads", type=runs.positive_int, help="none: channels / 32; first PyTorch code: 4")
+    add("--init_ckpt", type=Path, help="start a new run from these weights")
     add("--ckpt_dir", type=Path, default=Path("ckpt"), help="where runs are kept")
     runs.add_flags(parser, lr_schedule="step", without=(
         "--aux-lr", "--lr-schedule", "--milestones", "--clip-max-norm", "--patch-size",
@@ -115,6 +116,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # model, optimisers, schedule
     model = build(args.model, args.quality, args.charm_widths, args.split, args.num_heads)
+    if args.init_ckpt:
+        runs.load_weights(model, args.init_ckpt)
     model = model.to(device, memory_format=torch.channels_last)
     net = runs.parallel(model, args.compile)
     ema = EMA(model, args.ema_decay) if args.ema else None
@@ -129,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     parts = {"model": model, "optimizer": optimizer, "aux_optimizer": aux_optimizer,
              "scheduler": scheduler, "log": log} | ({"averaged": ema} if ema else {})
     checkpoints = Checkpoints(folder / "checkpoints", parts, vars(args), SAME_RUN,
-                              "a new one without --resume, or another --ckpt_dir")
+                              "--init_ckpt")
     step, best, kept = 0, math.inf, ""
     if before is not None:
         state = checkpoints.resume(before)
@@ -145,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
               f"{'' if args.dataset_directory else ' (bundled photographs)'}, {per_epoch} steps an "
               f"epoch, on {runs.describe(device)}, to {folder}", flush=True)
         if step >= args.num_epochs * per_epoch:
-            print(f"nothing to do: this run has its {args.num_epochs} epochs already (--num_epochs)")
+            print(f"nothing to do: this run has its {args.num_epochs} epochs (--num_epochs)")
 
     saved = time.monotonic()
     for epoch in range(step // per_epoch, args.num_epochs):
@@ -178,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
                 ema.update(model)
 
             step += 1
-            psnr = 10 * math.log10(255**2 / max(float(losses["mse"]), 1e-6))
+            psnr = 10 * math.log10(255**2 / max(losses["mse"].item(), 1e-6))
             log.step(step, {**losses, "psnr": psnr, "aux": aux_loss, "grad_norm": grad_norm,
                             "lr": rate}, args.log_cadence)
             due = step % 20 == 0 and time.monotonic() - saved > 60 * args.check_time
@@ -201,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
             best, old = found["loss"], kept
             kept = f"epoch={epoch}-val_loss={best:.4f}-best.ckpt"
             checkpoints.save(kept, epoch, step, best=best, kept=kept, test=found)
-            checkpoints.discard([old] if old != kept else [])
+            checkpoints.discard([old] if old not in ("", kept) else [])
         name = f"epoch={epoch}-loss={means['loss']:.4f}-last.ckpt"
         checkpoints.save(name, epoch, step, best=best, kept=kept, test=found)
         checkpoints.discard([p.name for p in checkpoints.folder.glob("*-last.ckpt")
