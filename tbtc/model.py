@@ -19,7 +19,7 @@ from compressai.models.utils import conv, deconv
 from torch import Tensor, nn
 
 from tbtc.coder import Run, SliceCoder
-from tbtc.swin import SwinAnalysis, SwinSynthesis
+from tbtc.swin import HEAD, SwinAnalysis, SwinSynthesis
 from tbtc.tcm import TCM, our_name
 
 TAG = b"tbtc"  # names this paper in the header of its files
@@ -157,10 +157,11 @@ class ZYC2022(SliceCoder):
             names = [f"g_a.layers.{i}" for i in range(4)] + [f"h_a.layers.{i}" for i in range(2)]
             block = "blocks.0.norm1.weight"
             widths = tuple(len(state_dict[f"{name}.{block}"]) for name in names)
-            heads = state_dict["g_a.layers.3.blocks.0.attn.relative_position_bias_table"].shape[1]
+            table = "blocks.0.attn.relative_position_bias_table"
+            heads = [state_dict[f"{name}.{table}"].shape[1] for name in names]
             norm = state_dict["g_s.layers.0.downsample.norm.weight"]
             options |= {"transform": "swint", "widths": widths,
-                        "heads": None if heads == widths[3] // 32 else heads,
+                        "heads": None if heads == [w // HEAD for w in widths] else heads[0],
                         "split": "pre" if len(norm) == widths[3] else "post"}
         if options["prior"] == "charm":
             a = len(state_dict["charm_mean_transforms.1.layers.0.weight"])

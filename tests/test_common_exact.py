@@ -361,3 +361,21 @@ def test_digits_give_the_bits_of_float64(layer, shape, strip, monkeypatch):
 def test_digits_of_an_integer(value):
     digits = exact._digits(torch.tensor([value], dtype=torch.int32), 3)
     assert sum(256**i * int(d) for i, d in enumerate(digits)) == value
+
+
+# ------------------------------------------------------------------------------- attention
+def test_softmax_and_products_are_close_to_floats():
+    torch.manual_seed(0)
+    logits = 5 * torch.randn(3, 7, 7, dtype=torch.float64)
+    logits[:, 0, 3:] = -100
+    weights = exact.softmax(logits)
+    assert torch.allclose(weights, logits.softmax(-1), atol=1e-3)
+    assert (weights[:, 0, 3:] == 0).all() and torch.allclose(weights.sum(-1), torch.tensor(1.0,
+                                                             dtype=torch.float64))
+    v = torch.randn(3, 7, 5, dtype=torch.float64)
+    assert torch.allclose(exact.matmul(weights, v, (20, 0)), weights @ v, atol=1e-3)
+    order = torch.randperm(7)
+    assert torch.equal(exact.matmul(weights[..., order], v[:, order], (20, 0)),
+                       exact.matmul(weights, v, (20, 0)))
+    with pytest.raises(UserError, match="cannot be computed exactly"):
+        exact.matmul(torch.zeros(2, 2**14), torch.zeros(2**14, 2))
