@@ -35,7 +35,7 @@ MAX_SHIFT = 30  # no weight is finer than 2^-30, so that biases fit beside them
 EXACT_BITS = 53  # float64 holds every integer up to 2^53
 STRIP_ELEMENTS = 2**23  # at most this many float64 (64 MiB) of unfolded input at a time
 DIGITS_MAX = 127 * 257  # two digits of base 256 reach from -128 * 257 to this
-DIGITS_WORK = 2**27  # multiplications from which int8 digits are worth their preparation
+DIGITS_WORK = 2**24  # multiplications from which int8 digits are worth their preparation
 NORM_BITS, NORM_CLAMP_BITS = 12, 9  # LayerNorm squares its inputs: +-512 in steps of 2^-12
 TABLE_RANGE, TABLE_BITS = 16, 12  # smooth activations: tabulated on [-16, 16], steps of 2^-12
 
@@ -76,11 +76,11 @@ def run(layers: nn.Module, x: Tensor) -> Tensor:
     Raises UserError for a non-finite x, for weights that cannot be computed exactly and for
     unsupported layers.
     """
-    if not torch.isfinite(x).all():
+    x = x.double()
+    if not math.isfinite(x.sum().item()):  # as it is when any of them is not
         raise UserError(
             "NaN or infinity in the latent: the model's weights or its input are broken"
         )
-    x = x.double()
     for name, layer in _flatten(layers):
         if isinstance(layer, LINEAR):
             x = _apply(layer, _prepare(layer, name, x.device), x)

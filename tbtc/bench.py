@@ -3,7 +3,7 @@
     python -m common.bench tbtc
 
 Seconds of decoding by part; ChARM's part beside CompressAI's codec of channel groups, with the same
-networks; our Swin blocks beside timm's and beside PyTorch's fused attention; a training step of
+networks in floats; our Swin blocks beside timm's and PyTorch's fused attention; a training step of
 SwinT-ChARM S in bf16 beside float32.
 """
 
@@ -13,13 +13,14 @@ import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from common import bench, data, entropy, exact
 
 import torch
 import torch.nn.functional as F
-from compressai.entropy_models import GaussianConditional
+from compressai.entropy_models import EntropyModel, GaussianConditional
 from compressai.latent_codecs import ChannelGroupsLatentCodec, GaussianConditionalLatentCodec
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
@@ -109,7 +110,9 @@ def stopwatch(model: ZYC2022) -> Iterator[dict[str, float]]:
 
 
 def charm(rounds: int) -> None:
-    """Decode y given h_s's parameters: ours, exact, and CompressAI's ChannelGroupsLatentCodec."""
+    """Decode y given h_s's parameters: ours, exact, and CompressAI's ChannelGroupsLatentCodec, in
+    floats; and of that, what is not ChARM's networks.
+    """
     model = lively("zyc2022-conv-charm")
     theirs = ChannelGroups(model)
     coded = model.compress(photograph())
@@ -121,11 +124,42 @@ def charm(rounds: int) -> None:
         y_hat = model.decode(coded["strings"][0], z_hat)
         file = theirs.compress(y_hat, side)
     model.hyper = lambda *_: params  # h_s is not part of the comparison
-    h, w = y_hat.shape[-2:]
-    shape = [(SLICE, h, w)] * len(model.slices)
-    bench.compare("tbtc: ChARM at size M, decode y of 512x768",
-                  lambda: model.decode(coded["strings"][0], z_hat),
-                  torch.no_grad()(lambda: theirs.decompress(file["strings"], shape, side)), rounds)
+    shape = [(SLICE, *y_hat.shape[-2:])] * len(model.slices)
+
+    @torch.no_grad()
+    def decode() -> None:
+        theirs.decompress(file["strings"], shape, side)
+
+    ours = partial(model.decode, coded["strings"][0], z_hat)
+    bench.compare("tbtc: ChARM at size M, decode y of 512x768", ours, decode, rounds)
+    times = []
+    for _ in range(rounds):
+        spent = [0.0, 0.0]
+        for i, (owner, step) in enumerate(((EntropyModel, decode), (entropy.Decoders, ours))):
+            name = "decompress" if owner is EntropyModel else "decode"
+            original = getattr(owner, name)
+            setattr(owner, name, _adding(original, spent, i))
+            step()
+            setattr(owner, name, original)
+        times.append(tuple(spent))
+    bench.show("tbtc: of it, entropy decoding", times)
+
+
+def _adding(call: Any, spent: list[float], i: int) -> Any:
+    """call, whose seconds are added to spent[i]."""
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = call(*args, **kwargs)
+        spent[i] += time.perf_counter() - start
+        return result
+    return timed
+
+
+class Group(GaussianConditionalLatentCodec):
+    """Told its channels too, as the codec of groups does."""
+
+    def decompress(self, strings: Any, shape: Any, ctx_params: Tensor, **kwargs: Any) -> Any:
+        return super().decompress(strings, shape[1:], ctx_params, **kwargs)
 
 
 class ChannelGroups(ChannelGroupsLatentCodec):
@@ -135,14 +169,12 @@ class ChannelGroups(ChannelGroupsLatentCodec):
 
     def __init__(self, model: ZYC2022):
         count = len(model.slices)
-        super().__init__({f"y{k}": GaussianConditionalLatentCodec(
+        super().__init__({f"y{k}": Group(
             gaussian_conditional=GaussianConditional(None), entropy_parameters=nn.Identity(),
             quantizer="ste") for k in range(count)}, {}, groups=model.slices)
         for codec in self.latent_codec.values():
-            codec.gaussian_conditional.load_state_dict(model.gaussian_conditional.state_dict(),
-                                                       strict=False)
             codec.gaussian_conditional.update_scale_table(
-                model.gaussian_conditional.scale_table.tolist(), force=True)
+                model.gaussian_conditional.scale_table, force=True)
         self.nets = model.charm_scale_transforms, model.charm_mean_transforms
 
     def _get_ctx_params(self, k: int, side_params: Tensor, y_hat_: Any) -> Tensor:
