@@ -488,12 +488,15 @@ def exp(x: Tensor) -> Tensor:
 
 def softmax(x: Tensor) -> Tensor:
     """softmax over the last dimension of float64 x: `exp` by table, the sum over integers."""
-    weight = exp(x - x.amax(-1, keepdim=True))
+    peak = x.amax(-1, keepdim=True)
+    if not math.isfinite(peak.sum().item()):
+        raise UserError("NaN or infinity in attention: the model's weights are broken")
+    weight = exp(x - peak)
     return weight / weight.sum(-1, keepdim=True)
 
 
-def matmul(a: Tensor, b: Tensor, a_range: tuple[int, int] = (12, 8),
-           b_range: tuple[int, int] = (12, 8)) -> Tensor:
+def matmul(a: Tensor, b: Tensor, a_range: tuple[int, int] = (12, 11),
+           b_range: tuple[int, int] = (12, 11)) -> Tensor:
     """a @ b of float64 activations. Ranges (p, c): multiples of 2^-p within [-2^c, 2^c]."""
     if a.shape[-1] * 2.0 ** sum(a_range + b_range) >= 2.0**EXACT_BITS:
         raise UserError(f"a product over {a.shape[-1]} terms cannot be computed exactly")

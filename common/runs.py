@@ -149,7 +149,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def _read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     values = read_yaml(path)
-    actions = {a.dest: a for a in parser._actions}
+    actions = {a.dest: a for a in parser._actions} | {  # other names of a flag, too
+        name.lstrip("-").replace("-", "_"): a for a in parser._actions for name in a.option_strings}
     result = {}
     for key, value in values.items():
         action = actions.get(str(key).replace("-", "_"))
@@ -474,8 +475,9 @@ def load_model(path: str | Path, kind: type, device: torch.device | str = "cpu",
     `kind.options` names, what the weights do not tell, go to `kind.from_state_dict`.
     """
     state = load_checkpoint(path) if state is None else state
-    state = {**state, **state.get("averaged", {})}
-    config = state.get("config", {})
+    averaged = state.get("averaged")
+    state = {**state, **(averaged if isinstance(averaged, dict) else {})}
+    config = state["config"] = state.get("config") or {}
     options = {name: config[name] for name in getattr(kind, "options", ()) if name in config}
     try:
         model = kind.from_state_dict(state["model"], **options)

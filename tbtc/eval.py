@@ -97,7 +97,7 @@ def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
     if args.path and args.source != "checkpoint":
         raise UserError("-p: goes with `checkpoint DATASET`")
     if paths := args.path or args.checkpoint:
-        return {paths[0].stem if len(paths) == 1 else paths[0].parent.name: paths}
+        return {paths[0].stem if len(paths) == 1 else args.architecture or "checkpoints": paths}
     bundled: dict[str, list[Path]] = {}
     for path in sorted((HERE / "weights").glob("small-*.pth")):
         name, lmbda = path.stem.removeprefix("small-").rsplit("-", 1)

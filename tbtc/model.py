@@ -36,6 +36,7 @@ ZOO = {f"zyc2022-{t}-{p}": (t, p) for t in ("conv", "swint") for p in ("hyperpri
 MODELS = (*ZOO, "tcm")
 CHARM_WIDTHS = ("src", "paper")
 SPLITS = ("pre", "post")
+TABLES = ("_quantized_cdf", "_cdf_length", "_offset")
 
 
 # -------------------------------------------------------------------------------------- transforms
@@ -117,7 +118,7 @@ class ZYC2022(SliceCoder):
         for name, part in parts.items():
             self.add_module(name, part)
         if transform == "swint":
-            self.halo = 48  # what its 12 blocks see: 14 + 21 + 4 + 2 latents, in whole windows
+            self.halo = 24  # g_a's 12 blocks see 20, g_s's 16; whole windows, or they would move
         self.charm = prior == "charm"
         if self.charm:
             for name in ("charm_mean_transforms", "charm_scale_transforms"):
@@ -202,7 +203,13 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SliceCoder:
                       for key, value in state["model"].items()}
     if "ema_state_dict" in state:
         state["model"] |= _averaged(path, state)
-    return runs.load_model(path, ZYC2022, device, state)
+        for key in state["model"]:
+            if key.endswith(TABLES):  # they are of the other weights: `load_model` makes new ones
+                state["model"][key] = torch.empty(0, dtype=torch.int32)
+    try:
+        return runs.load_model(path, ZYC2022, device, state)
+    except (AttributeError, IndexError, TypeError):
+        raise UserError(f"{path}: not the weights of one of these models") from None
 
 
 def _averaged(path: str | Path, state: dict[str, Any]) -> dict[str, Tensor]:
@@ -214,7 +221,7 @@ def _averaged(path: str | Path, state: dict[str, Any]) -> dict[str, Tensor]:
         pairs = dict(zip(names, shadow, strict=True))
         if any(value.shape != state["model"][key].shape for key, value in pairs.items()):
             raise ValueError
-    except (KeyError, TypeError, ValueError, RuntimeError):
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
         raise UserError(f"{path}: its averaged weights (ema_state_dict) do not fit its others") \
             from None
     return pairs

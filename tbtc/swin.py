@@ -51,33 +51,35 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """mask: (windows of an image, w * w, w * w), added to the logits."""
+        return self.in_parts(self.attend, x, mask)
+
+    def exact(self, x: Tensor, mask: Tensor | None, run: Any) -> Tensor:
+        """In fixed point: products of quantised q, k and weights, v; exp by table."""
+        return self.in_parts(partial(self.attend_exactly, run=run), x, mask)
+
+    def in_parts(self, attend: Callable[..., Tensor], x: Tensor, mask: Tensor | None) -> Tensor:
+        """Some windows at a time when there are no gradients."""
         if torch.is_grad_enabled() or x.shape[0] * x.shape[1] <= PART:
-            return self.attend(x, mask)
-        found, count = torch.empty_like(x), PART // x.shape[1]
+            return attend(x, mask)
+        found, count = torch.empty_like(x), max(1, PART // x.shape[1])
         for i in range(0, len(x), count):
             part = x[i : i + count]
             here = None if mask is None else mask[
                 torch.arange(i, i + len(part), device=x.device) % len(mask)]
-            found[i : i + count] = self.attend(part, here)
+            found[i : i + count] = attend(part, here)
         return found
 
     def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = self.split(self.qkv(x))
         logits = torch.matmul(q * self.scale, k.transpose(2, 3)) + self.bias().to(q.dtype)
-        if mask is not None:
-            logits = logits.unflatten(0, (-1, len(mask))) + mask.to(q.dtype)[:, None]
-            logits = logits.flatten(0, 1)
+        logits = masked(logits, mask)
         y = torch.matmul(logits.softmax(3).to(v.dtype), v)
         return self.proj(y.transpose(1, 2).flatten(2))
 
-    def exact(self, x: Tensor, mask: Tensor | None, run: Any) -> Tensor:
-        """In fixed point: products of quantised q, k and weights, v; exp by table."""
+    def attend_exactly(self, x: Tensor, mask: Tensor | None, run: Any) -> Tensor:
         q, k, v = self.split(run(self.qkv, x))
         logits = exact.matmul(q * self.scale, k.transpose(2, 3)) + self.bias().detach().double()
-        if mask is not None:
-            logits = logits.unflatten(0, (-1, len(mask))) + mask.double()[:, None]
-            logits = logits.flatten(0, 1)
-        y = exact.matmul(exact.softmax(logits), v, (20, 0))
+        y = exact.matmul(exact.softmax(masked(logits, mask)), v, (20, 0))
         return run(self.proj, y.transpose(1, 2).flatten(2))
 
     def product_macs(self, x: Tensor) -> int:
@@ -96,6 +98,13 @@ class WindowAttention(nn.Module):
         return table.view(side, side, -1).permute(2, 0, 1)
 
 
+def masked(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """logits (n, heads, w * w, w * w) plus mask (windows of an image, w * w, w * w)."""
+    if mask is None:
+        return logits
+    return (logits.unflatten(0, (-1, len(mask))) + mask.to(logits.dtype)[:, None]).flatten(0, 1)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)); every other block's windows are shifted."""
 
@@ -111,7 +120,8 @@ class Block(nn.Module):
         x = x + self.attend(self.norm1(x), self.attn)
         if torch.is_grad_enabled() or x[..., 0].numel() <= PART:
             return x + self.mlp(self.norm2(x))
-        for part in x.flatten(0, 2).split(PART):
+        x = x.contiguous()
+        for part in x.view(-1, x.shape[3]).split(PART):
             part += self.mlp(self.norm2(part))
         return x
 
@@ -150,7 +160,8 @@ def shift_mask(height: int, width: int, window: int, shift: int, device: torch.d
     """
     if not shift and height % window == width % window == 0:
         return None
-    if (key := (height, width, window, shift, device)) in _masks:
+    key, kept = (height, width, window, shift, device), not torch.compiler.is_compiling()
+    if kept and key in _masks:
         return _masks[key]
     lines = []
     for side in (height, width):
@@ -162,7 +173,7 @@ def shift_mask(height: int, width: int, window: int, shift: int, device: torch.d
     region = rearrange(region, "(i h) (j w) -> (i j) (h w)", h=window, w=window)
     differ = region[:, :, None] != region[:, None, :]
     mask = torch.zeros(differ.shape).masked_fill(differ, MASKED).to(device)
-    if type(mask) is Tensor and not torch.compiler.is_compiling():  # not a tensor without values
+    if kept and type(mask) is Tensor:  # not one without values
         if len(_masks) >= MASKS:
             _masks.clear()
         _masks[key] = mask

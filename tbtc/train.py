@@ -16,7 +16,9 @@ import argparse
 import copy
 import math
 import re
+import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from tbtc.model import CHARM_WIDTHS, MODELS, SIZES, SPLITS, SliceCoder, build
+from tbtc.model import CHARM_WIDTHS, MODELS, SIZES, SPLITS, SliceCoder, build, load
 
-HERE = Path(__file__).parent
 LATEST = "latest.ckpt"
 PRECISIONS = {"auto": "auto", "bf16": "bf16", "fp32": "fp32", "32-true": "fp32", "32": "fp32",
               "bf16-mixed": "bf16"}  # ours, and Lightning's names
@@ -99,7 +100,8 @@ def flags() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = check(runs.parse(flags(), argv))
+    words = sys.argv[1:] if argv is None else argv
+    args = check(runs.parse(flags(), argv), {word.split("=")[0] for word in words})
     runs.launch(" ".join(map(str, args.devices)))
     wanted = {"gpu": "cuda", "cpu": "cpu", "auto": args.device}[args.accelerator]
     device = runs.start(wanted, args.seed, args.threads)
@@ -117,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     # model, optimisers, schedule
     model = build(args.model, args.quality, args.charm_widths, args.split, args.num_heads)
     if args.init_ckpt:
-        runs.load_weights(model, args.init_ckpt)
+        start_from(model, args.init_ckpt)
     model = model.to(device, memory_format=torch.channels_last)
     net = runs.parallel(model, args.compile)
     ema = EMA(model, args.ema_decay) if args.ema else None
@@ -131,7 +133,8 @@ def main(argv: list[str] | None = None) -> None:
     log = runs.Log(folder, args.num_epochs * per_epoch)
     parts = {"model": model, "optimizer": optimizer, "aux_optimizer": aux_optimizer,
              "scheduler": scheduler, "log": log} | ({"averaged": ema} if ema else {})
-    checkpoints = Checkpoints(folder / "checkpoints", parts, vars(args), SAME_RUN,
+    whole = () if args.lr_schedule == "constant" and not args.warmup else ("num_epochs",)
+    checkpoints = Checkpoints(folder / "checkpoints", parts, vars(args), (*SAME_RUN, *whole),
                               "--init_ckpt")
     step, best, kept = 0, math.inf, ""
     if before is not None:
@@ -195,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
         if last:
             checkpoints.update_tables(step, settle=True)
         if (epoch + 1) % args.validation_cadence == 0 or last:
-            found = validate(ema.model if ema else model, test_images, args, criterion, device)
+            found = validate(ema.settled() if ema else model, test_images, args, criterion, device)
             better = found["loss"] < best
             log.scalars("valid", found, step)
             line += (f"  valid loss {found['loss']:.4f} bpp {found['bpp']:.4f} "
@@ -214,8 +217,13 @@ def main(argv: list[str] | None = None) -> None:
     log.close()
 
 
-def check(args: argparse.Namespace) -> argparse.Namespace:
-    """Refuse what cannot be meant; one number of a patch size is both sides."""
+def check(args: argparse.Namespace, given: Iterable[str] = ()) -> argparse.Namespace:
+    """Refuse what cannot be meant; one number of a patch size is both sides.
+
+    given: flags of the command line, of which --lmbda or --beta wins over the other from a YAML.
+    """
+    if args.lmbda and args.beta and ("--lmbda" in given) != ("--beta" in given):
+        setattr(args, "beta" if "--lmbda" in given else "lmbda", None)
     if args.lmbda and args.beta:
         raise UserError("--lmbda and --beta: exactly one of the two weighs rate and distortion")
     if not args.lmbda and not args.beta:
@@ -228,6 +236,8 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
     factor = SliceCoder.downsampling_factor
     if any(side % factor for side in args.train_patch_size):
         raise UserError(f"--train_patch_size {args.train_patch_size}: give multiples of {factor}")
+    if min(args.valid_patch_size) < factor:
+        raise UserError(f"--valid_patch_size {args.valid_patch_size}: give {factor} or more")
     if not 0 <= args.warmup < args.decay_at <= 1:
         raise UserError(f"--warmup {args.warmup} --decay_at {args.decay_at}: shares of the run, "
                         "the first the smaller one")
@@ -251,7 +261,7 @@ def run_folder(config: dict[str, Any]) -> Path:
     keys = ("ckpt_dir", "model", "lmbda", "beta")
     root, model, lmbda, beta = (config.get(key) for key in keys)
     lmbda = 0.01 if lmbda is None and beta is None else lmbda
-    return Path(root or "ckpt", f"{model}-lambda={lmbda}-beta={beta}", "lightning_logs")
+    return Path(str(root or "ckpt"), f"{model}-lambda={lmbda}-beta={beta}", "lightning_logs")
 
 
 def versions(folder: Path) -> list[Path]:
@@ -269,8 +279,9 @@ def version(args: argparse.Namespace) -> tuple[Path, Path | None]:
     """This run's folder, and the checkpoint it goes on from."""
     root = run_folder(vars(args))
     have = versions(root)
-    if args.resume and have and (checkpoint := newest_checkpoint(have[-1])):
-        return have[-1], checkpoint
+    for folder in reversed(have if args.resume else []):  # one may have been stopped too early
+        if checkpoint := newest_checkpoint(folder):
+            return folder, checkpoint
     number = int(have[-1].name.split("_")[1]) + 1 if have else 0
     if runs.world() > 1:  # all processes write to the first one's
         numbers = [number]
@@ -307,14 +318,31 @@ class EMA:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
 
+    def settled(self) -> SliceCoder:
+        """A copy to code with: its quantiles and tables fit the averaged densities."""
+        model = copy.deepcopy(self.model)
+        model.update(force=True, update_quantiles=True)
+        return model
+
     def state_dict(self) -> dict[str, Any]:
-        """With CDF tables that fit the averaged weights: files are written with these."""
-        self.model.update(force=True, update_quantiles=True)
-        return {**runs.coding_state(self.model), "updates": self.updates}
+        return {**runs.coding_state(self.settled()), "updates": self.updates,
+                "quantiles": self.model.entropy_bottleneck.quantiles.detach()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
+        with torch.no_grad():
+            self.model.entropy_bottleneck.quantiles.copy_(state["quantiles"])
         self.updates = state["updates"]
+
+
+def start_from(model: SliceCoder, path: Path) -> None:
+    """Copy the weights of a checkpoint, ours or the source's; the averaged ones if it has some."""
+    trained = load(path)
+    try:
+        model.load_state_dict(trained.state_dict())
+    except RuntimeError as e:
+        raise UserError(f"{path}: holds weights of another {trained.name}, or of another model: "
+                        f"{runs.reason(e)}") from None
 
 
 def schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> Any:

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import UserError, data, entropy, evaluate, exact, runs
+from common import UserError, data, entropy, evaluate, exact, metrics, runs
+from common.tiles import tiled
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from tbtc import eval as tbtc_eval
 from tbtc.coder import in_floats
 from tbtc.model import MODELS, TAG, ZOO, ZYC2022, build, load
 from tbtc.swin import Block, WindowAttention, shift_mask
-from tbtc.tcm import SWIN_KEYS, TCM
+from tbtc.tcm import TCM, our_name
 
 ROOT = Path(__file__).parents[1]
 SWIN, CONV = (32, 32, 64, 64, 32, 32), (64, 32)
@@ -128,7 +129,17 @@ def test_multiply_accumulates():
         (1.29, 2.14, 3.47), abs=0.005)
     assert (swint["h_a"]["true"], swint["h_s"]["true"]) == pytest.approx((1.00, 1.10), abs=0.006)
     assert conv["context"]["true"] == swint["context"]["true"] == pytest.approx(11.81, abs=0.005)
-    assert "published: 29.1 M, 111 / 361" in complexity.report(["zyc2022-conv-charm"])
+    assert swint["h_a"]["true"] + swint["h_a"]["products"] == pytest.approx(1.01, abs=0.005)
+    assert swint["h_s"]["true"] + swint["h_s"]["products"] == pytest.approx(1.11, abs=0.005)
+    for name, numbers in (("conv-hyperprior", "encoder 99.4, decoder 100.3 GMACs, by output pixels "
+                           "356.4"), ("conv-charm", "encoder 111.2, "),
+                          ("swint-hyperprior", "encoder 98.4, decoder 98.5 "),
+                          ("swint-charm", "encoder 110.3, decoder 110.3 ")):
+        assert numbers in complexity.report([f"zyc2022-{name}"])
+    assert "by output pixels 368.2" in complexity.report(["zyc2022-conv-charm"])
+    paper = metrics.complexity_of_parts(build("zyc2022-conv-charm", charm_widths="paper"))
+    assert sum(paper[f"charm_{kind}_transforms"]["macs_true"] for kind in ("mean", "scale")) / (
+        1e9) == pytest.approx(12.12, abs=0.005)
 
 
 def test_keys_are_the_source_s():
@@ -181,13 +192,35 @@ def test_shift_mask():
     assert (shift_mask(4, 4, 4, 2, torch.device("cpu"))[0] != 0).any()  # a single window too
 
 
-def test_a_part_at_a_time_is_the_whole(monkeypatch):
+@pytest.mark.parametrize("layout", ["channels last", "channels first"])
+def test_a_part_at_a_time_is_the_whole(layout, monkeypatch):
     torch.manual_seed(0)
     block, x = Block(32, 4, 2), torch.randn(2, 12, 8, 32)
+    if layout == "channels first":  # g_s is given y_hat.permute(0, 2, 3, 1)
+        x = torch.randn(2, 32, 12, 8).permute(0, 2, 3, 1)
     with torch.no_grad():
-        expected = block(x)
+        expected, exactly = block(x), exact.run(block, x)
         monkeypatch.setattr("tbtc.swin.PART", 48)
         assert torch.allclose(block(x), expected, atol=1e-5)
+        assert torch.equal(exact.run(block, x), exactly)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tiles_are_the_whole(name):
+    """Windows do not move, and the halo covers what a latent sees."""
+    model = tiny(name).to(memory_format=torch.channels_last)
+    for module in model.modules():
+        if isinstance(module, WindowAttention):
+            nn.init.normal_(module.relative_position_bias_table)
+    x = photograph(320, 512).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        y = model.g_a(x)
+        assert torch.allclose(tiled(model.g_a, x, down=16, halo=model.halo, tile=128, limit=0), y,
+                              atol=1e-4 * float(y.abs().max()))
+        z = torch.randn_like(y)
+        x_hat = model.g_s(z)
+        found = tiled(model.g_s, z, up=16, halo=model.halo, tile=128, limit=0)
+        assert torch.allclose(found, x_hat, atol=1e-4 * float(x_hat.abs().max()))
 
 
 def test_merge_and_split_order():
@@ -278,7 +311,7 @@ def test_all_parameters_learn(name):
     output = model(photograph())
     bits = sum(-p.log2().sum() for p in output["likelihoods"].values())
     (bits + 1e5 * (output["x_hat"] - photograph()).square().mean()).backward()
-    still = [n for n, p in model.named_parameters() if p.grad is None]
+    still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert still == ["entropy_bottleneck.quantiles"]
 
 
@@ -319,21 +352,48 @@ def test_bare_weights_tell_their_reading(options):
     assert found.g_a.layers[1].blocks[0].attn.heads == options.get("num_heads", 2)
 
 
+TCM_PARTS = {  # of a Swin block in jmliu206/LIC_TCM, and here
+    "ln1": "norm1", "ln2": "norm2", "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2",
+    "msa.embedding_layer": "attn.qkv", "msa.linear": "attn.proj",
+    "msa.relative_position_params": "attn.relative_position_bias_table"}
+
+
+def test_names_of_tcm():
+    keys = build("tcm", "XS").state_dict()
+    blocks = ("g_a.1.trans_block", "g_s.8.trans_block", "h_a.2.trans_block",
+              "h_mean_s.1.trans_block", "atten_mean.0.0.non_local_block.block_1",
+              "atten_scale.4.0.non_local_block.block_2")
+    for block in blocks:
+        for theirs, ours in TCM_PARTS.items():
+            end = "" if theirs.endswith("params") else ".weight"
+            assert our_name(f"{block}.{theirs}{end}") == f"{block}.{ours}{end}"
+            assert f"{block}.{ours}{end}" in keys
+    for key in ("g_a.0.conv1.weight", "g_a.1.conv1_1.weight", "g_a.1.conv_block.conv1.weight",
+                "atten_mean.0.0.in_conv.weight", "atten_mean.0.0.conv_a.0.conv.0.weight",
+                "cc_mean_transforms.0.4.weight", "lrp_transforms.4.0.weight",
+                "h_scale_s.0.igdn.beta", "h_a.3.weight"):
+        assert our_name(key) == key and key in keys
+
+
 def as_in_the_source(model):
     """Its names of TCM's Swin blocks and shapes of their biases; `relative_position_index` too."""
     result = {}
     for key, value in model.state_dict().items():
-        for theirs, ours in SWIN_KEYS if isinstance(model, TCM) else ():
-            if re.search(rf"(trans_block|block_[12])\.{re.escape(ours)}", key):
-                key = key.replace(ours, theirs)
-                if theirs.endswith("params"):
-                    side = int(len(value) ** 0.5)
-                    value = value.t().reshape(-1, side, side)
-                break
-        result[key] = value
         if key.endswith("relative_position_bias_table"):
             result[key.replace("bias_table", "index")] = torch.zeros(4, 4, dtype=torch.long)
+        if isinstance(model, TCM):
+            if key.endswith("relative_position_bias_table"):
+                side = int(len(value) ** 0.5)
+                value = value.t().reshape(-1, side, side)
+            for theirs, ours in TCM_PARTS.items():
+                key = re.sub(rf"(trans_block|block_[12])\.{ours}\b", rf"\1.{theirs}", key)
+        result[key] = value
     return result
+
+
+def moves(key):
+    """By how much the averaged weights differ from the others in the test below."""
+    return 1.0 if "g_a" in key or "entropy_bottleneck.matrices" in key else 0.0
 
 
 @pytest.mark.parametrize("name", ["zyc2022-conv-charm", "zyc2022-swint-charm", "tcm"])
@@ -343,7 +403,7 @@ def test_checkpoints_of_the_source(name, tmp_path):
     weights = as_in_the_source(model)
     trained = [k for k in weights if "cdf" not in k and "offset" not in k and "index" not in k
                and not k.endswith(("target", "scale_table", "bound", "pedestal", "length"))]
-    shadow = [weights[k] + (1 if k.endswith("g_a.bias") or "g_a" in k else 0) for k in trained]
+    shadow = [weights[k] + moves(k) for k in trained]
     torch.save({"state_dict": {f"net._orig_mod.{k}": v for k, v in weights.items()}},
                tmp_path / "plain.ckpt")
     torch.save({"state_dict": weights, "epoch": 3, "ema_state_dict": {
@@ -352,8 +412,17 @@ def test_checkpoints_of_the_source(name, tmp_path):
     plain, ema = load(tmp_path / "plain.ckpt"), load(tmp_path / "ema.ckpt")
     for key, value in model.named_parameters():
         assert torch.equal(plain.get_parameter(key), value)
-        moved = 1 if "g_a" in key else 0
-        assert torch.equal(ema.get_parameter(key), value + moved)
+        assert torch.equal(ema.get_parameter(key), value + moves(key))
+    tables = ema.entropy_bottleneck._quantized_cdf.clone()
+    ema.update(force=True)
+    assert torch.equal(tables, ema.entropy_bottleneck._quantized_cdf)  # those of the averages
+    fresh = build(name, "XS") if name != "tcm" else TCM(32, 40, 16)
+    if name == "tcm":
+        train.start_from(fresh, tmp_path / "plain.ckpt")
+        assert torch.equal(fresh.g_a[0].conv1.weight, model.g_a[0].conv1.weight)
+    else:
+        with pytest.raises(UserError, match="another"):  # another size
+            train.start_from(fresh, tmp_path / "plain.ckpt")
     torch.save({"state_dict": weights, "ema_state_dict": {"shadow_params": shadow[1:]}},
                tmp_path / "short.ckpt")
     with pytest.raises(UserError, match="do not fit"):
@@ -367,6 +436,11 @@ def test_wrong_names_and_weights(tmp_path):
         build("zyc2022-conv-charm", "3")
     with pytest.raises(UserError, match="heads"):
         ZYC2022("swint", "charm", (40, 32, 32, 32, 32, 32))
+    broken = tiny("zyc2022-swint-hyperprior")
+    with torch.no_grad():
+        broken.h_s.layers[0].blocks[0].attn.relative_position_bias_table[3] = torch.inf
+    with pytest.raises(UserError, match="NaN or infinity in attention"):
+        broken.compress(photograph())
     with pytest.raises(UserError, match="slices of 32"):
         ZYC2022("conv", "charm", (48, 32))
     weights = tiny("zyc2022-conv-charm").state_dict()
@@ -466,8 +540,12 @@ def test_resumed_run_is_the_run(flags, run, monkeypatch):
         assert not torch.equal(a["averaged"]["model"]["g_a.0.weight"], a["model"]["g_a.0.weight"])
         coding = load(last(straight))
         assert torch.equal(coding.g_a[0].weight, a["averaged"]["model"]["g_a.0.weight"])
-    with pytest.raises(UserError, match="was trained with --net_lr"):
-        run(*flags, "--resume", "--net_lr", 1)
+    for key, value in (("net_lr", 1), ("num_epochs", 3)):
+        with pytest.raises(UserError, match=f"was trained with --{key}"):
+            run(*flags, "--resume", f"--{key}", value)
+    (killed.parent / "version_9").mkdir()  # stopped before its first checkpoint
+    run(*flags, "--resume")
+    assert not (killed.parent / "version_10").exists()
 
 
 def test_average_is_that_of_torch():
@@ -552,6 +630,13 @@ def test_defaults_are_the_source_s():
     assert {key: args[key] for key in source} == source
 
 
+def test_the_command_line_chooses_between_lmbda_and_beta(tmp_path):
+    (tmp_path / "a.yaml").write_text("lmbda: 0.01\nckpt_path: a.ckpt\n")  # the fork's key
+    words = ["--config", str(tmp_path / "a.yaml"), "--beta", "0.001"]
+    args = train.check(runs.parse(train.flags(), words), words)
+    assert (args.lmbda, args.beta, str(args.checkpoint_to_resume)) == (None, 0.001, "a.ckpt")
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--beta", "0.001"], "exactly one"), (["--train_patch_size", "100"], "multiples of 64"),
     (["--train_patch_size", "64", "64", "64"], "height and width"),
@@ -559,7 +644,8 @@ def test_defaults_are_the_source_s():
     (["--ema_decay", "1"], "below 1"), (["--model", "tcn"], "invalid choice"),
     (["--checkpoint_to_resume", "no.ckpt"], "no such checkpoint"),
     (["--init_ckpt", "no.ckpt"], "no such checkpoint"), (["--net_lr", "-1"], "net_lr"),
-    (["--resume", "--checkpoint_to_resume", "a"], "one of them")])
+    (["--resume", "--checkpoint_to_resume", "a"], "one of them"),
+    (["--valid_patch_size", "32"], "give 64 or more")])
 def test_training_mistakes(flags, message, run, capsys):
     try:
         run(*flags)
