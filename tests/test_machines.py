@@ -31,9 +31,14 @@ MODELS = {  # name: (paper, weights, rates of its files)
     "qvrf minnen": ("qvrf", "small-minnen.pth", [{"s": 5}, {"factor": 3.7}]),
     "convnextic": ("convnextic", "small-vr.pth", [{"lmbda": 0.001}, {"lmbda": 0.01}]),
 }
-VARIANTS = ("v0_ln", "v1_patch", "v2_stride2", "v3_scctx", "v4_ea", "v5_vr")  # random weights
-for variant in VARIANTS:
-    MODELS[variant] = ("convnextic", f"{variant}.pth", [{"lmbda": 0.02} if "vr" in variant else {}])
+RANDOM = {  # small networks of random weights
+    "convnextic": ("v0_ln", "v1_patch", "v2_stride2", "v3_scctx", "v4_ea", "v5_vr"),
+    "tbtc": ("zyc2022-conv-hyperprior", "zyc2022-conv-charm", "zyc2022-swint-hyperprior",
+             "zyc2022-swint-charm", "tcm")}
+VARIANTS = [variant for variants in RANDOM.values() for variant in variants]
+for paper, variants in RANDOM.items():
+    for variant in variants:
+        MODELS[variant] = (paper, f"{variant}.pth", [{"lmbda": 0.02} if "vr" in variant else {}])
 IMAGES = ("kodim08", "kodim13")
 
 
@@ -75,18 +80,28 @@ def _digest(tensor):
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
-def _random_weights(path):
-    """A small ConvNeXTIC whose blocks do something and whose latents are not all zero."""
+def _random_weights(path, paper):
+    """A small network whose blocks do something and whose latents are not all zero."""
     import torch
 
-    from convnextic.model import build
-
     torch.manual_seed(0)
-    options = {"variant": path.stem, "layer_scale_init": 0.5}
-    model = build(**options, embed_dim=8, latent_dim=24)
+    options = {}
+    if paper == "tbtc":
+        from tbtc.model import build
+
+        model = build(path.stem, "XS")
+        layers, factor = ([model.g_a.layers[3].blocks[1].mlp.fc2] if "swint" in path.stem
+                          else [model.g_a[-1]]), 8
+    else:
+        from convnextic.model import build
+
+        options = {"variant": path.stem, "layer_scale_init": 0.5}
+        model = build(**options, embed_dim=8, latent_dim=24)
+        layers, factor = [next(m for m in part.down if isinstance(m, torch.nn.Conv2d))
+                          for part in (model.g_a[3], model.h_a[1])], 6
     with torch.no_grad():
-        for part in (model.g_a[3], model.h_a[1]):
-            next(m for m in part.down if isinstance(m, torch.nn.Conv2d)).weight *= 6
+        for layer in layers:
+            layer.weight *= factor
     model.update(force=True)
     torch.save({"model": model.state_dict(), "config": options}, path)
 
@@ -116,7 +131,7 @@ def _main():
         paper = importlib.import_module(f"{folder}.model")
         path = (args.folder if name in VARIANTS else ROOT / folder / "weights") / weights
         if name in VARIANTS and args.job == "encode":
-            _random_weights(path)
+            _random_weights(path, folder)
         model = paper.load(path).to(memory_format=layout)
         seen = []
         if folder == "convnextic":  # its g_s is called stage by stage

@@ -376,12 +376,13 @@ def test_names_of_tcm():
 
 
 def as_in_the_source(model):
-    """Its names of TCM's Swin blocks and shapes of their biases; `relative_position_index` too."""
+    """Swin's `relative_position_index` too; TCM's names, and shapes of its biases."""
     result = {}
     for key, value in model.state_dict().items():
-        if key.endswith("relative_position_bias_table"):
-            result[key.replace("bias_table", "index")] = torch.zeros(4, 4, dtype=torch.long)
-        if isinstance(model, TCM):
+        if not isinstance(model, TCM):
+            if key.endswith("relative_position_bias_table"):
+                result[key.replace("bias_table", "index")] = torch.zeros(4, 4, dtype=torch.long)
+        else:
             if key.endswith("relative_position_bias_table"):
                 side = int(len(value) ** 0.5)
                 value = value.t().reshape(-1, side, side)
