@@ -4,7 +4,7 @@
 
 Seconds of decoding by part; ChARM's part beside CompressAI's codec of channel groups, with the same
 networks in floats; our Swin blocks beside timm's and PyTorch's fused attention; a training step of
-SwinT-ChARM S in bf16 beside float32.
+SwinT-ChARM S in bf16 beside float32. And what padding costs in bits, with the bundled weights.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 from common import bench, data, entropy, exact
@@ -26,18 +28,20 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from tbtc import coder
-from tbtc.model import SLICE, ZOO, ZYC2022, build
+from tbtc.model import SLICE, ZOO, ZYC2022, build, load
 from tbtc.swin import SwinAnalysis, SwinSynthesis, WindowAttention
 
 LMBDA = 0.01
 
 
 def run(rounds: int) -> None:
-    for name in ZOO:
-        by_part(name, rounds)
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for name in ZOO:
+            by_part(name, rounds, device)
     charm(rounds)
     attention(rounds)
     training(rounds)
+    padding()
 
 
 @torch.no_grad()
@@ -65,34 +69,41 @@ def photograph() -> Tensor:
 
 
 # ---------------------------------------------------------------------------------- decoding
-def by_part(name: str, rounds: int) -> None:
+def by_part(name: str, rounds: int, device: str) -> None:
     """Print seconds of decoding 512x768: h_s, ChARM's networks, entropy decoding, g_s, the rest."""
-    model = lively(name)
-    coded = model.compress(photograph())
+    model = lively(name).to(device)
+    coded = model.compress(photograph().to(device))
     found: list[dict[str, float]] = []
     for _ in range(rounds + 1):
-        with stopwatch(model) as spent:
-            start = time.perf_counter()
+        with stopwatch(model, device) as spent:
+            start = now(device)
             model.decompress(coded["strings"], coded["shape"])
-            spent["all"] = time.perf_counter() - start
+            spent["all"] = now(device) - start
         found.append(spent)
     medians = {key: sorted(f[key] for f in found[1:])[rounds // 2] for key in found[0]}
     rest = medians["all"] - sum(v for k, v in medians.items() if k != "all")
-    print(f"tbtc {name[8:]}: decompress {medians.pop('all'):.2f} s: " + ", ".join(
+    print(f"tbtc {name[8:] or name}, {device}: decompress {medians.pop('all'):.2f} s: " + ", ".join(
         f"{key} {value:.3f}" for key, value in {**medians, "rest": rest}.items()), flush=True)
 
 
+def now(device: str) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 @contextmanager
-def stopwatch(model: ZYC2022) -> Iterator[dict[str, float]]:
+def stopwatch(model: ZYC2022, device: str) -> Iterator[dict[str, float]]:
     """Seconds within each part of a decompress."""
     spent = {"h_s": 0.0, "ChARM": 0.0, "entropy decoding": 0.0, "g_s": 0.0}
     run_exact, decode, synthesis = exact.run, entropy.Decoders.decode, model.g_s.forward
 
     def watched(part: str, call: Any) -> Any:
         def timed(*args: Any) -> Any:
-            start = time.perf_counter()
+            start = now(device)
             result = call(*args)
-            spent[part] += time.perf_counter() - start
+            spent[part] += now(device) - start
             return result
         return timed
 
@@ -247,3 +258,31 @@ def training(rounds: int) -> None:
                   bench.descent(ours, ours, x.contiguous(memory_format=torch.channels_last), LMBDA,
                                 "auto"),
                   bench.descent(theirs, theirs, x.contiguous(), LMBDA, "fp32"), rounds)
+
+
+# -------------------------------------------------------------------------------------- padding
+@torch.no_grad()
+def padding() -> None:
+    """Bits and PSNR of the bundled SwinT weights on odd sizes: to 64 with masked windows, as files
+    are, or to 256 as the source needs it, with three kinds of border.
+    """
+    found = sorted((Path(__file__).parent / "weights").glob("small-swint-*.pth"))
+    if not found:
+        print("tbtc padding: no bundled SwinT weights")
+        return
+    model = load(found[-1])
+    crops = [data.to_float(data.read_image(path))[None, :, :h, :w]
+             for path, (h, w) in zip(data.list_images(data.KODAK), cycle(
+                 [(500, 500), (333, 470), (300, 400), (440, 312), (260, 511)]), strict=False)]
+    for multiple, mode in ((64, "replicate"), (256, "constant"), (256, "replicate"),
+                           (256, "reflect")):
+        bpp, psnr = [], []
+        for x in crops:
+            h, w = x.shape[-2:]
+            out = model(F.pad(x, (0, -w % multiple, 0, -h % multiple), mode=mode))
+            bits = sum(-p.log2().sum().item() for p in out["likelihoods"].values())
+            bpp.append(bits / (h * w))
+            psnr.append(-10 * (out["x_hat"][:, :, :h, :w].clamp(0, 1) - x).square().mean()
+                        .log10().item())
+        print(f"tbtc padding to {multiple}, {mode}: {sum(bpp) / len(bpp):.4f} bpp, "
+              f"{sum(psnr) / len(psnr):.2f} dB", flush=True)
