@@ -185,6 +185,11 @@ def restore(layers: nn.Module, spec: dict | None) -> None:
         _prepared.pop(layer, None)
 
 
+def values(parameter: Tensor, x: Tensor) -> Tensor:
+    """A parameter for an `exact` method, in float64 where x is: the model may be elsewhere."""
+    return parameter.detach().to(x.device, torch.float64)
+
+
 def scale_indexes(scales: Tensor, scale_table: Tensor) -> Tensor:
     """Row of the CDF table for each scale: the nearest entry of `scale_table` in ratio (int32).
 
@@ -193,7 +198,8 @@ def scale_indexes(scales: Tensor, scale_table: Tensor) -> Tensor:
     The boundaries are the geometric means of neighbours; sqrt is exact in IEEE 754.
     """
     scales = scales.double().contiguous()
-    return torch.bucketize(scales, scale_boundaries(scale_table), out_int32=True)
+    boundaries = scale_boundaries(scale_table.to(scales.device))
+    return torch.bucketize(scales, boundaries, out_int32=True)
 
 
 def scale_boundaries(scale_table: Tensor) -> Tensor:
@@ -300,9 +306,9 @@ def _prepare(layer: nn.Module, name: str, device: torch.device) -> _Layer:
             f" 2^{EXACT_BITS}; its weights or biases are too large"
         )
     known = _Layer(
-        weight=q.contiguous(),
-        bias=b.view(-1, 1, 1),
-        scale=_power_of_two(-shifts - grid_bits).to(weight.device).view(-1, 1, 1),
+        weight=q.to(device).contiguous(),
+        bias=b.to(device).view(-1, 1, 1),
+        scale=_power_of_two(-shifts - grid_bits).to(device).view(-1, 1, 1),
         stride=(1, 1) if transposed or linear else layer.stride,
         dilation=(1, 1) if linear else layer.dilation,
         groups=1 if linear else layer.groups,
@@ -450,7 +456,7 @@ def _normalise(layer: nn.LayerNorm, name: str, x: Tensor) -> Tensor:
     eps = layer.eps * 4.0**NORM_BITS  # of x in units of its grid
     y = (q - mean) / torch.sqrt(variance + eps)
     if layer.elementwise_affine:
-        weight, bias = (p.detach().double().view((-1, 1, 1) if dim == 1 else (-1,))
+        weight, bias = (values(p, x).view((-1, 1, 1) if dim == 1 else (-1,))
                         for p in (layer.weight, layer.bias))
         y = y * weight + bias
     return y

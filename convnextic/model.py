@@ -84,7 +84,7 @@ class Block(nn.Module):
 
     def exact(self, x: Tensor, run: Any) -> Tensor:
         y = run([self.dwconv, self.norm], x).permute(0, 2, 3, 1)
-        y = run(self.mlp, y) * self.scale.gamma.detach().double()
+        y = run(self.mlp, y) * exact.values(self.scale.gamma, x)
         return x + y.permute(0, 3, 1, 2)
 
 
@@ -131,7 +131,7 @@ class BatchNorm(nn.BatchNorm2d):
     """BatchNorm2d whose evaluation is elementwise, and so exact."""
 
     def exact(self, x: Tensor, run: Any) -> Tensor:
-        mean, variance, weight, bias = (t.detach().double().view(-1, 1, 1) for t in (
+        mean, variance, weight, bias = (exact.values(t, x).view(-1, 1, 1) for t in (
             self.running_mean, self.running_var, self.weight, self.bias))
         return (x - mean) / torch.sqrt(variance + self.eps) * weight + bias
 
@@ -140,8 +140,8 @@ class ExactGDN(GDN):
     """GDN with a fixed-point form: its sums run over integers."""
 
     def exact(self, x: Tensor, run: Any) -> Tensor:
-        beta = self.beta_reparam(self.beta).detach().double().view(-1, 1, 1)
-        gamma = self.gamma_reparam(self.gamma).detach().double()
+        beta = exact.values(self.beta_reparam(self.beta), x).view(-1, 1, 1)
+        gamma = exact.values(self.gamma_reparam(self.gamma), x)
         gamma = exact.round_to_grid(gamma, 20)
         if float(gamma.sum(1).max()) >= 2**9:
             raise UserError("GDN cannot be computed exactly: its gamma is too large")

@@ -78,7 +78,7 @@ class WindowAttention(nn.Module):
 
     def attend_exactly(self, x: Tensor, mask: Tensor | None, run: Any) -> Tensor:
         q, k, v = self.split(run(self.qkv, x))
-        logits = exact.matmul(q * self.scale, k.transpose(2, 3)) + self.bias().detach().double()
+        logits = exact.matmul(q * self.scale, k.transpose(2, 3)) + exact.values(self.bias(), x)
         y = exact.matmul(exact.softmax(masked(logits, mask)), v, (20, 0))
         return run(self.proj, y.transpose(1, 2).flatten(2))
 

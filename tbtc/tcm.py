@@ -89,8 +89,8 @@ class ExactIGDN(GDN):
     """Inverse GDN with a fixed-point form: its sums run over integers."""
 
     def exact(self, x: Tensor, run: Any) -> Tensor:
-        beta = self.beta_reparam(self.beta).detach().double().view(-1, 1, 1)
-        gamma = self.gamma_reparam(self.gamma).detach().double()
+        beta = exact.values(self.beta_reparam(self.beta), x).view(-1, 1, 1)
+        gamma = exact.values(self.gamma_reparam(self.gamma), x)
         gamma = exact.round_to_grid(gamma, 20)
         if float(gamma.sum(1).max()) >= 2**9:
             raise UserError("GDN cannot be computed exactly: its gamma is too large")
