@@ -1,10 +1,11 @@
 """Speed at the paper's size M: part of `make bench`.
 
     python -m common.bench tbtc
+    python -m tbtc.bench SWINT_CHECKPOINT       what padding costs in bits
 
 Seconds of decoding by part; ChARM's part beside CompressAI's codec of channel groups, with the same
 networks in floats; our Swin blocks beside timm's and PyTorch's fused attention; a training step of
-SwinT-ChARM S in bf16 beside float32. And what padding costs in bits, with the bundled weights.
+SwinT-ChARM S in bf16 beside float32.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from common import bench, data, entropy, exact
+from common import bench, data, entropy, exact, runs
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,6 @@ def run(rounds: int) -> None:
     charm(rounds)
     attention(rounds)
     training(rounds)
-    padding()
 
 
 @torch.no_grad()
@@ -262,15 +262,11 @@ def training(rounds: int) -> None:
 
 # -------------------------------------------------------------------------------------- padding
 @torch.no_grad()
-def padding() -> None:
-    """Bits and PSNR of the bundled SwinT weights on odd sizes: to 64 with masked windows, as files
-    are, or to 256 as the source needs it, with three kinds of border.
+def padding(checkpoint: Path) -> None:
+    """Bits and PSNR of SwinT weights on odd sizes: padded to 64 with masked windows, as files are,
+    or to 256 as the source needs it, with three kinds of border.
     """
-    found = sorted((Path(__file__).parent / "weights").glob("small-swint-*.pth"))
-    if not found:
-        print("tbtc padding: no bundled SwinT weights")
-        return
-    model = load(found[-1])
+    model = load(checkpoint)
     crops = [data.to_float(data.read_image(path))[None, :, :h, :w]
              for path, (h, w) in zip(data.list_images(data.KODAK), cycle(
                  [(500, 500), (333, 470), (300, 400), (440, 312), (260, 511)]), strict=False)]
@@ -286,3 +282,9 @@ def padding() -> None:
                         .log10().item())
         print(f"tbtc padding to {multiple}, {mode}: {sum(bpp) / len(bpp):.4f} bpp, "
               f"{sum(psnr) / len(psnr):.2f} dB", flush=True)
+
+
+if __name__ == "__main__":
+    parser = runs.Parser(description="What padding costs a SwinT model in bits.")
+    parser.add_argument("checkpoint", type=Path)
+    runs.cli(lambda: padding(parser.parse_args().checkpoint))
