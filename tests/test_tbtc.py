@@ -682,6 +682,29 @@ def test_eval_model_s_command(images, tmp_path, monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------------------- pages
+@pytest.mark.parametrize("path", sorted((ROOT / "tbtc" / "weights").glob("*.pth")),
+                         ids=lambda path: path.stem)
+def test_bundled_weights_code(path):
+    """Better than 25 dB for less than a bit a pixel, and as many bytes as estimated."""
+    model, x = load(path), photograph(256, 320)
+    with torch.no_grad():
+        output = model(x)
+    file = evaluate.encode_image(model, x, TAG)
+    bits = -sum(p.log2().sum() for p in output["likelihoods"].values())
+    assert 8 * (len(file) - 29) == pytest.approx(float(bits), rel=0.01)
+    assert 8 * len(file) < 256 * 320
+    assert metrics.psnr(data.to_uint8(evaluate.decode_image(model, file, TAG)),
+                        data.to_uint8(x)[0]) > 25
+
+
+def test_pages_give_the_bundled_results():
+    found = json.loads((ROOT / "tbtc" / "results" / "small.json").read_text())
+    assert len(found["results"]["bpp"]) == len(list((ROOT / "tbtc" / "weights").glob("*.pth")))
+    page, front = ((ROOT / name).read_text() for name in ("tbtc/README.md", "README.md"))
+    for bpp, psnr in zip(found["results"]["bpp"], found["results"]["psnr-rgb"], strict=True):
+        assert f"| {bpp:.4f} | {psnr:.2f} |" in page and f"| {bpp:.4f} | {psnr:.2f} |" in front
+
+
 def test_readme_commands(tmp_path, monkeypatch):
     """In their order, in one folder, as a reader would type them; only sizes are made tiny."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "tbtc" / "README.md").read_text(), re.S)
