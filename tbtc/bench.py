@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -270,8 +270,7 @@ def padding(checkpoint: Path) -> None:
     crops = [data.to_float(data.read_image(path))[None, :, :h, :w]
              for path, (h, w) in zip(data.list_images(data.KODAK), cycle(
                  [(500, 500), (333, 470), (300, 400), (440, 312), (260, 511)]), strict=False)]
-    for multiple, mode in ((64, "replicate"), (256, "constant"), (256, "replicate"),
-                           (256, "reflect")):
+    for multiple, mode in product((64, 256), ("replicate", "constant", "reflect")):
         bpp, psnr = [], []
         for x in crops:
             h, w = x.shape[-2:]
