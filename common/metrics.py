@@ -113,7 +113,9 @@ def complexity(model: nn.Module, size: tuple[int, int] = (512, 768), **rate: flo
     values, so that it takes no time. rate: what forward of a variable-rate model takes.
     """
     parts = complexity_of_parts(model, size, **rate).values()
-    return {key: sum(part[key] for part in parts) for key in next(iter(parts))}
+    found = {key: sum(part[key] for part in parts) for key in next(iter(parts))}
+    # a parameter of the model itself is no child's
+    return found | {"params_total": sum(p.numel() for p in model.parameters())}
 
 
 def complexity_of_parts(model: nn.Module, size: tuple[int, int] = (512, 768), **rate: float

@@ -103,6 +103,13 @@ def test_complexity(kind, N, M, total, thop, giga):
     assert model.training and not model.g_a[0]._forward_hooks  # the model itself is untouched
 
 
+def test_complexity_counts_the_model_s_own_parameters():
+    model = ScaleHyperprior(4, 6)
+    model.gain = torch.nn.Parameter(torch.ones(8))  # belongs to no child
+    total = metrics.complexity(model, (64, 64))["params_total"]
+    assert total == sum(p.numel() for p in model.parameters())
+
+
 def test_complexity_grows_with_the_image():
     model = FactorizedPrior(8, 12)
     small, large = metrics.complexity(model, (64, 64)), metrics.complexity(model, (128, 192))
