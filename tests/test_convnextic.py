@@ -651,7 +651,9 @@ def test_bundled_rates():
     for image in zip(*found["per_image"], strict=True):
         rates = [row["bpp"] for row in image]
         assert all(a < b for a, b in zip(rates, rates[1:], strict=False)), image[0]["image"]
-        assert all(-0.025 < surplus(row) < 0.01 for row in image)
+    surpluses = [surplus(row) for images in found["per_image"] for row in images]
+    assert -0.025 < min(surpluses) and max(surpluses) < 0.01
+    assert sum(abs(s) >= 0.01 for s in surpluses) <= 1  # of 144
     for images in found["per_image"]:
         assert abs(sum(map(surplus, images)) / len(images)) < 0.01
 
