@@ -184,6 +184,12 @@ def find_items(root: str | Path | None, split: str = "train") -> list[Item]:
     return [Item(p) for p in files]
 
 
+def centre(x: Tensor, height: int, width: int) -> Tensor:
+    """The central height x width of (3, H, W), which is not smaller."""
+    top, left = (x.shape[1] - height) // 2, (x.shape[2] - width) // 2
+    return x[:, top : top + height, left : left + width]
+
+
 def digest(items: list[Item]) -> str:
     """What tells one training set from another, wherever it lies: number and hash of the names."""
     names = "\n".join(item.member or "/".join(item.path.parts[-2:]) for item in items)

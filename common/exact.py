@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from compressai.layers import GDN
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
@@ -67,8 +68,8 @@ _tables: dict[tuple, Tensor] = {}
 def run(layers: nn.Module, x: Tensor) -> Tensor:
     """Apply convolutional layers in exact arithmetic.
 
-    layers: one layer, a list or a Sequential of Conv2d, ConvTranspose2d, Linear, LayerNorm, ReLU,
-        LeakyReLU, PixelShuffle, Identity and smooth activations; and of modules with a method
+    layers: one layer, a list or a Sequential of Conv2d, ConvTranspose2d, Linear, LayerNorm, GDN,
+        ReLU, LeakyReLU, PixelShuffle, Identity and smooth activations; and of modules with a method
         `exact(x, run)`, which compute with `run` on their parts and add and multiply in between.
     x: (B, C, H, W), any float or integer type. Returns float64; its last bit depends on x and the
         weights, on nothing else. Each layer's input is rounded to multiples of 2^-12 and clamped to
@@ -86,6 +87,8 @@ def run(layers: nn.Module, x: Tensor) -> Tensor:
             x = _apply(layer, _prepare(layer, name, x.device), x)
         elif isinstance(layer, nn.LayerNorm):
             x = _normalise(layer, name, x)
+        elif isinstance(layer, GDN):
+            x = _divide(layer, x)
         elif hasattr(layer, "exact"):
             x = layer.exact(x, run)
         else:
@@ -460,6 +463,17 @@ def _normalise(layer: nn.LayerNorm, name: str, x: Tensor) -> Tensor:
                         for p in (layer.weight, layer.bias))
         y = y * weight + bias
     return y
+
+
+def _divide(layer: GDN, x: Tensor) -> Tensor:
+    """GDN, whose sums of squares run over integers; or its inverse, which multiplies."""
+    beta = values(layer.beta_reparam(layer.beta), x).view(-1, 1, 1)
+    gamma = round_to_grid(values(layer.gamma_reparam(layer.gamma), x), 20)
+    if float(gamma.sum(1).max()) >= 2**9:
+        raise UserError("GDN cannot be computed exactly: its gamma is too large")
+    squares = round_to_grid(x.clamp(-256, 256).square(), 8)
+    norm = torch.sqrt(torch.matmul(gamma, squares.flatten(2)).view_as(squares) + beta)
+    return x * norm if layer.inverse else x / norm
 
 
 def _smooth(layer: nn.Module, name: str, x: Tensor) -> Tensor:

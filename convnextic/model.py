@@ -70,7 +70,7 @@ class Block(nn.Module):
         conv = (nn.ConvTranspose2d if decoder and options["decoder_dw"] == "convtranspose"
                 else Depthwise if groups == dim else nn.Conv2d)
         self.dwconv = conv(dim, dim, k, padding=k // 2, groups=groups)
-        self.norm = {"layernorm": LayerNorm2d, "batchnorm": BatchNorm, "gdn": ExactGDN,
+        self.norm = {"layernorm": LayerNorm2d, "batchnorm": BatchNorm, "gdn": GDN,
                      "none": nn.Identity}[options["block_norm"]](dim)
         hidden = options["mlp_ratio"] * dim
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
@@ -134,20 +134,6 @@ class BatchNorm(nn.BatchNorm2d):
         mean, variance, weight, bias = (exact.values(t, x).view(-1, 1, 1) for t in (
             self.running_mean, self.running_var, self.weight, self.bias))
         return (x - mean) / torch.sqrt(variance + self.eps) * weight + bias
-
-
-class ExactGDN(GDN):
-    """GDN with a fixed-point form: its sums run over integers."""
-
-    def exact(self, x: Tensor, run: Any) -> Tensor:
-        beta = exact.values(self.beta_reparam(self.beta), x).view(-1, 1, 1)
-        gamma = exact.values(self.gamma_reparam(self.gamma), x)
-        gamma = exact.round_to_grid(gamma, 20)
-        if float(gamma.sum(1).max()) >= 2**9:
-            raise UserError("GDN cannot be computed exactly: its gamma is too large")
-        squares = exact.round_to_grid(x.clamp(-256, 256).square(), 8)
-        sums = torch.matmul(gamma, squares.flatten(2)).view_as(squares)
-        return x / torch.sqrt(sums + beta)
 
 
 class Down(nn.Module):

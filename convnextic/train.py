@@ -306,11 +306,10 @@ def central_crops(paths: list[Path], side: int) -> Tensor:
     found = []
     for path in paths:
         x = data.read_image(path, notice=lambda _: None)
-        top, left = (x.shape[1] - side) // 2, (x.shape[2] - side) // 2
-        if min(top, left) < 0:
+        if min(x.shape[1:]) < side:
             raise UserError(f"{path}: {x.shape[2]}x{x.shape[1]} is smaller than the crop of "
                             f"{side}; remove it or set a smaller --patchsize")
-        found.append(x[:, top : top + side, left : left + side])
+        found.append(data.centre(x, side, side))
     return torch.stack(found)
 
 

@@ -370,11 +370,10 @@ def central_crops(paths: list[Path], crop: tuple[int, int]) -> Tensor:
     found = []
     for path in paths:
         x = data.read_image(path, notice=lambda _: None)
-        top, left = (x.shape[1] - crop[0]) // 2, (x.shape[2] - crop[1]) // 2
-        if min(top, left) < 0:
+        if x.shape[1] < crop[0] or x.shape[2] < crop[1]:
             raise UserError(f"{path}: {x.shape[2]}x{x.shape[1]} is smaller than the {crop[1]}x"
                             f"{crop[0]} crop; remove it or set a smaller --patch-size")
-        found.append(x[:, top : top + crop[0], left : left + crop[1]])
+        found.append(data.centre(x, *crop))
     return torch.stack(found)
 
 

@@ -24,7 +24,6 @@ from compressai.models import CompressionModel
 from compressai.ops import quantize_ste
 from torch import Tensor, nn
 
-MEAN_BITS = 8  # means are multiples of 2^-8 when coding
 Run = Callable[[nn.Module, Tensor], Tensor]  # layers, x -> layers(x), in floats or in fixed point
 
 
@@ -98,7 +97,7 @@ class SliceCoder(CompressionModel):
         for i in range(len(self.slices)):
             scales, means, support = self.predict(i, params, before, run)
             if run is not in_floats:
-                means = exact.round_to_grid(means, MEAN_BITS)
+                means = exact.round_to_grid(means)
             y_hat = symbols(i, scales, means) + means
             before.append(self.refine(i, y_hat, support, run))
             found.append((scales, means))

@@ -11,11 +11,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from common import UserError, exact
-
 import torch
 from compressai.layers import (
-    GDN,
     AttentionBlock,
     ResidualBlock,
     ResidualBlockUpsample,
@@ -76,26 +73,9 @@ class ExactResidualBlock(ResidualBlock):
 
 
 class ExactUpsample(ResidualBlockUpsample):
-    def __init__(self, in_ch: int, out_ch: int):
-        super().__init__(in_ch, out_ch, 2)
-        self.igdn = ExactIGDN(out_ch, inverse=True)
-
     def exact(self, x: Tensor, run: Any) -> Tensor:
         return run([self.subpel_conv, self.leaky_relu, self.conv, self.igdn], x) + (
             run(self.upsample, x))
-
-
-class ExactIGDN(GDN):
-    """Inverse GDN with a fixed-point form: its sums run over integers."""
-
-    def exact(self, x: Tensor, run: Any) -> Tensor:
-        beta = exact.values(self.beta_reparam(self.beta), x).view(-1, 1, 1)
-        gamma = exact.values(self.gamma_reparam(self.gamma), x)
-        gamma = exact.round_to_grid(gamma, 20)
-        if float(gamma.sum(1).max()) >= 2**9:
-            raise UserError("GDN cannot be computed exactly: its gamma is too large")
-        squares = exact.round_to_grid(x.clamp(-256, 256).square(), 8)
-        return x * torch.sqrt(torch.matmul(gamma, squares.flatten(2)).view_as(squares) + beta)
 
 
 class SWAtten(AttentionBlock):
@@ -160,7 +140,7 @@ class TCM(SliceCoder):
                                  conv3x3(2 * N, Hd, stride=2))
         for name in ("h_mean_s", "h_scale_s"):
             self.add_module(name, nn.Sequential(
-                ExactUpsample(Hd, 2 * N), *blocks(c, HYPER_WINDOW), subpel_conv3x3(2 * N, M, 2)))
+                ExactUpsample(Hd, 2 * N, 2), *blocks(c, HYPER_WINDOW), subpel_conv3x3(2 * N, M, 2)))
 
         def net(inputs: int) -> nn.Sequential:
             return nn.Sequential(conv3x3(inputs, 7 * M // 10), nn.GELU(),

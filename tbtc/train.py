@@ -134,7 +134,8 @@ def main(argv: list[str] | None = None) -> None:
     parts = {"model": model, "optimizer": optimizer, "aux_optimizer": aux_optimizer,
              "scheduler": scheduler, "log": log} | ({"averaged": ema} if ema else {})
     whole = () if args.lr_schedule == "constant" and not args.warmup else ("num_epochs",)
-    checkpoints = Checkpoints(folder / "checkpoints", parts, vars(args), (*SAME_RUN, *whole),
+    config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
+    checkpoints = Checkpoints(folder / "checkpoints", parts, config, (*SAME_RUN, *whole),
                               "--init_ckpt")
     step, best, kept = 0, math.inf, ""
     if before is not None:
@@ -143,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         kept = kept if (checkpoints.folder / kept).is_file() else ""
     log.begin(step)
     if runs.rank() == 0:
-        text = yaml.safe_dump(plain(vars(args)), sort_keys=False)
+        text = yaml.safe_dump(config, sort_keys=False)
         runs.write_atomic(folder / "hparams.yaml", text.encode())
         runs.write_atomic(folder / "model.txt", f"{model}\n".encode())
         print(text.strip())
@@ -251,10 +252,6 @@ def check(args: argparse.Namespace, given: Iterable[str] = ()) -> argparse.Names
     return args
 
 
-def plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: str(v) if isinstance(v, Path) else v for key, v in values.items()}
-
-
 # ------------------------------------------------------------------------------ runs, checkpoints
 def run_folder(config: dict[str, Any]) -> Path:
     """Where Lightning keeps the versions of a run, by the settings that name it."""
@@ -292,10 +289,6 @@ def version(args: argparse.Namespace) -> tuple[Path, Path | None]:
 
 class Checkpoints(runs.Checkpoints):
     """Lightning's names; of each kind only the newest is kept."""
-
-    def save(self, name: str, epoch: int, step: int, **extra: Any) -> None:
-        self.config = plain(self.config)
-        super().save(name, epoch, step, **extra)
 
     def discard(self, names: list[str]) -> None:
         for name in names if runs.rank() == 0 else ():
@@ -378,8 +371,7 @@ def validation_images(args: argparse.Namespace) -> list[Tensor]:
         if min(size) == 0:
             raise UserError(f"{path}: {x.shape[2]}x{x.shape[1]} is too small to validate with; "
                             "remove it")
-        top, left = ((s - n) // 2 for s, n in zip(x.shape[1:], size, strict=True))
-        found.append(x[:, top : top + size[0], left : left + size[1]])
+        found.append(data.centre(x, *size))
     return found
 
 
