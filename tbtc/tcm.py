@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import common  # noqa: F401  (first)
+
 import torch
 from compressai.layers import (
     AttentionBlock,
