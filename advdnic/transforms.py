@@ -1,8 +1,8 @@
 """Transforms of the ten experiments: g_a, g_s, h_a, h_s.
 
 What tensorflow-compression calls SignalConv is an ordinary convolution here, padded so that output
-0 lies on input 0. Widths, kernels and oddities (an inverse GDN in the encoder of mod2, DPN's product
-in place of a sum) are the source's.
+0 lies on input 0. Widths, kernels and oddities (an inverse GDN in the encoder of mod2, the product
+in place of a sum in DPN) are the source's.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ class NLAM(nn.Module):
         self.non_local, self.first = NonLocal(c), MBConv(c, c)
         self.mask = nn.Sequential(MBConv(c, c, stride=2), MBConv(c, c),
                                   MBConv(c, c, scale=2, blur=True))
-        self.last = nn.Sequential(MBConv(c, c), nn.Conv2d(c, c, 1), nn.Sigmoid())
+        self.last = nn.Sequential(MBConv(c, c), nn.Conv2d(c, c, 1, bias=False), nn.Sigmoid())
         self.features = nn.Sequential(MBConv(c, c, stride=2), MBConv(c, c),
                                       MBConv(c, c, scale=2, blur=True))
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from compressai.layers import MaskedConv2d
 from torch import Tensor, nn
 
 from . import exact
@@ -25,6 +26,39 @@ from . import exact
 MEAN_BITS = 8  # means are multiples of 2^-8, of 2^-9 for a gain above 1, 2^-10 above 2, ...
 HYPER_BYTES = 2**28  # hyper parameters go through their first layer at once up to this size
 ROWS = 4  # matrix products of a multiple of so many rows are up to 1.6 times faster on CPUs
+
+
+class CausalConv(MaskedConv2d):
+    """5x5 convolution that sees the 12 latents above and to the left:
+
+        1 1 1 1 1
+        1 1 1 1 1
+        1 1 . 0 0        . the latent that is predicted: not seen
+        0 0 0 0 0
+        0 0 0 0 0
+
+    CompressAI's, but the weight is masked on the way and not overwritten.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight * self.mask, self.bias)
+
+
+def wavefront(height: int, width: int, device: torch.device | str = "cpu") -> list[Tensor]:
+    """Positions y * width + x in the order of coding, those of a wave together.
+
+    A latent sees five above at x - 2 ... x + 2, and two to its left. With t = x + 3y they all have
+    a smaller t: (x + 2, y - 1) has t - 1, and (x - 1, y) too. So all latents of equal t can be
+    decoded at once; 32x48 latents take 141 waves instead of 1,536 steps. The first t:
+
+        0 1 2 3 4 5 6
+        3 4 5 6 7 8 9
+        6 7 8 9 ...
+    """
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    t = (x + 3 * y).flatten()
+    order = torch.argsort(t, stable=True).to(device)
+    return [wave for wave in order.split(torch.bincount(t).tolist()) if len(wave)]
 
 
 class Context:
@@ -84,7 +118,13 @@ class Context:
         return sums
 
     def predict(self, positions: Tensor, context: int | bool = True) -> tuple[Tensor, Tensor]:
-        """CDF indexes and means, each (B, n, M), of the latents at positions (n,).
+        """CDF indexes and means, each (B, n, M), of the latents at positions (n,)."""
+        scales, means = self.parameters(positions, context)
+        return (torch.bucketize(scales.contiguous(), self.boundaries, out_int32=True),
+                exact.round_to_grid(means, self.mean_bits))
+
+    def parameters(self, positions: Tensor, context: int | bool = True) -> tuple[Tensor, Tensor]:
+        """Scales and means, each (B, n, M) float64, of the latents at positions (n,).
 
         context: whether neighbours are looked at. Without, the context is zero, its bias included.
         Of several contexts, the number of the one that is, from 1.
@@ -107,8 +147,7 @@ class Context:
         for layer in self.rest:
             x = layer(x)
         scales, means = x[:n].view(batch, len(positions), -1).chunk(2, dim=2)
-        return (torch.bucketize(scales.contiguous(), self.boundaries, out_int32=True),
-                exact.round_to_grid(means, self.mean_bits))
+        return scales, means
 
     def put(self, positions: Tensor, y_hat: Tensor) -> None:
         """Enter decoded latents y_hat (B, n, M) at positions (n,)."""

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from common import entropy, exact, runs
-from common.context import Context
+from common.context import CausalConv, Context, wavefront
 from common.tiles import tiled
 
 import torch
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional
-from compressai.layers import GDN, GDN1, MaskedConv2d
+from compressai.layers import GDN, GDN1
 from compressai.models import CompressionModel, JointAutoregressiveHierarchicalPriors
 from compressai.models.utils import conv, deconv
 from torch import Tensor, nn
@@ -78,39 +78,6 @@ def parameters_network(M: int) -> nn.Sequential:
         nn.Conv2d(M * 10 // 3, M * 8 // 3, 1), nn.LeakyReLU(inplace=True),
         nn.Conv2d(M * 8 // 3, M * 2, 1),
     )
-
-
-class CausalConv(MaskedConv2d):
-    """5x5 convolution that sees the 12 latents above and to the left:
-
-        1 1 1 1 1
-        1 1 1 1 1
-        1 1 . 0 0        . the latent that is predicted: not seen
-        0 0 0 0 0
-        0 0 0 0 0
-
-    CompressAI's, but the weight is masked on the way and not overwritten.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight * self.mask, self.bias)
-
-
-def wavefront(height: int, width: int, device: torch.device | str = "cpu") -> list[Tensor]:
-    """Positions y * width + x in the order of coding, those of a wave together.
-
-    A latent sees five above at x - 2 ... x + 2, and two to its left. With t = x + 3y they all have
-    a smaller t: (x + 2, y - 1) has t - 1, and (x - 1, y) too. So all latents of equal t can be
-    decoded at once; 32x48 latents take 141 waves instead of 1,536 steps. The first t:
-
-        0 1 2 3 4 5 6
-        3 4 5 6 7 8 9
-        6 7 8 9 ...
-    """
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    t = (x + 3 * y).flatten()
-    order = torch.argsort(t, stable=True).to(device)
-    return [wave for wave in order.split(torch.bincount(t).tolist()) if len(wave)]
 
 
 class JointAutoregressive(CompressionModel):

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, entropy, exact, runs
-from common.context import Context
+from common.context import CausalConv, Context, wavefront
 from common.tiles import tiled
 
 import torch
-from compressai.layers import MaskedConv2d, ResidualBlockWithStride
+from compressai.layers import ResidualBlockWithStride
 from compressai.models import (
     Cheng2020Attention,
     CompressionModel,
@@ -41,16 +41,6 @@ SMALLEST_GAIN = 1e-4
 FACTORS = (0.5, 12.0)  # the source's range of continuous rates
 
 
-class CausalConv(MaskedConv2d):
-    """5x5 convolution that sees the 12 latents above and to the left.
-
-    CompressAI's, but the weight is masked on the way and not overwritten.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight * self.mask, self.bias)
-
-
 class Shortcut(nn.Conv2d):
     """1x1 convolution of stride 2: the pixels that it skips are left out first.
 
@@ -63,18 +53,6 @@ class Shortcut(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         x = x[..., ::2, ::2].contiguous(memory_format=torch.channels_last)
         return nn.functional.conv2d(x, self.weight, self.bias)
-
-
-def wavefront(height: int, width: int, device: torch.device | str = "cpu") -> list[Tensor]:
-    """Positions y * width + x in the order of coding, those of a wave together.
-
-    With t = x + 3y all that a latent sees has a smaller t, so latents of equal t go together:
-    32x48 latents take 141 waves instead of 1,536 steps.
-    """
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    t = (x + 3 * y).flatten()
-    order = torch.argsort(t, stable=True).to(device)
-    return [wave for wave in order.split(torch.bincount(t).tolist()) if len(wave)]
 
 
 @dataclass

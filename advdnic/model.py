@@ -1,0 +1,282 @@
+"""Ten experiments of fl0wbar/advDNIC.estimator on one bench: transforms (base, mod1 to mod4) over a
+scale hyperprior (Balle et al., ICLR 2018), and entropy models (variant1 to variant4) with means
+(Minnen et al., NeurIPS 2018) and autoregressive contexts. There is no paper.
+
+The source's contexts cannot be decoded (README); here variant3 and variant4 have a PixelCNN++ that
+can, variant3_old one masked convolution. What is exact when coding: h_s, context, entropy
+parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from common import UserError, entropy, exact, runs
+from common.context import CausalConv, Context, wavefront
+from common.tiles import LIMIT, tiled
+
+import torch
+from compressai.entropy_models import EntropyBottleneck, GaussianConditional
+from compressai.models import CompressionModel
+from torch import Tensor, nn
+
+from advdnic import transforms as t
+from advdnic.pixelcnn import PixelCNN, Steps
+
+TAG = b"advd"  # names this bench in the header of its files
+EXPERIMENTS = ("base", "mod1", "mod2", "mod3", "mod4", "variant1", "variant2", "variant3",
+               "variant3_old", "variant4")
+Symbols = Callable[[Tensor, Tensor, Tensor], Tensor]
+Code = Callable[[Tensor, Tensor, Tensor], Tensor]
+FILTERS = (3, 3, 3)  # of p(z)'s network, as in tensorflow-compression 1.2
+
+
+class Experiment(CompressionModel):
+    """One of the ten.
+
+        x (3,512,768) -> g_a -> y (C,32,48) ---------------> Q -> y_hat -> g_s -> x_hat
+                                |                            |      |
+                                |           N(means, scales^2)   context_model -> phi
+                                v                            |      v
+                           h_a(|y|) -> z (Z,8,12) -> Q -> h_s -> psi, or scales, or both
+
+    base, mod1 to mod4, variant1: scales alone, means are 0. variant2: two h_s. variant3,
+    variant3_old, variant4: entropy_parameters of psi and phi. C = Z = num_filters, but in mod2 and
+    mod3, 192 and 320.
+    """
+
+    downsampling_factor = 64
+    options = ("experiment", "variant1", "ep_compat", "mod2_down_inverse")
+    entropy_device: torch.device | None = None  # where the exact part runs; None: with the rest
+
+    def __init__(self, experiment: str = "base", num_filters: int = 128, variant1: str = "base",
+                 ep_compat: bool = False, mod2_down_inverse: bool = True, resnets: int = 1):
+        """variant1: its transforms, "base" (the source's code) or "mod3" (its README).
+
+        ep_compat: entropy parameters without their first layer, which is dead in the source;
+        mod2_down_inverse: inverse GDN behind the encoder's steps down, as the source; resnets: of
+        PixelCNN++ in each direction.
+        """
+        super().__init__()
+        if experiment not in EXPERIMENTS:
+            raise UserError(f"experiment {experiment}: choose from {', '.join(EXPERIMENTS)}")
+        N = num_filters
+        self.experiment, self.N, self.variant1 = experiment, N, variant1
+        self.ep_compat, self.mod2_down_inverse = ep_compat, mod2_down_inverse
+        kind = variant1 if experiment == "variant1" else experiment
+        C, Z = (t.EFF_Y, t.EFF_Z) if kind in ("mod2", "mod3") else (N, N)
+        self.M = C
+        self.g_a, self.g_s = self._transforms(kind, N)
+        self.entropy_bottleneck = EntropyBottleneck(Z, filters=FILTERS)
+        self.gaussian_conditional = GaussianConditional(None)
+        self.prior = ("context" if experiment in ("variant3", "variant3_old", "variant4")
+                      else "means" if experiment == "variant2" else "scales")
+        if experiment == "variant4":
+            self.h_a, self.h_s = t.Variant4HyperAnalysis(N), t.variant4_hyper_synthesis(N)
+        else:
+            slope = {"scales": None, "means": 0.2, "context": 0.1}[self.prior]
+            act = nn.ReLU if slope is None else (lambda: nn.LeakyReLU(slope))
+            wide = C if kind in ("mod2", "mod3") else N
+            self.h_a = t.hyper_analysis(C, wide, Z, act)
+            if self.prior == "context":
+                self.h_s = t.psi_synthesis(N)
+            elif self.prior == "means":
+                self.h_scale_s = t.hyper_synthesis(Z, wide, C, act)
+                self.h_mean_s = t.hyper_synthesis(Z, wide, C, act)
+            else:
+                self.h_s = t.hyper_synthesis(Z, wide, C, act)
+        if self.prior == "context":
+            self.context_model = (CausalConv(N, 2 * N, kernel_size=5, padding=2)
+                                  if experiment == "variant3_old" else PixelCNN(N, resnets))
+            first = [] if ep_compat else [nn.Conv2d(4 * N, 4 * N, 1), nn.LeakyReLU(0.1)]
+            self.entropy_parameters = nn.Sequential(
+                *first, nn.Conv2d(4 * N, 2 * N, 1), nn.LeakyReLU(0.1),
+                nn.Conv2d(2 * N, 2 * N, 1, bias=False))  # two heads: scales, means
+
+    def _transforms(self, kind: str, N: int) -> tuple[nn.Module, nn.Module]:
+        if kind == "mod1":
+            return (t.base_analysis(N, lambda: [t.MBConv(N, N)]),
+                    t.base_synthesis(N, lambda: [t.MBConv(N, N)]))
+        if kind == "mod2":
+            return t.signal_analysis(self.mod2_down_inverse), t.signal_synthesis()
+        if kind == "mod3":
+            return t.efficient_analysis(), t.efficient_synthesis()
+        if kind == "variant4":
+            return t.Variant4Analysis(N), t.variant4_synthesis(N)
+        return t.base_analysis(N), (t.subpixel_synthesis(N) if kind == "mod4"
+                                    else t.base_synthesis(N))
+
+    @property
+    def exact_parts(self) -> tuple[str, ...]:
+        return {"scales": ("h_s",), "means": ("h_scale_s", "h_mean_s"),
+                "context": ("h_s", "context_model", "entropy_parameters")}[self.prior]
+
+    @property
+    def tile_above(self) -> float:
+        """Image pixels; squeeze-excite and attention see the whole image: no tiles."""
+        local = not any(isinstance(m, (t.ExactSE, t.NonLocal, t.MBSignal)) for m in self.modules())
+        return LIMIT if local else math.inf
+
+    # ---------------------------------------------------------------------------------- training
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        """x (B, 3, H, W) in [0, 1], H and W multiples of 64 -> x_hat and likelihoods of y, z.
+
+        The context sees y with the same noise as its likelihood. In eval mode y_hat is a file's.
+        """
+        y = self.g_a(x).float()
+        z = self.h_a(y.abs()).float()
+        with torch.autocast(x.device.type, enabled=False):  # likelihoods in float32
+            z_hat, z_likelihoods = self.entropy_bottleneck(z)
+        if self.training:
+            y_hat = self.gaussian_conditional.quantize(y, "noise")
+            scales, means = self._predict(z_hat, y_hat)
+        else:
+            y_hat, scales, means, _ = self._encode(y, entropy.dequantize(self.entropy_bottleneck,
+                                                                         z))
+        with torch.autocast(x.device.type, enabled=False):
+            likelihoods = self.gaussian_conditional._likelihood(y_hat, scales.float(),
+                                                                means.float())
+            y_likelihoods = self.gaussian_conditional.likelihood_lower_bound(likelihoods)
+        x_hat = self.g_s(y_hat)
+        return {"x_hat": x_hat, "likelihoods": {"y": y_likelihoods, "z": z_likelihoods}}
+
+    def _predict(self, z_hat: Tensor, y_hat: Tensor) -> tuple[Tensor, Tensor]:
+        """scales, means (B, C, h, w)"""
+        if self.prior == "scales":
+            scales = self.h_s(z_hat)
+            return scales, torch.zeros_like(scales)
+        if self.prior == "means":
+            return self.h_scale_s(z_hat), self.h_mean_s(z_hat)
+        both = torch.cat([self.h_s(z_hat), self.context_model(y_hat)], 1)
+        return tuple(self.entropy_parameters(both).chunk(2, 1))
+
+    # ------------------------------------------------------------------------------------ coding
+    @torch.no_grad()
+    def compress(self, x: Tensor) -> dict[str, Any]:
+        """x as in forward -> {"strings": [y_strings, z_strings], "shape": (H / 64, W / 64)}."""
+        y = tiled(self.g_a, x, down=16, limit=self.tile_above)
+        z = self.h_a(y.abs())
+        z_strings = entropy.encode_bottleneck(self.entropy_bottleneck, z)
+        *_, coded = self._encode(y, entropy.dequantize(self.entropy_bottleneck, z))
+        symbols, indexes = (torch.cat([part.flatten(1) for part in column], 1)
+                            for column in zip(*coded, strict=True))
+        y_strings = entropy.encode(symbols, indexes, entropy.Tables.of(self.gaussian_conditional))
+        return {"strings": [y_strings, z_strings], "shape": tuple(z.shape[-2:])}
+
+    @torch.no_grad()
+    def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
+        """Inverse of compress -> {"x_hat": (B, 3, H, W) in [0, 1]}."""
+        y_strings, z_strings = strings
+        z_hat = entropy.decode_bottleneck(self.entropy_bottleneck, z_strings, shape)
+        y_hat = self._decode(y_strings, z_hat)
+        x_hat = tiled(self.g_s, y_hat, up=16, limit=self.tile_above)
+        return {"x_hat": x_hat.clamp_(0, 1)}
+
+    @torch.no_grad()
+    @torch.compiler.disable
+    def _encode(self, y: Tensor, z_hat: Tensor) -> tuple[Tensor, Tensor, Tensor, list]:
+        """y_hat, scales, means (B, C, h, w); [(symbols, CDF indexes), ...] in order of coding."""
+        device = self.entropy_device or y.device
+        rows = y.to(device).double().flatten(2).transpose(1, 2)  # (B, h * w, C)
+        coded = []
+
+        def symbols(positions: Tensor, indexes: Tensor, means: Tensor) -> Tensor:
+            q = torch.round(rows[:, positions] - means)
+            coded.append((q, indexes))
+            return q
+
+        return *(part.to(y) for part in self._walk(z_hat.to(device), symbols)), coded
+
+    @torch.no_grad()
+    def _decode(self, strings: list[bytes], z_hat: Tensor) -> Tensor:
+        """y_hat (B, C, h, w) from one string an image; ValueError when one is damaged."""
+        h, w = (4 * side for side in z_hat.shape[-2:])
+        decoder = entropy.Decoders(strings, self.M * h * w,
+                                   entropy.Tables.of(self.gaussian_conditional))
+        y_hat, _, _ = self._walk(z_hat.to(self.entropy_device or z_hat.device),
+                                 lambda _, indexes, means: decoder.decode(indexes).to(means))
+        decoder.finish()
+        return y_hat.to(z_hat)
+
+    def _walk(self, z_hat: Tensor, symbols: Symbols) -> tuple[Tensor, Tensor, Tensor]:
+        """y_hat, scales, means in fixed point, some positions at a time.
+
+        symbols(positions, indexes, means): y - means, rounded, at these positions (B, n, C).
+        """
+        table = self.gaussian_conditional.scale_table
+        h, w = (4 * side for side in z_hat.shape[-2:])
+        found = torch.zeros(3, len(z_hat), h * w, self.M, dtype=torch.float64, device=z_hat.device)
+
+        def code(positions: Tensor, scales: Tensor, means: Tensor) -> Tensor:
+            means = exact.round_to_grid(means)
+            y_hat = symbols(positions, exact.scale_indexes(scales, table), means) + means
+            for part, values in zip(found, (y_hat, scales, means), strict=True):
+                part[:, positions] = values
+            return y_hat
+
+        if self.prior != "context":
+            scales, means = ((self.h_scale_s, self.h_mean_s) if self.prior == "means"
+                             else (self.h_s, None))
+            scales = exact.run(scales, z_hat).flatten(2).transpose(1, 2)
+            means = (torch.zeros_like(scales) if means is None
+                     else exact.run(means, z_hat).flatten(2).transpose(1, 2))
+            code(torch.arange(h * w, device=z_hat.device), scales, means)
+        else:
+            psi = exact.run(self.h_s, z_hat)
+            walk = (self._waves if self.experiment == "variant3_old" else self._pixels)
+            walk(psi, code)
+        return tuple(part.transpose(1, 2).unflatten(2, (h, w)) for part in found)
+
+    def _waves(self, psi: Tensor, code: Code) -> None:
+        """variant3_old: all positions of a wave at once."""
+        context = Context(self.context_model, self.entropy_parameters, psi,
+                          self.gaussian_conditional.scale_table)
+        for positions in wavefront(*psi.shape[-2:], psi.device):
+            scales, means = context.parameters(positions)
+            context.put(positions, code(positions, scales, means))
+
+    def _pixels(self, psi: Tensor, code: Code) -> None:
+        """variant3, variant4: one position after the other."""
+        batch, _, height, width = psi.shape
+        first, *rest = (
+            exact.Rows(layer, f"entropy_parameters.{i}", psi.device)
+            if isinstance(layer, nn.Conv2d)
+            else partial(exact.activate, layer, f"entropy_parameters.{i}")
+            for i, layer in enumerate(self.entropy_parameters))
+        steps = Steps(self.context_model, batch, height, width, psi.device)
+        for i in range(height):
+            known = first.sums(psi[:, :, i].permute(2, 0, 1).flatten(0, 1))
+            for j, begun in enumerate(known.unflatten(0, (width, batch))):
+                x = first(steps.phi(), 2 * self.N, begun)
+                for layer in rest:
+                    x = layer(x)
+                scales, means = x[:, None].chunk(2, 2)
+                position = torch.tensor([i * width + j], device=psi.device)
+                steps.put(code(position, scales, means)[:, 0])
+
+    @classmethod
+    def from_state_dict(cls, state_dict: dict[str, Tensor], **options: Any) -> Experiment:
+        """Build with the N of the weights and load them, strictly."""
+        if "experiment" not in options:
+            raise UserError("these weights do not tell their experiment: give a checkpoint of "
+                            "train.py")
+        key = "h_a.first.0.1.weight" if options["experiment"] == "variant4" else "h_a.2.weight"
+        N = state_dict[key].shape[1 if options["experiment"] == "variant4" else 0]
+        resnets = len({k.split(".")[2] for k in state_dict if k.startswith("context_model.u_up")})
+        net = cls(num_filters=N, resnets=resnets or 1, **options)
+        net.load_state_dict(state_dict)
+        return net
+
+
+def build(experiment: str = "base", num_filters: int = 128, **options: Any) -> Experiment:
+    """A new model of one of the ten experiments."""
+    return Experiment(experiment, num_filters, **options)
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> Experiment:
+    """A model from a checkpoint, ready to code."""
+    return runs.load_model(path, Experiment, device)
