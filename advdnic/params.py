@@ -1,0 +1,79 @@
+"""params.json of a model's folder: what the experiment is, as the source keeps it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from common import UserError, runs
+
+from advdnic.model import EXPERIMENTS
+
+NAME = "params.json"
+OPTIMIZERS = ("adam", "adam_w", "adamwd", "radam", "sgd", "momentum", "rmsprop", "adafactor",
+              "lamb", "muon")  # of the source's names those that PyTorch or timm has; muon is ours
+DECAYS = ("constant", "exponential", "cosine", "cosine_restarts")
+DEFAULTS: dict[str, Any] = {
+    "experiment": "base", "num_filters": 128, "patchsize": 256, "lmbda": 0.01,
+    "base_learning_rate": 1e-4, "aux_learning_rate": 1e-3, "main_optimizer": "adam",
+    "aux_optimizer": "adam", "main_opt_lr_decay_type": "constant",
+    "aux_opt_lr_decay_type": "constant", "clip_norm": 2.0, "weight_decay": 0.0, "flip": False,
+    "scales_min": 0.11, "scales_max": 256.0, "scales_levels": 64, "use_adversarial_loss": False,
+    "variant1": "base", "ep_compat": False, "mod2_down_inverse": True, "resnets": 1}
+CHOICES = {"experiment": EXPERIMENTS, "main_optimizer": OPTIMIZERS, "aux_optimizer": OPTIMIZERS,
+           "main_opt_lr_decay_type": DECAYS, "aux_opt_lr_decay_type": DECAYS,
+           "variant1": ("base", "mod3")}
+POSITIVE = ("num_filters", "patchsize", "lmbda", "base_learning_rate", "aux_learning_rate",
+            "scales_min", "scales_max", "scales_levels", "resnets")
+
+
+def boolean(text: str | bool) -> bool:
+    """true, yes, 1; false, no, 0. The source takes every word, False too, as true."""
+    value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(
+        str(text).lower())
+    if value is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is not true or false")
+    return value
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The parameters of a model's folder over the defaults; UserError for what is not one."""
+    path = folder / NAME
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is none; train here first (`train --experiment NAME` writes"
+                        " it)") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: not JSON ({e})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must hold one object of names and values")
+    return checked(values, str(path))
+
+
+def write(folder: Path, values: dict[str, Any]) -> None:
+    runs.write_atomic(folder / NAME, (json.dumps(values, indent=1) + "\n").encode())
+
+
+def checked(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """DEFAULTS with `values` in their places; UserError names a wrong one."""
+    result = dict(DEFAULTS)
+    for key, value in values.items():
+        if key not in DEFAULTS:
+            raise UserError(f"{where}: there is no parameter {key}; there are "
+                            f"{', '.join(DEFAULTS)}")
+        kind = type(DEFAULTS[key])
+        number = kind in (int, float) and isinstance(value, (int, float)) and not isinstance(
+            value, bool)
+        if not (number and kind(value) == value) and not isinstance(value, kind):
+            raise UserError(f"{where}: {key} {value!r} is not {kind.__name__}")
+        if value not in CHOICES.get(key, (value,)) or (key in POSITIVE and not 0 < value < 1e30):
+            raise UserError(f"{where}: {key} {value!r}: choose from "
+                            f"{', '.join(CHOICES.get(key, ('positive numbers',)))}")
+        result[key] = kind(value)
+    if result["use_adversarial_loss"]:
+        raise UserError(f"{where}: use_adversarial_loss: there is no discriminator, here as in the "
+                        "source")
+    return result
