@@ -363,16 +363,7 @@ def validation_images(args: argparse.Namespace) -> list[Tensor]:
         if (root / name).is_dir():
             folder = root / name
             break
-    found = []
-    for path in data.list_images(folder):
-        x = data.read_image(path, notice=lambda _: None)
-        size = [min(s, limit) // 64 * 64
-                for s, limit in zip(x.shape[1:], args.valid_patch_size, strict=True)]
-        if min(size) == 0:
-            raise UserError(f"{path}: {x.shape[2]}x{x.shape[1]} is too small to validate with; "
-                            "remove it")
-        found.append(data.centre(x, *size))
-    return found
+    return data.central_parts(data.list_images(folder), args.valid_patch_size)
 
 
 @torch.no_grad()

@@ -1,0 +1,231 @@
+"""The source's command line: train, compress, decompress, benchmark.
+
+    python main.py --verbose --model-dir="experiments/base_model/generator" train \\
+        --train-data-dir="data/train" --eval-data-dir="data/benchmark/kodak" --epochs=1000 ...
+    python main.py --verbose --model-dir="..." compress overfit.png         overfit.png.ncf
+    python main.py --verbose --model-dir="..." decompress overfit.png.ncf   overfit.png.ncf.png
+    python main.py --verbose --model-dir="..." benchmark --data-dir=FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from common import UserError, bitstream, data, entropy, evaluate, runs
+
+import torch
+from torch import Tensor
+
+from advdnic import params, train
+from advdnic.model import TAG, Experiment, load
+
+COLUMNS = ("image", "bytes", "actual bpp", "information bpp", "mse", "psnr", "ms-ssim",
+           "ms-ssim (dB)", "encoding seconds", "decoding seconds")
+
+
+def parser_of() -> argparse.ArgumentParser:
+    parser = runs.Parser(description="Train an experiment, code images with it.")
+    parser.add_argument("--name", help="of the run, in its log")
+    parser.add_argument("--verbose", "-V", action="store_true", help="print what is measured")
+    parser.add_argument("--model-dir", type=Path, help="of params.json and checkpoints")
+    parser.add_argument("--use_adversarial_loss", "--use-adversarial-loss", type=params.boolean,
+                        default=False, help="refused: there is no discriminator")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train.add_flags(commands.add_parser("train", help="train --model-dir's experiment"))
+    for name, what in (("compress", "image -> .ncf"), ("decompress", ".ncf -> .png")):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("input_file", type=Path)
+        command.add_argument("output_file", type=Path, nargs="?",
+                             help=f"none: input and {'.ncf' if name == 'compress' else '.png'}")
+        if name == "compress":
+            command.add_argument("--plot", type=Path, help="file of the ten panels; with -V "
+                                 "OUTPUT.panels.png")
+    bench = commands.add_parser("benchmark", help="code a folder of images, decode and verify")
+    bench.add_argument("--data-dir", help="folder of images; none: Kodak")
+    bench.add_argument("--allow-growth", type=params.boolean, default=True, help="without effect")
+    bench.add_argument("--decode", action=argparse.BooleanOptionalAction, default=True,
+                       help="decode each file and compare it with the encoder's reconstruction")
+    bench.add_argument("--outdir", type=Path, help="none: MODEL_DIR/benchmark")
+    for command in (*(commands.choices[c] for c in ("compress", "decompress")), bench):
+        command.add_argument("--device", default="auto", help="auto, cpu or cuda")
+        command.add_argument("--threads", type=runs.threads, default=0, help="CPU threads; 0: all")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser_of().parse_args(argv)
+    if args.use_adversarial_loss:
+        raise UserError("--use_adversarial_loss: there is no discriminator, here as in the source")
+    if args.model_dir is None:
+        raise UserError("--model-dir: name the folder of the model, before the command")
+    if args.command == "train":
+        train.run(args)
+        return
+    device = runs.start(args.device, threads=args.threads)
+    model = newest(args.model_dir, device)
+    {"compress": compress, "decompress": decompress, "benchmark": benchmark}[args.command](
+        model, args)
+
+
+def newest(folder: Path, device: torch.device) -> Experiment:
+    """The model of a folder: its last checkpoint, which must be of params.json's experiment."""
+    values = params.read(folder)
+    found = sorted([*folder.glob("latest.pth"), *runs.epochs(folder), *folder.glob("small-*.pth")],
+                   key=lambda p: p.stat().st_mtime_ns)
+    if not found:
+        raise UserError(f"{folder}: holds no checkpoint; train here first")
+    model = load(found[-1], device)
+    for key in ("experiment", "variant1", "ep_compat", "mod2_down_inverse"):
+        if getattr(model, key) != values[key]:
+            raise UserError(f"{found[-1]}: is of {key} {getattr(model, key)}, {params.NAME} says "
+                            f"{values[key]}")
+    return model
+
+
+# ------------------------------------------------------------------------------------ one image
+def compress(model: Experiment, args: argparse.Namespace) -> None:
+    """Image -> file; with -V its measures, in OUTPUT.txt too, and the figure."""
+    output = args.output_file or args.input_file.with_name(f"{args.input_file.name}.ncf")
+    if output.exists() and args.input_file.exists() and output.samefile(args.input_file):
+        raise UserError(f"{output}: would replace the input")
+    image = data.read_image(args.input_file)
+    x = data.to_float(image.to(next(model.parameters()).device))
+    file = evaluate.encode_image(model, x, TAG)
+    runs.write_atomic(output, file)
+    bpp = 8 * len(file) / (image.shape[1] * image.shape[2])
+    print(f"{output}: {len(file)} bytes, {bpp:.4f} bpp")
+    if not args.verbose and not args.plot:
+        return
+    inner = looked_at(model, x)
+    if args.verbose:
+        values = measures(image, data.to_uint8(inner["x_hat"]).cpu(), len(file), inner["bpp"])
+        text = "\n".join([f"Mean squared error: {values['mse']:.4f}",
+                          f"PSNR (dB): {values['psnr']:.2f}",
+                          f"Multiscale SSIM: {number(values['ms-ssim'])}",
+                          f"Multiscale SSIM (dB): {number(values['ms-ssim (dB)'])}",
+                          f"Information content in bpp: {inner['bpp']:.4f}",
+                          f"Actual bits per pixel: {bpp:.4f}"])
+        print(text)
+        runs.write_atomic(output.with_name(f"{output.name}.txt"), f"{text}\n".encode())
+        each = inner["y_bits"].sum((1, 2))
+        print(f"bits of y's channels: {each.sum():.0f}, most in channel {int(each.argmax())} "
+              f"({float(each.max()):.0f})")
+    panels(image, inner, args.plot or output.with_name(f"{output.name}.panels.png"))
+
+
+def decompress(model: Experiment, args: argparse.Namespace) -> None:
+    file = bitstream.read(args.input_file)
+    output = args.output_file or args.input_file.with_name(f"{args.input_file.name}.png")
+    if output.exists() and output.samefile(args.input_file):
+        raise UserError(f"{output}: would replace the input")
+    data.write_image(evaluate.decode_image(model, file, TAG), output)
+    print(f"{output}: decoded from {args.input_file}")
+
+
+@torch.no_grad()
+def looked_at(model: Experiment, x: Tensor) -> dict[str, Any]:
+    """What is inside of coding x (3, H, W): latents, parameters, bits."""
+    padded = evaluate.pad(x[None], model.downsampling_factor)
+    output = model(padded)
+    y = model.g_a(padded)
+    z = model.h_a(y.abs())
+    y_hat, scales, means, _ = model._encode(y, entropy.dequantize(model.entropy_bottleneck, z))
+    bits = {name: -p.double().log2()[0].cpu() for name, p in output["likelihoods"].items()}
+    return {"x_hat": evaluate.crop(output["x_hat"], x.shape[1:])[0].clamp(0, 1), "y": y[0].cpu(),
+            "y_hat": y_hat[0].cpu(), "scales": scales[0].cpu(), "means": means[0].cpu(),
+            "z": z[0].cpu(), "y_bits": bits["y"], "z_bits": bits["z"],
+            "bpp": float(sum(b.sum() for b in bits.values()) / (x.shape[1] * x.shape[2]))}
+
+
+def measures(image: Tensor, decoded: Tensor, size: int, bpp: float) -> dict[str, Any]:
+    """Of uint8 images (3, H, W)."""
+    row = evaluate.row("", image, decoded, size)
+    ms_ssim = row["ms-ssim-rgb"]
+    return {"bytes": size, "actual bpp": row["bpp"], "information bpp": bpp,
+            "mse": float((image.double() - decoded.double()).square().mean()),
+            "psnr": row["psnr-rgb"], "ms-ssim": ms_ssim,
+            "ms-ssim (dB)": None if ms_ssim is None or ms_ssim >= 1 else
+            -10 * math.log10(1 - ms_ssim)}
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def panels(image: Tensor, inner: dict[str, Any], path: Path) -> None:
+    """Ten panels of the channel of y that costs most, and of z's."""
+    from matplotlib.figure import Figure
+
+    k, m = (int(inner[f"{name}_bits"].sum((1, 2)).argmax()) for name in ("y", "z"))
+    scales = inner["scales"].clamp_min(0.11)
+    error = inner["y"][k] - inner["means"][k]
+    shown = [("input", image.permute(1, 2, 0)),
+             ("reconstruction", data.to_uint8(inner["x_hat"]).cpu().permute(1, 2, 0)),
+             (f"latent, channel {k}", inner["y"][k]),
+             ("normalised latent", error / scales[k]), (f"hyper-latent, channel {m}",
+                                                         inner["z"][m]),
+             ("prediction error", error), ("predicted means", inner["means"][k]),
+             ("predicted scales", scales[k]), ("latent's bits", inner["y_bits"][k]),
+             ("hyper-latent's bits", inner["z_bits"][m])]
+    figure = Figure(figsize=(20, 8), layout="constrained")
+    for axes, (title, values) in zip(figure.subplots(2, 5).flat, shown, strict=True):
+        picture = axes.imshow(values.numpy())
+        axes.set_title(title)
+        axes.axis("off")
+        if values.dim() == 2:
+            figure.colorbar(picture, ax=axes, shrink=0.7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80)
+    runs.write_atomic(path, buffer.getvalue())
+    print(f"{path}: ten panels")
+
+
+# ------------------------------------------------------------------------------------- benchmark
+def benchmark(model: Experiment, args: argparse.Namespace) -> None:
+    """Code each image, decode it, compare; a CSV of a row an image, and of their mean."""
+    paths = data.list_images(args.data_dir or data.KODAK)
+    folder = args.outdir or args.model_dir / "benchmark"
+    fingerprint, rows = bitstream.fingerprint(model), []
+    device = next(model.parameters()).device
+    for path, name in evaluate.image_names(paths).items():
+        image = data.read_image(path)
+        x = data.to_float(image.to(device))
+        start = time.perf_counter()
+        file = evaluate.encode_image(model, x, TAG, fingerprint)
+        encoding = time.perf_counter() - start
+        runs.write_atomic(folder / f"{name}.ncf", file)
+        inner = looked_at(model, x)
+        row = {"image": name, **measures(image, data.to_uint8(inner["x_hat"]).cpu(), len(file),
+                                         inner["bpp"]), "encoding seconds": encoding}
+        if args.decode:
+            start = time.perf_counter()
+            x_hat = evaluate.decode_image(model, bitstream.read(folder / f"{name}.ncf"), TAG,
+                                          fingerprint)
+            row["decoding seconds"] = time.perf_counter() - start
+            if not torch.allclose(x_hat, inner["x_hat"], atol=1e-4):
+                raise UserError(f"{path}: its file decodes to another image than the encoder's")
+            data.write_image(x_hat, folder / f"{name}.png")
+        rows.append(row)
+        if args.verbose:
+            print(f"{name}: {row['actual bpp']:.4f} bpp, {row['psnr']:.2f} dB", flush=True)
+    known = {key: [r[key] for r in rows if r.get(key) is not None] for key in COLUMNS[1:]}
+    rows.append({"image": "mean"} | {key: sum(v) / len(v) for key, v in known.items() if v})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+                      for row in rows])
+    runs.write_atomic(folder / "compression_metrics.csv", text.getvalue().encode())
+    mean = rows[-1]
+    print(f"{len(paths)} images: {mean['actual bpp']:.4f} bpp, {mean['psnr']:.2f} dB; "
+          f"{folder / 'compression_metrics.csv'}")
+
+
+if __name__ == "__main__":
+    runs.cli(main)

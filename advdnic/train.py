@@ -1,0 +1,272 @@
+"""Train one of the ten experiments.
+
+    python train.py --experiment variant2 --model-dir experiments/variant2 --train-data-dir /path
+    python train.py --config quick.yaml                             base, small, bundled photographs
+    python main.py --model-dir experiments/base train --epochs 10   the source's form of the same
+    torchrun --nproc_per_node=4 train.py ...                        several processes
+
+What an experiment is stands in params.json of its folder; flags of the same names win over it and
+are written there when the folder is new. Checkpoints, log and TensorBoard events go there too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from common import UserError, data, runs
+from common.loss import RateDistortionLoss, check_size
+
+import torch
+from torch import Tensor
+
+from advdnic import params
+from advdnic.model import EXPERIMENTS, Experiment, build
+
+KEPT = 5  # checkpoints
+LATEST = "latest.pth"
+MODEL = ("experiment", "num_filters", "variant1", "ep_compat", "mod2_down_inverse", "resnets")
+SAME_RUN = (*params.DEFAULTS, "batchsize", "images", "steps_per_epoch", "random_seed")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `main.py train`, and ours."""
+    add = parser.add_argument_group("the source's flags").add_argument
+    add("--train-data-dir", "--dataset", help="folder of images, tar shards; none: bundled")
+    add("--eval-data-dir", help="folder of images; none: Kodak")
+    add("--batchsize", type=runs.positive_int, default=4, help="over all processes")
+    add("--num-parallel-calls", type=runs.count, default=4, help="data loader processes")
+    add("--epochs", type=runs.positive_int, default=1000, help="passes over the images")
+    add("--save-summary-steps", type=runs.positive_int, default=100, help="between log entries")
+    add("--random-seed", type=runs.seed_number, help="none: a new one each time")
+    add("--allow-growth", type=params.boolean, default=True, help="without effect: memory grows")
+    add("--xla", type=params.boolean, default=False, help="true: torch.compile")
+    add("--save-profiling-steps", type=runs.count, default=0, help="steps between traces; 0: none")
+    add("--log-verbosity", choices=["DEBUG", "ERROR", "FATAL", "INFO", "WARN"], default="INFO",
+        help="INFO, DEBUG: progress on the terminal")
+    add = parser.add_argument_group("keys of params.json").add_argument
+    for key, value in params.DEFAULTS.items():
+        kind = params.boolean if isinstance(value, bool) else type(value)
+        names = [f"--{key}"] if key != "lmbda" else ["--lmbda", "--lambda"]
+        add(*names, type=kind, choices=params.CHOICES.get(key), help=f"none: {value}, or as there")
+    runs.add_flags(parser, lr_schedule="constant", without=(
+        "--optimizer", "--aux-lr", "--lr-schedule", "--milestones", "--clip-max-norm",
+        "--patch-size", "--flip", "--save-every", "--seed", "--compile", "--config"))
+    parser.add_argument("--eval-patchsize", type=runs.positive_int,
+                        help="central crops to validate with; none: whole images")
+    parser.add_argument("--check-time", type=runs.minutes, default=10,
+                        help="minutes between saves within an epoch")
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = runs.Parser(description="Train one of the ten experiments.")
+    parser.add_argument("--config", help="YAML file of flags; the command line wins over it")
+    parser.add_argument("--model-dir", type=Path, default=Path("experiments/base_model"))
+    parser.add_argument("--name", help="of the run, in its log")
+    parser.add_argument("--verbose", "-V", action="store_true")
+    add_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    run(runs.parse(flags(), argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    settle_params(args)
+    quiet = args.log_verbosity in ("ERROR", "FATAL", "WARN")
+    if args.random_seed is None:
+        args.random_seed = int.from_bytes(torch.randint(256, (4,), dtype=torch.uint8).numpy())
+    device = runs.start(args.device, args.random_seed, args.threads)
+    folder = args.model_dir
+
+    # data
+    items = data.find_items(args.train_data_dir)
+    crops = data.Crops(items, args.patchsize, args.random_seed, args.flip)
+    args.steps_per_epoch = args.steps_per_epoch or math.ceil(len(items) / args.batchsize)
+    args.images, per_epoch = data.digest(items), args.steps_per_epoch
+    images = validation_images(args)
+    check_size(args.metric, (args.patchsize, args.patchsize))
+    batch = runs.share(args.batchsize)
+
+    # model, optimisers, schedules
+    model = build(**{key: getattr(args, key) for key in MODEL})
+    model = model.to(device, memory_format=torch.channels_last)
+    if args.patchsize % model.downsampling_factor:
+        raise UserError(f"--patchsize {args.patchsize}: give a multiple of "
+                        f"{model.downsampling_factor}")
+    net = runs.parallel(model, args.xla)
+    optimizer, aux_optimizer = optimizers(model, args)
+    schedulers = [schedule(o, kind, per_epoch, args.epochs * per_epoch)
+                  for o, kind in ((optimizer, args.main_opt_lr_decay_type),
+                                  (aux_optimizer, args.aux_opt_lr_decay_type))]
+    criterion = RateDistortionLoss(args.lmbda, args.metric)
+
+    # resume
+    log = runs.Log(folder, args.epochs * per_epoch)
+    parts = {"model": model, "optimizer": optimizer, "aux_optimizer": aux_optimizer,
+             "scheduler": schedulers[0], "aux_scheduler": schedulers[1], "log": log}
+    config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
+    whole = ("epochs",) if "cosine" in args.main_opt_lr_decay_type else ()
+    checkpoints = runs.Checkpoints(folder, parts, config, (*SAME_RUN, *whole),
+                                   "another --model-dir")
+    state = checkpoints.begin(args.resume, None)
+    step, best = state.get("step", 0), state.get("best", math.inf)
+    log.begin(step)
+    if runs.rank() == 0 and not quiet:
+        print(f"{args.experiment}, {len(items)} training images"
+              f"{'' if args.train_data_dir else ' (bundled photographs)'}, {per_epoch} steps an "
+              f"epoch, on {runs.describe(device)}, to {folder}", flush=True)
+        if step >= args.epochs * per_epoch:
+            print(f"nothing to do: this run has its {args.epochs} epochs (--epochs)")
+
+    saved = time.monotonic()
+    for epoch in range(step // per_epoch, args.epochs):
+        model.train()
+        last_step = (epoch + 1) * per_epoch
+        for x in data.loader(crops, step, last_step, batch, runs.rank(), runs.world(),
+                             args.num_parallel_calls):
+            x = data.to_float(x.to(device, non_blocking=True))
+            x = x.contiguous(memory_format=torch.channels_last)
+            with profile(args, step, folder), runs.autocast(device, args.precision):
+                output = net(x)
+            losses = criterion(output, x)  # of the reconstruction as it is, not clipped
+
+            optimizer.zero_grad()
+            aux_optimizer.zero_grad()
+            losses["loss"].backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(
+                runs.main_parameters(model).values(), args.clip_norm or math.inf)
+            runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
+            rate = optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            aux_loss = model.aux_loss()
+            aux_loss.backward()
+            aux_optimizer.step()
+            for scheduler in schedulers:
+                scheduler.step()
+
+            step += 1
+            log.step(step, {**losses, "aux": aux_loss, "grad_norm": grad_norm, "lr": rate},
+                     args.save_summary_steps)
+            due = step % 20 == 0 and time.monotonic() - saved > 60 * args.check_time
+            if step < last_step and runs.agree(due):
+                checkpoints.save(LATEST, epoch, step, best=best)
+                saved = time.monotonic()
+
+        means = log.means()
+        line = f"epoch {epoch}  step {step}  train loss {means['loss']:.4f} bpp {means['bpp']:.4f}"
+        last, found = epoch + 1 == args.epochs, {}
+        if last:
+            checkpoints.update_tables(step, settle=True)
+        if (epoch + 1) % args.test_every == 0 or last:
+            found = validate(model, images, criterion, device)
+            log.scalars("eval", found, step)
+            line += (f"  eval loss {found['loss']:.4f} bpp {found['bpp']:.4f} "
+                     f"psnr {found['psnr']:.2f}")
+            best = min(best, found["loss"])
+        checkpoints.save(f"epoch_{epoch}.pth", epoch, step, best=best, test=found)
+        if runs.rank() == 0:
+            for old in [*runs.epochs(folder)[:-KEPT], folder / LATEST]:
+                old.unlink(missing_ok=True)
+        saved = time.monotonic()
+        log.line(line)
+    log.close()
+
+
+def settle_params(args: argparse.Namespace) -> None:
+    """Fill args with params.json of the folder, where flags do not say otherwise.
+
+    In a new folder it is written; in one that holds a run a flag must not contradict it.
+    """
+    given = {key: getattr(args, key) for key in params.DEFAULTS
+             if getattr(args, key, None) is not None}
+    there = args.model_dir / params.NAME
+    before = params.read(args.model_dir) if there.exists() else None
+    if before is None and "experiment" not in given:  # experiments/variant2/generator: variant2
+        names = {name: part for part in EXPERIMENTS for name in (part, f"{part}_model")}
+        given["experiment"] = next((names[p] for p in reversed(args.model_dir.parts) if p in names),
+                                   "base")
+    values = params.checked((before or {}) | given, "parameters")
+    for key, value in values.items():
+        setattr(args, key, value)
+    if before is None and runs.rank() == 0:
+        params.write(args.model_dir, values)
+        print(f"{there}: written, experiment {values['experiment']}", flush=True)
+
+
+def optimizers(model: Experiment, args: argparse.Namespace) -> tuple[Any, Any]:
+    """(main, aux): everything but the quantiles, and the quantiles."""
+    if args.main_optimizer == "muon":
+        return runs.optimizers(model, "muon", args.base_learning_rate, args.aux_learning_rate)
+    aux = [p for n, p in model.named_parameters() if n.endswith("quantiles")]
+    return (optimizer_of(args.main_optimizer, runs.main_parameters(model).values(),
+                         args.base_learning_rate, args.weight_decay),
+            optimizer_of(args.aux_optimizer, aux, args.aux_learning_rate, 0.0))
+
+
+def optimizer_of(name: str, parameters: Any, lr: float, weight_decay: float) -> Any:
+    """By the source's names."""
+    import timm.optim
+
+    kinds = {"adam": torch.optim.Adam, "adam_w": torch.optim.AdamW, "adamwd": torch.optim.AdamW,
+             "radam": torch.optim.RAdam, "sgd": torch.optim.SGD, "momentum": torch.optim.SGD,
+             "rmsprop": torch.optim.RMSprop, "adafactor": torch.optim.Adafactor,
+             "lamb": timm.optim.Lamb}
+    if name not in kinds:
+        raise UserError(f"optimizer {name} is for the main parameters only")
+    more = {"momentum": 0.9} if name == "momentum" else {}
+    return kinds[name](list(parameters), lr=lr, weight_decay=weight_decay, **more)
+
+
+def schedule(optimizer: Any, kind: str, per_epoch: int, total: int) -> Any:
+    """Stepped every step; decays of the source's names."""
+    rates = torch.optim.lr_scheduler
+    if kind == "cosine_restarts":  # first cycle 1,000 steps, each five times as long as the last
+        return rates.CosineAnnealingWarmRestarts(optimizer, 1000, 5)
+    factors = {
+        "constant": lambda step: 1.0,
+        "exponential": lambda step: 0.97 ** (step // max(1, round(2.4 * per_epoch))),
+        "cosine": lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))}
+    return rates.LambdaLR(optimizer, factors[kind])
+
+
+def profile(args: argparse.Namespace, step: int, folder: Path) -> Any:
+    """A trace of this forward pass in <folder>/profile, if its turn has come."""
+    if not args.save_profiling_steps or step % args.save_profiling_steps or runs.rank():
+        return contextlib.nullcontext()
+    (folder / "profile").mkdir(parents=True, exist_ok=True)
+    return torch.profiler.profile(on_trace_ready=lambda p: p.export_chrome_trace(
+        str(folder / "profile" / f"{step}.json")))
+
+
+# ------------------------------------------------------------------------------------- validation
+def validation_images(args: argparse.Namespace) -> list[Tensor]:
+    """uint8 (3, h, w) in whole 64s: central crops of --eval-patchsize, or the whole images."""
+    return data.central_parts(data.list_images(args.eval_data_dir or data.KODAK),
+                              2 * [args.eval_patchsize or 2**20])
+
+
+@torch.no_grad()
+def validate(model: Experiment, images: list[Tensor], criterion: RateDistortionLoss,
+             device: torch.device) -> dict[str, float]:
+    """Mean losses, quantised as in files, the rate estimated."""
+    model.eval()
+    sums: dict[str, float] = {}
+    for image in images:
+        x = data.to_float(image[None].to(device))
+        output = model(x)
+        losses = criterion(output, x)
+        error = (output["x_hat"].clamp(0, 1) - x).square().mean()
+        losses["psnr"] = -10 * error.log10()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + float(value) / len(images)
+    return sums
+
+
+if __name__ == "__main__":
+    runs.cli(main)
