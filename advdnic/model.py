@@ -54,12 +54,13 @@ class Experiment(CompressionModel):
     entropy_device: torch.device | None = None  # where the exact part runs; None: with the rest
 
     def __init__(self, experiment: str = "base", num_filters: int = 128, variant1: str = "base",
-                 ep_compat: bool = False, mod2_down_inverse: bool = True, resnets: int = 1):
+                 ep_compat: bool = False, mod2_down_inverse: bool = True, resnets: int = 1,
+                 stages: int = 0):
         """variant1: its transforms, "base" (the source's code) or "mod3" (its README).
 
         ep_compat: entropy parameters without their first layer, which is dead in the source;
-        mod2_down_inverse: inverse GDN behind the encoder's steps down, as the source; resnets: of
-        PixelCNN++ in each direction.
+        mod2_down_inverse: inverse GDN behind the encoder's steps down, as the source; resnets,
+        stages: PixelCNN++'s residual blocks of a level, its strided steps (2 in the paper).
         """
         super().__init__()
         if experiment not in EXPERIMENTS:
@@ -91,7 +92,7 @@ class Experiment(CompressionModel):
                 self.h_s = t.hyper_synthesis(Z, wide, C, act)
         if self.prior == "context":
             self.context_model = (CausalConv(N, 2 * N, kernel_size=5, padding=2)
-                                  if experiment == "variant3_old" else PixelCNN(N, resnets))
+                                  if experiment == "variant3_old" else PixelCNN(N, resnets, stages))
             first = [] if ep_compat else [nn.Conv2d(4 * N, 4 * N, 1), nn.LeakyReLU(0.1)]
             self.entropy_parameters = nn.Sequential(
                 *first, nn.Conv2d(4 * N, 2 * N, 1), nn.LeakyReLU(0.1),
@@ -266,8 +267,9 @@ class Experiment(CompressionModel):
                             "train.py")
         key = "h_a.first.0.1.weight" if options["experiment"] == "variant4" else "h_a.2.weight"
         N = state_dict[key].shape[1 if options["experiment"] == "variant4" else 0]
-        resnets = len({k.split(".")[2] for k in state_dict if k.startswith("context_model.u_up")})
-        net = cls(num_filters=N, resnets=resnets or 1, **options)
+        nets, stages = (len({k.split(".")[2] for k in state_dict if k.startswith(
+            f"context_model.{part}.")}) for part in ("u_up", "u_strided"))
+        net = cls(num_filters=N, resnets=nets // (stages + 1) or 1, stages=stages, **options)
         net.load_state_dict(state_dict)
         return net
 

@@ -21,10 +21,10 @@ DEFAULTS: dict[str, Any] = {
     "aux_optimizer": "adam", "main_opt_lr_decay_type": "constant",
     "aux_opt_lr_decay_type": "constant", "clip_norm": 2.0, "weight_decay": 0.0, "flip": False,
     "scales_min": 0.11, "scales_max": 256.0, "scales_levels": 64, "use_adversarial_loss": False,
-    "variant1": "base", "ep_compat": False, "mod2_down_inverse": True, "resnets": 1}
+    "variant1": "base", "ep_compat": False, "mod2_down_inverse": True, "resnets": 1, "stages": 0}
 CHOICES = {"experiment": EXPERIMENTS, "main_optimizer": OPTIMIZERS, "aux_optimizer": OPTIMIZERS,
            "main_opt_lr_decay_type": DECAYS, "aux_opt_lr_decay_type": DECAYS,
-           "variant1": ("base", "mod3")}
+           "variant1": ("base", "mod3"), "stages": (0, 1, 2)}
 POSITIVE = ("num_filters", "patchsize", "lmbda", "base_learning_rate", "aux_learning_rate",
             "scales_min", "scales_max", "scales_levels", "resnets")
 

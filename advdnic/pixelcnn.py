@@ -1,5 +1,5 @@
-"""PixelCNN++ (Salimans et al., ICLR 2017, arXiv:1701.05517) over latents, without its strides, as a
-context model that decodes.
+"""PixelCNN++ (Salimans et al., ICLR 2017, arXiv:1701.05517) over latents, as a context model that
+decodes; with `stages` strided steps down and up again (2 in the paper and in the source), or none.
 
 Two streams walk over the plane: u sees the rows above, ul also what is to the left in its own row.
 
@@ -32,10 +32,10 @@ def concat_elu(x: Tensor, dim: int = 1) -> Tensor:
 class ShiftedConv(nn.Module):
     """Convolution that sees what is above and (down_right, column) to the left, or beside."""
 
-    def __init__(self, inputs: int, outputs: int, kind: str):
+    def __init__(self, inputs: int, outputs: int, kind: str, stride: int = 1):
         super().__init__()
         kh, kw = KINDS[kind]
-        self.conv = nn.Conv2d(inputs, outputs, (kh, kw))
+        self.conv = nn.Conv2d(inputs, outputs, (kh, kw), stride)
         nn.init.normal_(self.conv.weight, 0, (2 / (outputs * kh * kw)) ** 0.5)
         nn.init.zeros_(self.conv.bias)
         self.conv.register_buffer("mask", torch.ones_like(self.conv.weight), persistent=False)
@@ -47,6 +47,23 @@ class ShiftedConv(nn.Module):
 
     def exact(self, x: Tensor, run: Any) -> Tensor:
         return run(self.conv, F.pad(x, self.pads))
+
+
+class ShiftedDeconv(nn.Module):
+    """The way up by 2 from a strided ShiftedConv: no position sees more than it may."""
+
+    def __init__(self, channels: int, kind: str):
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(channels, channels, KINDS[kind], 2)
+        nn.init.normal_(self.conv.weight, 0, (2 / channels / self.conv.weight[0, 0].numel()) ** 0.5)
+        nn.init.zeros_(self.conv.bias)
+        self.left = (self.conv.kernel_size[1] - 1) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.exact(x, lambda layer, x: layer(x))
+
+    def exact(self, x: Tensor, run: Any) -> Tensor:
+        return run(self.conv, x)[..., self.left : self.left + 2 * x.shape[3]]
 
 
 def shift_down(x: Tensor) -> Tensor:
@@ -82,41 +99,68 @@ class GatedResnet(nn.Module):
 class PixelCNN(nn.Module):
     """y_hat (B, N, h, w) -> phi (B, 2N, h, w), each position from those before it in raster order.
 
-    Reach of `resnets` = r: 4r + 3 rows up, 4r + 2 to the left, 4r + 1 to the right.
+    Reach of `resnets` = r without stages: 4r + 3 rows up, 4r + 2 to the left, 4r + 1 to the right.
+    With `stages` h and w are multiples of 2^stages.
     """
 
-    def __init__(self, N: int, resnets: int = 1, dropout: float = 0.0):
+    def __init__(self, N: int, resnets: int = 1, stages: int = 0, dropout: float = 0.0):
         super().__init__()
-        self.N, self.resnets = N, resnets
+        self.N, self.resnets, self.stages = N, resnets, stages
         self.u_stem = ShiftedConv(N + 1, N, "down")
         self.ul_row, self.ul_column = ShiftedConv(N + 1, N, "row"), ShiftedConv(N + 1, N, "column")
+        # GatedResnets of each level on its way down and, one more where a level lies below, back up
+        below = [resnets] * (stages + 1)
+        after = [resnets + 1] * stages + [resnets]
+        self.ups, self.downs = number(below), number(after)
 
-        def nets(kind: str, aux: int) -> nn.ModuleList:
-            return nn.ModuleList(GatedResnet(N, kind, aux, dropout) for _ in range(resnets))
+        def nets(counts: list[int], kind: str, aux: int) -> nn.ModuleList:
+            return nn.ModuleList(GatedResnet(N, kind, aux, dropout) for _ in range(sum(counts)))
 
-        self.u_up, self.ul_up = nets("down", 0), nets("down_right", N)
-        self.u_down, self.ul_down = nets("down", N), nets("down_right", 2 * N)
+        self.u_up, self.ul_up = nets(below, "down", 0), nets(below, "down_right", N)
+        self.u_down, self.ul_down = nets(after, "down", N), nets(after, "down_right", 2 * N)
+        self.u_strided, self.ul_strided = (
+            nn.ModuleList(ShiftedConv(N, N, kind, 2) for _ in range(stages))
+            for kind in ("down", "down_right"))
+        self.u_deconv, self.ul_deconv = (
+            nn.ModuleList(ShiftedDeconv(N, kind) for _ in range(stages))
+            for kind in ("down", "down_right"))
         self.elu, self.out = nn.ELU(), nn.Conv2d(N, 2 * N, 1)
 
     def forward(self, y_hat: Tensor, run: Any = None) -> Tensor:
-        plain = run is None
-        run = run or (lambda layer, x: layer(x))
+        act = run or (lambda layer, x: layer(x))
         x = with_ones(y_hat)
-        u = [shift_down(run(self.u_stem, x))]
-        ul = [shift_down(run(self.ul_row, x)) + shift_right(run(self.ul_column, x))]
-        inner = None if plain else run
-        for u_net, ul_net in zip(self.u_up, self.ul_up, strict=True):
-            u.append(u_net(u[-1], None, inner))
-            ul.append(ul_net(ul[-1], u[-1], inner))
-        top, top_l = u.pop(), ul.pop()
-        for u_net, ul_net in zip(self.u_down, self.ul_down, strict=True):
-            top = u_net(top, u.pop(), inner)
-            top_l = ul_net(top_l, torch.cat([top, ul.pop()], 1), inner)
-        return run(self.out, run(self.elu, top_l))
+        u = shift_down(act(self.u_stem, x))
+        ul = shift_down(act(self.ul_row, x)) + shift_right(act(self.ul_column, x))
+        _, ul = self.level(0, u, ul, run)
+        return act(self.out, act(self.elu, ul))
+
+    def level(self, k: int, u: Tensor, ul: Tensor, run: Any) -> tuple[Tensor, Tensor]:
+        """Level k of the two streams, and those below it."""
+        act = run or (lambda layer, x: layer(x))
+        us, uls = [u], [ul]
+        for i in self.ups[k]:
+            us.append(self.u_up[i](us[-1], None, run))
+            uls.append(self.ul_up[i](uls[-1], us[-1], run))
+        if k < self.stages:
+            u, ul = self.level(k + 1, act(self.u_strided[k], us[-1]),
+                               act(self.ul_strided[k], uls[-1]), run)
+            u, ul = act(self.u_deconv[k], u), act(self.ul_deconv[k], ul)
+        else:
+            u, ul = us.pop(), uls.pop()
+        for i in self.downs[k]:
+            u = self.u_down[i](u, us.pop(), run)
+            ul = self.ul_down[i](ul, torch.cat([u, uls.pop()], 1), run)
+        return u, ul
 
     def exact(self, y_hat: Tensor, run: Any) -> Tensor:
         """The whole plane in fixed point: what `Steps` finds position by position."""
         return self(y_hat, run)
+
+
+def number(counts: list[int]) -> list[list[int]]:
+    """[2, 3] -> [[0, 1], [2, 3, 4]]"""
+    firsts = [sum(counts[:k]) for k in range(len(counts))]
+    return [list(range(first, first + count)) for first, count in zip(firsts, counts, strict=True)]
 
 
 def with_ones(x: Tensor) -> Tensor:
@@ -129,24 +173,41 @@ class Steps:
 
     steps = Steps(net, batch, height, width, device)
     for each position: phi = steps.phi()  (B, 2N);  steps.put(y_hat)  (B, N)
+
+    Level k has a row for every 2^k rows of y_hat and a column for every 2^k columns, found when the
+    first of them is due: what it sees is there by then.
     """
 
     @torch.no_grad()
     def __init__(self, net: PixelCNN, batch: int, height: int, width: int, device: torch.device):
+        if height % 2**net.stages or width % 2**net.stages:
+            raise ValueError(f"{height}x{width} latents are not whole {2**net.stages}s")
         self.net, self.width, self.batch = net, width, batch
         self.i = self.j = 0
         kinds = {"dtype": torch.float64, "device": device}
+        N, ups = net.N, len(net.u_up)
+        self.downs = [[ups + k for k in numbers] for numbers in net.downs]
+        self.u_nets, self.ul_nets = [*net.u_up, *net.u_down], [*net.ul_up, *net.ul_down]
+        # inputs of the convolutions of two rows, by (net, its convolution) and ("strided", level):
+        # their level, their channels
+        inputs = {(k, c): (level, 2 * N) for numbers in (net.ups, self.downs)
+                  for level, ks in enumerate(numbers) for k in ks for c in (1, 2)}
+        inputs |= {("strided", level): (level, N) for level in range(net.stages)}
+        self.level_of = {key: level for key, (level, _) in inputs.items()}
         # y_hat with its ones, and of each u convolution's input: this row and the one before
-        self.x = torch.zeros(batch, net.N + 1, 2, width, **kinds)
-        self.u_nets = [*net.u_up, *net.u_down]
-        self.u_rows = {(k, c): torch.zeros(batch, 2 * net.N, 2, width, **kinds)
-                       for k in range(len(self.u_nets)) for c in (1, 2)}
+        self.x = torch.zeros(batch, N + 1, 2, width, **kinds)
+        self.u_rows = {key: torch.zeros(batch, channels, 2, width >> level, **kinds)
+                       for key, (level, channels) in inputs.items()}
         # of each ul convolution's input: two rows of positions, with a zero in front
-        self.ul_nets = [*net.ul_up, *net.ul_down]
-        self.ul_rows = {(k, c): torch.zeros(2, width + 1, batch, 2 * net.N, **kinds)
-                        for k in range(len(self.ul_nets)) for c in (1, 2)}
+        self.ul_rows = {key: torch.zeros(2, (width >> level) + 1, batch, channels, **kinds)
+                        for key, (level, channels) in inputs.items()}
+        # what came up from the level below: two rows
+        self.u_below = [torch.zeros(batch, N, 2, width >> k, **kinds) for k in range(net.stages)]
+        self.ul_below = [torch.zeros(2, width >> k, batch, N, **kinds) for k in range(net.stages)]
         self.rows = {(k, c): exact.Rows(getattr(ul, f"conv{c}").conv, f"ul.{k}.conv{c}", device)
                      for k, ul in enumerate(self.ul_nets) for c in (1, 2)}
+        self.rows |= {("strided", k): exact.Rows(layer.conv, f"ul_strided.{k}", device)
+                      for k, layer in enumerate(net.ul_strided)}
         self.aux = [exact.Rows(ul.aux, f"ul.{k}.aux", device) for k, ul in enumerate(self.ul_nets)]
         self.column = exact.Rows(net.ul_column.conv, "ul_column", device)
         self.out = exact.Rows(net.out, "out", device)
@@ -156,26 +217,36 @@ class Steps:
     def begin_row(self) -> None:
         """u of row i from the rows above; and what ul needs of it, pixel by pixel (w, B, C)."""
         net, top = self.net, self.i == 0
-        for rows in self.u_rows.values():
-            rows[:, :, 0] = rows[:, :, 1]
-        for rows in self.ul_rows.values():
-            rows[0] = rows[1]
+        for key, level in self.level_of.items():
+            if self.i % 2**level == 0:
+                self.u_rows[key][:, :, 0] = self.u_rows[key][:, :, 1]
+                self.ul_rows[key][0] = self.ul_rows[key][1]
         zeros = self.x.new_zeros(self.batch, net.N, 1, self.width)
         above = F.pad(self.x, (1, 1))
-        u = [zeros if top else exact.run(net.u_stem.conv, above)]
-        first = zeros if top else exact.run(net.ul_row.conv, above[:, :, 1:])
-        self.first = first[:, :, 0].permute(2, 0, 1)
-        r = net.resnets
-        for k in range(r):
-            u.append(self.u_step(k, u[-1], None))
-        ups, top_u = u[1:], u.pop()
-        downs = []
-        for k in range(r, 2 * r):
-            top_u = self.u_step(k, top_u, u.pop())
-            downs.append(top_u)
-        self.u_of = [t[:, :, 0].permute(2, 0, 1) for t in [*ups, *downs]]
+        self.first = by_pixel(zeros if top else exact.run(net.ul_row.conv, above[:, :, 1:]))
+        self.u_of: dict[int, Tensor] = {}
+        self.u_level(0, zeros if top else exact.run(net.u_stem.conv, above))
         self.x = torch.cat([self.x[:, :, 1:], torch.zeros_like(self.x[:, :, :1])], 2)
         self.x[:, -1, 1] = 1
+
+    def u_level(self, level: int, u: Tensor) -> Tensor:
+        """The row of level `level` that is due, and of those below it: (B, C, 1, w)."""
+        net, us = self.net, [u]
+        for k in net.ups[level]:
+            us.append(self.u_step(k, us[-1], None))
+        if level < net.stages:
+            rows, odd = self.u_rows["strided", level], (self.i >> level) % 2
+            rows[:, :, 1:] = us[-1]
+            if not odd:
+                below = exact.run(net.u_strided[level].conv, F.pad(rows, (1, 1)))
+                self.u_below[level] = net.u_deconv[level].exact(self.u_level(level + 1, below),
+                                                                exact.run)
+            u = self.u_below[level][:, :, odd][:, :, None]
+        else:
+            u = us.pop()
+        for k in self.downs[level]:
+            u = self.u_step(k, u, us.pop())
+        return u
 
     def u_step(self, k: int, x: Tensor, aux: Tensor | None) -> Tensor:
         """Row i of a GatedResnet of u: x (B, C, 1, w)."""
@@ -190,34 +261,47 @@ class Steps:
         if net.aux is not None:
             c = c + run(net.aux, run(net.elu, torch.cat([aux, -aux], 1)))
         a, b = conv(2, c).chunk(2, 1)
-        return x + a * run(net.sigmoid, b)
+        x = x + a * run(net.sigmoid, b)
+        self.u_of[k] = by_pixel(x)
+        return x
 
     # ----------------------------------------------------------------------- once a pixel: ul
     def phi(self) -> Tensor:
         """Of the position that comes next: (B, 2N) float64."""
-        j, net = self.j, self.net
-        x = self.first[j]
-        if j > 0:  # a convolution of two rows, shifted to the right
-            x = x + self.column(self.x[:, :, :, j - 1].transpose(1, 2).flatten(1))
-        ul, r = [x], net.resnets
-        for k in range(r):
-            ul.append(self.ul_step(k, ul[-1], self.u_of[k][j]))
-        x = ul.pop()
-        for k in range(r, 2 * r):
-            x = self.ul_step(k, x, torch.cat([self.u_of[k][j], ul.pop()], 1))
-        return self.out(exact.activate(net.elu, "elu", x))
+        x = self.first[self.j]
+        if self.j > 0:  # a convolution of two rows, shifted to the right
+            x = x + self.column(self.x[:, :, :, self.j - 1].transpose(1, 2).flatten(1))
+        return self.out(exact.activate(self.net.elu, "elu", self.ul_level(0, x)))
 
-    def ul_step(self, k: int, x: Tensor, aux: Tensor) -> Tensor:
-        net, j = self.ul_nets[k], self.j
+    def ul_level(self, level: int, x: Tensor) -> Tensor:
+        """The position of level `level` that is due, and of those below it: (B, C)."""
+        net, uls, j = self.net, [x], self.j >> level
+        for k in net.ups[level]:
+            uls.append(self.ul_step(k, j, uls[-1], self.u_of[k][j]))
+        if level < net.stages:
+            rows, odd = self.ul_rows["strided", level], (self.i >> level) % 2
+            rows[1, j + 1] = uls[-1]
+            if not odd and not j % 2:
+                below = self.ul_level(level + 1, self.rows["strided", level](taps(rows, j)))
+                above = exact.run(net.ul_deconv[level].conv, below[:, :, None, None])
+                self.ul_below[level][:, j : j + 2] = above.permute(2, 3, 0, 1)
+            x = self.ul_below[level][odd, j]
+        else:
+            x = uls.pop()
+        for k in self.downs[level]:
+            x = self.ul_step(k, j, x, torch.cat([self.u_of[k][j], uls.pop()], 1))
+        return x
+
+    def ul_step(self, k: int, j: int, x: Tensor, aux: Tensor) -> Tensor:
+        net = self.ul_nets[k]
 
         def elu(x: Tensor) -> Tensor:
             return exact.activate(net.elu, "elu", torch.cat([x, -x], 1))
 
         def conv(c: int, x: Tensor) -> Tensor:
-            kept = self.ul_rows[k, c]
-            kept[1, j + 1] = elu(x)
-            taps = kept[:, j : j + 2].permute(2, 0, 1, 3)  # (B, 2, 2, 2C)
-            return self.rows[k, c](taps.flatten(1))
+            rows = self.ul_rows[k, c]
+            rows[1, j + 1] = elu(x)
+            return self.rows[k, c](taps(rows, j))
 
         c = conv(1, x) + self.aux[k](elu(aux))
         a, b = conv(2, c).chunk(2, 1)
@@ -230,3 +314,13 @@ class Steps:
         if self.j == self.width:
             self.i, self.j = self.i + 1, 0
             self.begin_row()
+
+
+def by_pixel(row: Tensor) -> Tensor:
+    """(B, C, 1, w) -> (w, B, C)"""
+    return row[:, :, 0].permute(2, 0, 1)
+
+
+def taps(rows: Tensor, j: int) -> Tensor:
+    """What a 2x2 kernel at column j sees: (2, w + 1, B, C) -> (B, 4 C)."""
+    return rows[:, j : j + 2].permute(2, 0, 1, 3).flatten(1)

@@ -29,7 +29,7 @@ from advdnic.model import EXPERIMENTS, Experiment, build
 
 KEPT = 5  # checkpoints
 LATEST = "latest.pth"
-MODEL = ("experiment", "num_filters", "variant1", "ep_compat", "mod2_down_inverse", "resnets")
+MODEL = ("experiment", "num_filters", "variant1", "ep_compat", "mod2_down_inverse", "resnets", "stages")
 SAME_RUN = (*params.DEFAULTS, "batchsize", "images", "steps_per_epoch", "random_seed")
 
 
