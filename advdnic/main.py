@@ -74,18 +74,22 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def newest(folder: Path, device: torch.device) -> Experiment:
-    """The model of a folder: its last checkpoint, which must be of params.json's experiment."""
+    """The model of a folder, which must be of params.json's experiment."""
     values = params.read(folder)
-    found = sorted([*folder.glob("latest.pth"), *runs.epochs(folder), *folder.glob("small-*.pth")],
-                   key=lambda p: p.stat().st_mtime_ns)
-    if not found:
-        raise UserError(f"{folder}: holds no checkpoint; train here first")
-    model = load(found[-1], device)
-    for key in ("experiment", "variant1", "ep_compat", "mod2_down_inverse"):
+    path = last_checkpoint(folder)
+    model = load(path, device)
+    for key in model.options:
         if getattr(model, key) != values[key]:
-            raise UserError(f"{found[-1]}: is of {key} {getattr(model, key)}, {params.NAME} says "
+            raise UserError(f"{path}: is of {key} {getattr(model, key)}, {params.NAME} says "
                             f"{values[key]}")
     return model
+
+
+def last_checkpoint(folder: Path) -> Path:
+    found = [*folder.glob("latest.pth"), *runs.epochs(folder)]
+    if not found:
+        raise UserError(f"{folder}: holds no checkpoint; train here first")
+    return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 
 # ------------------------------------------------------------------------------------ one image

@@ -50,17 +50,20 @@ class Experiment(CompressionModel):
     """
 
     downsampling_factor = 64
-    options = ("experiment", "variant1", "ep_compat", "mod2_down_inverse")
+    options = ("experiment", "variant1", "ep_compat", "mod2_down_inverse", "scales_min",
+               "scales_max", "scales_levels")
     entropy_device: torch.device | None = None  # where the exact part runs; None: with the rest
 
     def __init__(self, experiment: str = "base", num_filters: int = 128, variant1: str = "base",
                  ep_compat: bool = False, mod2_down_inverse: bool = True, resnets: int = 1,
-                 stages: int = 0):
+                 stages: int = 0, scales_min: float = 0.11, scales_max: float = 256.0,
+                 scales_levels: int = 64):
         """variant1: its transforms, "base" (the source's code) or "mod3" (its README).
 
         ep_compat: entropy parameters without their first layer, which is dead in the source;
         mod2_down_inverse: inverse GDN behind the encoder's steps down, as the source; resnets,
-        stages: PixelCNN++'s residual blocks of a level, its strided steps (2 in the paper).
+        stages: PixelCNN++'s residual blocks of a level, its strided steps (2 in the paper);
+        scales_...: the table of scales that files are coded with.
         """
         super().__init__()
         if experiment not in EXPERIMENTS:
@@ -73,7 +76,9 @@ class Experiment(CompressionModel):
         self.M = C
         self.g_a, self.g_s = self._transforms(kind, N)
         self.entropy_bottleneck = EntropyBottleneck(Z, filters=FILTERS)
-        self.gaussian_conditional = GaussianConditional(None)
+        self.gaussian_conditional = GaussianConditional(None, scale_bound=scales_min)
+        self.scales_min, self.scales_max = scales_min, scales_max
+        self.scales_levels = scales_levels
         self.prior = ("context" if experiment in ("variant3", "variant3_old", "variant4")
                       else "means" if experiment == "variant2" else "scales")
         if experiment == "variant4":
@@ -121,6 +126,14 @@ class Experiment(CompressionModel):
         """Image pixels; squeeze-excite and attention see the whole image: no tiles."""
         local = not any(isinstance(m, (t.ExactSE, t.NonLocal, t.MBSignal)) for m in self.modules())
         return LIMIT if local else math.inf
+
+    def update(self, scale_table: Tensor | None = None, force: bool = False,
+               **more: bool) -> bool:
+        """Tables of the coder, from this bench's scales."""
+        if scale_table is None:
+            scale_table = torch.linspace(math.log(self.scales_min), math.log(self.scales_max),
+                                         self.scales_levels).exp()
+        return super().update(scale_table, force=force, **more)
 
     # ---------------------------------------------------------------------------------- training
     def forward(self, x: Tensor) -> dict[str, Any]:

@@ -29,7 +29,8 @@ from advdnic.model import EXPERIMENTS, Experiment, build
 
 KEPT = 5  # checkpoints
 LATEST = "latest.pth"
-MODEL = ("experiment", "num_filters", "variant1", "ep_compat", "mod2_down_inverse", "resnets", "stages")
+MODEL = ("experiment", "num_filters", "variant1", "ep_compat", "mod2_down_inverse", "resnets",
+         "stages", "scales_min", "scales_max", "scales_levels")
 SAME_RUN = (*params.DEFAULTS, "batchsize", "images", "steps_per_epoch", "random_seed")
 
 

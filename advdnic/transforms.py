@@ -287,6 +287,11 @@ class NonLocal(nn.Module):
         y = torch.cat([self.attend(part, phi, g) for part in theta.split(rows, 1)], 1)
         return x + self.out(y.transpose(1, 2).unflatten(2, x.shape[-2:]))
 
+    def product_macs(self, x: Tensor) -> int:
+        """Multiply-accumulates of positions with positions, twice."""
+        positions = x.shape[2] * x.shape[3]
+        return 2 * len(x) * positions * max(1, positions // 2) * self.out.in_channels
+
     def attend(self, theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
         """(B, n, C / 2)"""
         weights = torch.matmul(theta, phi).float().softmax(2).to(g.dtype)

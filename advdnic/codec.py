@@ -1,0 +1,26 @@
+"""Code one image file, as in the other folders; `main.py compress` is the source's way.
+
+    python codec.py encode IN.png [-o OUT.bin] [--checkpoint P]
+    python codec.py decode OUT.bin [-o OUT.png] [--checkpoint P]
+
+Without --checkpoint the bundled weights of --weights encode, and the file tells which decode it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common import codec, runs
+
+from advdnic.model import TAG, load
+
+BUNDLED = "base-0.0067"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, _, _ = codec.flags("Code one image file.", BUNDLED, "experiment and lmbda")
+    codec.run(parser.parse_args(argv), TAG, load, Path(__file__).parent / "weights")
+
+
+if __name__ == "__main__":
+    runs.cli(main)

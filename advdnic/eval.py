@@ -1,0 +1,106 @@
+"""Code a folder of images into real files, decode them, and write what they cost and how they look.
+
+    python eval.py                                       bundled small weights, Kodak
+    python eval.py --model-dir experiments/variant2      that folder's last checkpoint, one or more
+    python eval.py --checkpoint A.pth B.pth              these weights: one point of the curve each
+    python eval.py --complexity                          parameters and GMACs of the ten
+    torchrun --nproc_per_node=4 eval.py ...              images divided over processes
+
+bpp is the size of the file on disk * 8 / original pixels, header included. PSNR and MS-SSIM are
+those of 8-bit images without padding, averaged over images. The source's way: `main.py benchmark`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common import UserError, compare, data, evaluate, metrics, runs
+
+from advdnic.main import last_checkpoint
+from advdnic.model import EXPERIMENTS, TAG, build, load
+
+HERE = Path(__file__).parent
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = runs.Parser(description="Code images for real and measure rate and distortion.")
+    add = parser.add_argument_group("as in the other folders").add_argument
+    add("--model-dir", type=Path, nargs="+", help="of train.py: their last checkpoints")
+    add("--experiment", choices=EXPERIMENTS, help="of the bundled weights; none: all")
+    add("--dataset", "--data-dir", help="folder of images; none: Kodak")
+    add("--outdir", default="./output", help="bitstreams and decoded images")
+    add("--resultdir", default="./results", help="JSON, CSV, plot")
+    add("--test_batch_size", type=runs.positive_int, default=1, help="images of equal size")
+    add("--entropy_device", default="cpu", help="where the exact parts run: cpu or cuda")
+    evaluate.add_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = flags().parse_args(argv)
+    device = runs.start(args.device, threads=args.threads)
+    entropy_device = runs.usable(args.entropy_device)
+    if args.complexity:
+        complexity()
+        return
+    images = data.list_images(args.dataset or data.KODAK)
+    curves = []
+    for name, checkpoints in find(args).items():
+        points = []
+        for checkpoint in checkpoints:
+            model = load(checkpoint, device)
+            model.entropy_device = entropy_device
+            out = evaluate.folder_of(args.outdir, name, checkpoint)
+            points.append(evaluate.evaluate(model, images, TAG, name, str(checkpoint.name), out,
+                                            args.test_batch_size,
+                                            {"experiment": model.experiment}))
+        curves.append(evaluate.merge(points))
+    if runs.rank() == 0:
+        compare.report(curves, HERE / "results" / "published.json", images, Path(args.resultdir),
+                       "advDNIC")
+
+
+def find(args: argparse.Namespace) -> dict[str, list[Path]]:
+    """What to evaluate, by the name of its curve."""
+    if args.checkpoint:
+        return {args.checkpoint[0].stem: args.checkpoint}
+    if args.model_dir:
+        return {folder.name: [last_checkpoint(folder)] for folder in args.model_dir}
+    bundled: dict[str, list[Path]] = {}
+    for path in sorted((HERE / "weights").glob("small-*.pth")):
+        experiment = path.stem.removeprefix("small-").rsplit("-", 1)[0]
+        if args.experiment in (None, experiment):
+            bundled.setdefault(experiment, []).append(path)
+    if args.reproduce:
+        if not args.config:
+            raise UserError("--reproduce needs --config, the file that the run was trained with")
+        folder = Path(runs.read_yaml(args.config).get("model_dir", "experiments/base_model"))
+        return {args.config.stem: [last_checkpoint(folder)], **bundled}
+    if not bundled:
+        raise UserError(f"no bundled weights of {args.experiment}; name a --model-dir")
+    return bundled
+
+
+def complexity(num_filters: int = 128) -> None:
+    """Parameters and multiply-accumulates of the ten for one 768x512 image."""
+    print(f"one 768x512 image, N = {num_filters}; GMACs of convolutions as they are computed, of "
+          "GDN and of attention")
+    print(f"{'':14s}{'parameters':>11s}{'encoder':>9s}{'decoder':>9s}{'of it context':>15s}")
+    for experiment in EXPERIMENTS:
+        found = metrics.complexity_of_parts(build(experiment, num_filters))
+        macs = {name: sum(part[f"macs_{kind}"] for kind in ("true", "gdn", "masked", "products"))
+                for name, part in found.items()}
+        context = sum(macs.get(part, 0) for part in ("context_model", "entropy_parameters"))
+        shared = sum(value for name, value in macs.items() if name in (
+            "h_s", "h_scale_s", "h_mean_s", "context_model", "entropy_parameters"))
+        total = sum(part["params_total"] for part in found.values())
+        encoder, decoder = macs["g_a"] + macs["h_a"] + shared, macs["g_s"] + shared
+        print(f"{experiment:14s}{total:11,d}" + "".join(
+            f"{value / 1e9:{width}.2f}" for value, width in (
+                (encoder, 9), (decoder, 9), (context, 15))))
+
+
+
+if __name__ == "__main__":
+    runs.cli(main)
