@@ -66,7 +66,12 @@ def find(args: argparse.Namespace) -> dict[str, list[Path]]:
     if args.checkpoint:
         return {args.checkpoint[0].stem: args.checkpoint}
     if args.model_dir:
-        return {folder.name: [last_checkpoint(folder)] for folder in args.model_dir}
+        names = [folder.parent.name if folder.name == "generator" else folder.name
+                 for folder in args.model_dir]
+        if len(set(names)) < len(names):
+            names = ["-".join(folder.parts[-3:]).strip("/") for folder in args.model_dir]
+        return {name: [last_checkpoint(folder)]
+                for name, folder in zip(names, args.model_dir, strict=True)}
     bundled: dict[str, list[Path]] = {}
     for path in sorted((HERE / "weights").glob("small-*.pth")):
         experiment = path.stem.removeprefix("small-").rsplit("-", 1)[0]

@@ -70,6 +70,7 @@ class Experiment(CompressionModel):
             raise UserError(f"experiment {experiment}: choose from {', '.join(EXPERIMENTS)}")
         N = num_filters
         self.experiment, self.N, self.variant1 = experiment, N, variant1
+        self.resnets, self.stages = resnets, stages
         self.ep_compat, self.mod2_down_inverse = ep_compat, mod2_down_inverse
         kind = variant1 if experiment == "variant1" else experiment
         C, Z = (t.EFF_Y, t.EFF_Z) if kind in ("mod2", "mod3") else (N, N)
@@ -171,15 +172,24 @@ class Experiment(CompressionModel):
     # ------------------------------------------------------------------------------------ coding
     @torch.no_grad()
     def compress(self, x: Tensor) -> dict[str, Any]:
-        """x as in forward -> {"strings": [y_strings, z_strings], "shape": (H / 64, W / 64)}."""
+        """x as in forward -> {"strings": [y_strings, z_strings], "shape": (H / 64, W / 64)}, and
+        what was found on the way: y, z, y_hat, scales, means.
+        """
         y = tiled(self.g_a, x, down=16, limit=self.tile_above)
         z = self.h_a(y.abs())
         z_strings = entropy.encode_bottleneck(self.entropy_bottleneck, z)
-        *_, coded = self._encode(y, entropy.dequantize(self.entropy_bottleneck, z))
+        y_hat, scales, means, coded = self._encode(
+            y, entropy.dequantize(self.entropy_bottleneck, z))
         symbols, indexes = (torch.cat([part.flatten(1) for part in column], 1)
                             for column in zip(*coded, strict=True))
         y_strings = entropy.encode(symbols, indexes, entropy.Tables.of(self.gaussian_conditional))
-        return {"strings": [y_strings, z_strings], "shape": tuple(z.shape[-2:])}
+        return {"strings": [y_strings, z_strings], "shape": tuple(z.shape[-2:]), "y": y, "z": z,
+                "y_hat": y_hat, "scales": scales, "means": means}
+
+    @torch.no_grad()
+    def decoded(self, y_hat: Tensor) -> Tensor:
+        """x_hat (B, 3, H, W) in [0, 1]."""
+        return tiled(self.g_s, y_hat, up=16, limit=self.tile_above).clamp_(0, 1)
 
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
@@ -187,8 +197,7 @@ class Experiment(CompressionModel):
         y_strings, z_strings = strings
         z_hat = entropy.decode_bottleneck(self.entropy_bottleneck, z_strings, shape)
         y_hat = self._decode(y_strings, z_hat)
-        x_hat = tiled(self.g_s, y_hat, up=16, limit=self.tile_above)
-        return {"x_hat": x_hat.clamp_(0, 1)}
+        return {"x_hat": self.decoded(y_hat)}
 
     @torch.no_grad()
     @torch.compiler.disable
@@ -294,4 +303,7 @@ def build(experiment: str = "base", num_filters: int = 128, **options: Any) -> E
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Experiment:
     """A model from a checkpoint, ready to code."""
-    return runs.load_model(path, Experiment, device)
+    model = runs.load_model(path, Experiment, device)
+    if model.prior == "context":  # a position at a time: nothing for a GPU
+        model.entropy_device = torch.device("cpu")
+    return model

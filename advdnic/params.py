@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ DEFAULTS: dict[str, Any] = {
 CHOICES = {"experiment": EXPERIMENTS, "main_optimizer": OPTIMIZERS, "aux_optimizer": OPTIMIZERS,
            "main_opt_lr_decay_type": DECAYS, "aux_opt_lr_decay_type": DECAYS,
            "variant1": ("base", "mod3"), "stages": (0, 1, 2)}
+NOT_NEGATIVE = ("clip_norm", "weight_decay")
 POSITIVE = ("num_filters", "patchsize", "lmbda", "base_learning_rate", "aux_learning_rate",
             "scales_min", "scales_max", "scales_levels", "resnets")
 
@@ -34,7 +34,7 @@ def boolean(text: str | bool) -> bool:
     value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(
         str(text).lower())
     if value is None:
-        raise argparse.ArgumentTypeError(f"'{text}' is not true or false")
+        raise ValueError(text)
     return value
 
 
@@ -69,10 +69,24 @@ def checked(values: dict[str, Any], where: str) -> dict[str, Any]:
             value, bool)
         if not (number and kind(value) == value) and not isinstance(value, kind):
             raise UserError(f"{where}: {key} {value!r} is not {kind.__name__}")
-        if value not in CHOICES.get(key, (value,)) or (key in POSITIVE and not 0 < value < 1e30):
+        if isinstance(value, bool) != (kind is bool):
+            raise UserError(f"{where}: {key} {value!r} is not {kind.__name__}")
+        if key in CHOICES and value not in CHOICES[key]:
             raise UserError(f"{where}: {key} {value!r}: choose from "
-                            f"{', '.join(CHOICES.get(key, ('positive numbers',)))}")
+                            f"{', '.join(map(str, CHOICES[key]))}")
+        if (key in POSITIVE and not 0 < value < 1e30) or (key in NOT_NEGATIVE
+                                                          and not 0 <= value < 1e30):
+            raise UserError(f"{where}: {key} {value!r}: give a "
+                            f"{'positive number' if key in POSITIVE else 'number of 0 or more'}")
         result[key] = kind(value)
+    if result["scales_min"] >= result["scales_max"] or result["scales_levels"] < 2:
+        raise UserError(f"{where}: scales_min must lie below scales_max, scales_levels above 1")
+    if result["main_optimizer"] == "muon" and (result["weight_decay"]
+                                               or result["aux_optimizer"] != "adam"):
+        raise UserError(f"{where}: main_optimizer muon goes without weight_decay and with "
+                        "aux_optimizer adam")
+    if result["aux_optimizer"] == "muon":
+        raise UserError(f"{where}: muon is for the main parameters only")
     if result["use_adversarial_loss"]:
         raise UserError(f"{where}: use_adversarial_loss: there is no discriminator, here as in the "
                         "source")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import secrets
 import time
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ KEPT = 5  # checkpoints
 LATEST = "latest.pth"
 MODEL = ("experiment", "num_filters", "variant1", "ep_compat", "mod2_down_inverse", "resnets",
          "stages", "scales_min", "scales_max", "scales_levels")
-SAME_RUN = (*params.DEFAULTS, "batchsize", "images", "steps_per_epoch", "random_seed")
+SAME_RUN = (*params.DEFAULTS, "batchsize", "images", "steps_per_epoch", "random_seed", "metric")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--batchsize", type=runs.positive_int, default=4, help="over all processes")
     add("--num-parallel-calls", type=runs.count, default=4, help="data loader processes")
     add("--epochs", type=runs.positive_int, default=1000, help="passes over the images")
+    add("--steps", type=runs.positive_int, help="in place of --epochs; ends with an epoch")
     add("--save-summary-steps", type=runs.positive_int, default=100, help="between log entries")
     add("--random-seed", type=runs.seed_number, help="none: a new one each time")
     add("--allow-growth", type=params.boolean, default=True, help="without effect: memory grows")
@@ -51,6 +53,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="INFO, DEBUG: progress on the terminal")
     add = parser.add_argument_group("keys of params.json").add_argument
     for key, value in params.DEFAULTS.items():
+        if key == "use_adversarial_loss":  # stands before the command, too
+            continue
         kind = params.boolean if isinstance(value, bool) else type(value)
         names = [f"--{key}"] if key != "lmbda" else ["--lmbda", "--lambda"]
         add(*names, type=kind, choices=params.CHOICES.get(key), help=f"none: {value}, or as there")
@@ -68,7 +72,9 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--config", help="YAML file of flags; the command line wins over it")
     parser.add_argument("--model-dir", type=Path, default=Path("experiments/base_model"))
     parser.add_argument("--name", help="of the run, in its log")
-    parser.add_argument("--verbose", "-V", action="store_true")
+    parser.add_argument("--verbose", "-V", action="store_true", help="without effect in training")
+    parser.add_argument("--use_adversarial_loss", "--use-adversarial-loss", type=params.boolean,
+                        default=False, help="refused: there is no discriminator")
     add_flags(parser)
     return parser
 
@@ -80,16 +86,17 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     settle_params(args)
     quiet = args.log_verbosity in ("ERROR", "FATAL", "WARN")
-    if args.random_seed is None:
-        args.random_seed = int.from_bytes(torch.randint(256, (4,), dtype=torch.uint8).numpy())
-    device = runs.start(args.device, args.random_seed, args.threads)
+    device = runs.start(args.device, threads=args.threads)
     folder = args.model_dir
+    args.random_seed = seed_of(args)
+    torch.manual_seed(args.random_seed + runs.rank())
 
     # data
     items = data.find_items(args.train_data_dir)
     crops = data.Crops(items, args.patchsize, args.random_seed, args.flip)
     args.steps_per_epoch = args.steps_per_epoch or math.ceil(len(items) / args.batchsize)
     args.images, per_epoch = data.digest(items), args.steps_per_epoch
+    args.epochs = math.ceil(args.steps / per_epoch) if args.steps else args.epochs
     images = validation_images(args)
     check_size(args.metric, (args.patchsize, args.patchsize))
     batch = runs.share(args.batchsize)
@@ -108,18 +115,21 @@ def run(args: argparse.Namespace) -> None:
     criterion = RateDistortionLoss(args.lmbda, args.metric)
 
     # resume
-    log = runs.Log(folder, args.epochs * per_epoch)
+    log = runs.Log(folder, args.epochs * per_epoch, quiet)
     parts = {"model": model, "optimizer": optimizer, "aux_optimizer": aux_optimizer,
              "scheduler": schedulers[0], "aux_scheduler": schedulers[1], "log": log}
     config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
-    whole = ("epochs",) if "cosine" in args.main_opt_lr_decay_type else ()
+    decays = args.main_opt_lr_decay_type, args.aux_opt_lr_decay_type
+    whole = ("epochs",) if "cosine" in decays else ()  # all of the schedule depends on it
     checkpoints = runs.Checkpoints(folder, parts, config, (*SAME_RUN, *whole),
                                    "another --model-dir")
     state = checkpoints.begin(args.resume, None)
     step, best = state.get("step", 0), state.get("best", math.inf)
+    if not state and runs.rank() == 0:
+        params.write(folder, {key: getattr(args, key) for key in params.DEFAULTS})
     log.begin(step)
     if runs.rank() == 0 and not quiet:
-        print(f"{args.experiment}, {len(items)} training images"
+        print(f"{f'{args.name}: ' if args.name else ''}{args.experiment}, {len(items)} training images"
               f"{'' if args.train_data_dir else ' (bundled photographs)'}, {per_epoch} steps an "
               f"epoch, on {runs.describe(device)}, to {folder}", flush=True)
         if step >= args.epochs * per_epoch:
@@ -182,7 +192,7 @@ def run(args: argparse.Namespace) -> None:
 def settle_params(args: argparse.Namespace) -> None:
     """Fill args with params.json of the folder, where flags do not say otherwise.
 
-    In a new folder it is written; in one that holds a run a flag must not contradict it.
+    A new run writes it there; on --resume a flag must not contradict the run's.
     """
     given = {key: getattr(args, key) for key in params.DEFAULTS
              if getattr(args, key, None) is not None}
@@ -195,9 +205,20 @@ def settle_params(args: argparse.Namespace) -> None:
     values = params.checked((before or {}) | given, "parameters")
     for key, value in values.items():
         setattr(args, key, value)
-    if before is None and runs.rank() == 0:
-        params.write(args.model_dir, values)
-        print(f"{there}: written, experiment {values['experiment']}", flush=True)
+
+
+def seed_of(args: argparse.Namespace) -> int:
+    """--random-seed; or that of the run to resume; or a new one, the same in all processes."""
+    if args.random_seed is not None:
+        return args.random_seed
+    found = sorted([*args.model_dir.glob(LATEST), *runs.epochs(args.model_dir)],
+                   key=lambda path: path.stat().st_mtime_ns)
+    if args.resume and found:
+        return int(runs.load_checkpoint(found[-1]).get("config", {}).get("random_seed", 0))
+    seed = [secrets.randbits(31)]
+    if runs.world() > 1:
+        torch.distributed.broadcast_object_list(seed)
+    return seed[0]
 
 
 def optimizers(model: Experiment, args: argparse.Namespace) -> tuple[Any, Any]:
@@ -219,7 +240,7 @@ def optimizer_of(name: str, parameters: Any, lr: float, weight_decay: float) -> 
              "rmsprop": torch.optim.RMSprop, "adafactor": torch.optim.Adafactor,
              "lamb": timm.optim.Lamb}
     if name not in kinds:
-        raise UserError(f"optimizer {name} is for the main parameters only")
+        raise UserError(f"optimizer {name}: choose from {', '.join(kinds)}")
     more = {"momentum": 0.9} if name == "momentum" else {}
     return kinds[name](list(parameters), lr=lr, weight_decay=weight_decay, **more)
 
@@ -227,9 +248,15 @@ def optimizer_of(name: str, parameters: Any, lr: float, weight_decay: float) -> 
 def schedule(optimizer: Any, kind: str, per_epoch: int, total: int) -> Any:
     """Stepped every step; decays of the source's names."""
     rates = torch.optim.lr_scheduler
-    if kind == "cosine_restarts":  # first cycle 1,000 steps, each five times as long as the last
-        return rates.CosineAnnealingWarmRestarts(optimizer, 1000, 5)
+    def restarts(step: int) -> float:
+        """First cycle 1,000 steps; each five times as long as the last, from 3/4 of its rate."""
+        height, length = 1.0, 1000
+        while step >= length:
+            height, length, step = 0.75 * height, 5 * length, step - length
+        return height * 0.5 * (1 + math.cos(math.pi * step / length))
+
     factors = {
+        "cosine_restarts": restarts,
         "constant": lambda step: 1.0,
         "exponential": lambda step: 0.97 ** (step // max(1, round(2.4 * per_epoch))),
         "cosine": lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))}

@@ -144,7 +144,8 @@ class ExactSE(SqueezeExcite):
     """Squeeze and excite, whose mean has a fixed-point form: a sum of integers."""
 
     def exact(self, x: Tensor, run: Any) -> Tensor:
-        mean = exact.round_to_grid(x, 12).sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
+        mean = exact.round_to_grid(x.clamp(-4096, 4096), 12).sum((2, 3), keepdim=True) / (
+            x.shape[2] * x.shape[3])
         return x * run([self.fc1, self.act, self.fc2, self.sigmoid], mean)
 
     def __init__(self, channels: int, rd_channels: int, act_layer: Act):

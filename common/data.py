@@ -268,7 +268,7 @@ class Crops(Dataset):
         rows, columns = self.crop
         if height < rows or width < columns:
             raise UserError(f"{item.name}: {width}x{height} is smaller than the {columns}x{rows} "
-                            "crop; remove it or set a smaller --patch-size")
+                            "crop; remove it or take smaller crops")
         if self._cached_pixels + height * width <= CACHE_PIXELS:
             self._cache[index] = image
             self._cached_pixels += height * width

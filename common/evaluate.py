@@ -201,12 +201,12 @@ def evaluate(model: nn.Module, paths: list[Path], tag: bytes, name: str, descrip
                 files = encode_images(model, x, tag, fingerprint, **rate)
                 decode_images(model, files, tag, fingerprint)
                 warm = True
-            files, encoding = _timed(
+            files, encoding = timed(
                 lambda x=x: encode_images(model, x, tag, fingerprint, **rate), device)
             for stem, file in zip(group, files, strict=True):
                 runs.write_atomic(folder / f"{stem}.bin", file)
             files = [bitstream.read(folder / f"{stem}.bin") for stem in group]
-            x_hat, decoding = _timed(
+            x_hat, decoding = timed(
                 lambda files=files: decode_images(model, files, tag, fingerprint), device)
             small = x.shape[-2] * x.shape[-1] <= LIMIT  # forward of a larger one would not fit
             estimates = (_estimate(model, x, rate) if entropy_estimation and small
@@ -347,7 +347,7 @@ def _checked(curve: Any, path: str | Path) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------- helpers
-def _timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+def timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
     def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)

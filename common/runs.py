@@ -553,7 +553,7 @@ class Checkpoints:
         found = self._by_age()
         if found and not resume:
             raise UserError(f"{self.folder} holds the checkpoints of a run: continue it with "
-                            "--resume, or give this one another --exp_version")
+                            f"--resume, or start another: {self.anew}")
         if found:
             return self.resume(found[-1])
         if rank() == 0:
@@ -638,8 +638,8 @@ def epochs(folder: Path) -> list[Path]:
 class Log:
     """log.txt, TensorBoard and the progress bar of one run; silent on all ranks but the first."""
 
-    def __init__(self, folder: Path, steps: int):
-        self.folder, self.steps = folder, steps
+    def __init__(self, folder: Path, steps: int, quiet: bool = False):
+        self.folder, self.steps, self.quiet = folder, steps, quiet
         self.active = rank() == 0
         self.sums: dict[str, float] = {}
         self.count = 0
@@ -655,7 +655,7 @@ class Log:
         self.file = open(self.folder / "log.txt", "a")
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=self.steps, initial=first, unit="step", dynamic_ncols=True,
-                        mininterval=1 if terminal else 60)
+                        mininterval=1 if terminal else 60, disable=self.quiet)
 
     def step(self, step: int, values: dict[str, Any], every: int = 50) -> None:
         """Count one step; every `every` steps, write the scalars to TensorBoard."""
@@ -704,7 +704,8 @@ class Log:
     def line(self, text: str) -> None:
         """One line to log.txt and above the progress bar."""
         if self.active:
-            self.bar.write(text, file=sys.stdout)
+            if not self.quiet:
+                self.bar.write(text, file=sys.stdout)
             self.file.write(text + "\n")
             self.file.flush()
 
