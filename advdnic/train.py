@@ -129,7 +129,8 @@ def run(args: argparse.Namespace) -> None:
         params.write(folder, {key: getattr(args, key) for key in params.DEFAULTS})
     log.begin(step)
     if runs.rank() == 0 and not quiet:
-        print(f"{f'{args.name}: ' if args.name else ''}{args.experiment}, {len(items)} training images"
+        name = f"{args.name}: " if args.name else ""
+        print(f"{name}{args.experiment}, {len(items)} training images"
               f"{'' if args.train_data_dir else ' (bundled photographs)'}, {per_epoch} steps an "
               f"epoch, on {runs.describe(device)}, to {folder}", flush=True)
         if step >= args.epochs * per_epoch:

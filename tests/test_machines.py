@@ -34,7 +34,9 @@ MODELS = {  # name: (paper, weights, rates of its files)
 RANDOM = {  # small networks of random weights
     "convnextic": ("v0_ln", "v1_patch", "v2_stride2", "v3_scctx", "v4_ea", "v5_vr"),
     "tbtc": ("zyc2022-conv-hyperprior", "zyc2022-conv-charm", "zyc2022-swint-hyperprior",
-             "zyc2022-swint-charm", "tcm")}
+             "zyc2022-swint-charm", "tcm"),
+    "advdnic": ("base", "mod1", "mod2", "mod3", "mod4", "variant1", "variant2", "variant3",
+                "variant3_old", "variant4")}
 VARIANTS = [variant for variants in RANDOM.values() for variant in variants]
 for paper, variants in RANDOM.items():
     for variant in variants:
@@ -92,6 +94,12 @@ def _random_weights(path, paper):
         model = build(path.stem, "XS")
         layers, factor = ([model.g_a.layers[3].blocks[1].mlp.fc2] if "swint" in path.stem
                           else [model.g_a[-1]]), 8
+    elif paper == "advdnic":
+        from advdnic.model import build
+
+        options = {"experiment": path.stem}
+        model = build(path.stem, 128 if path.stem == "variant4" else 16)
+        layers, factor = [[m for m in model.g_a.modules() if isinstance(m, torch.nn.Conv2d)][-1]], 8
     else:
         from convnextic.model import build
 
