@@ -25,7 +25,7 @@ from compressai.models import CompressionModel
 from torch import Tensor, nn
 
 from advdnic import transforms as t
-from advdnic.pixelcnn import PixelCNN, Steps
+from advdnic.pixelcnn import PixelCNN, Steps, Waves
 
 TAG = b"advd"  # names this bench in the header of its files
 EXPERIMENTS = ("base", "mod1", "mod2", "mod3", "mod4", "variant1", "variant2", "variant3",
@@ -263,23 +263,23 @@ class Experiment(CompressionModel):
             context.put(positions, code(positions, scales, means))
 
     def _pixels(self, psi: Tensor, code: Code) -> None:
-        """variant3, variant4: one position after the other."""
+        """variant3, variant4: PixelCNN++ by waves, or with strides by pixels."""
         batch, _, height, width = psi.shape
         first, *rest = (
             exact.Rows(layer, f"entropy_parameters.{i}", psi.device)
             if isinstance(layer, nn.Conv2d)
             else partial(exact.activate, layer, f"entropy_parameters.{i}")
             for i, layer in enumerate(self.entropy_parameters))
-        steps = Steps(self.context_model, batch, height, width, psi.device)
-        for i in range(height):
-            known = first.sums(psi[:, :, i].permute(2, 0, 1).flatten(0, 1))
-            for j, begun in enumerate(known.unflatten(0, (width, batch))):
-                x = first(steps.phi(), 2 * self.N, begun)
-                for layer in rest:
-                    x = layer(x)
-                scales, means = x[:, None].chunk(2, 2)
-                position = torch.tensor([i * width + j], device=psi.device)
-                steps.put(code(position, scales, means)[:, 0])
+        known = first.sums(psi.permute(0, 2, 3, 1).reshape(batch * height * width, -1))
+        known = known.unflatten(0, (batch, -1))
+        kind = Steps if self.context_model.stages else Waves
+        decoded = kind(self.context_model, batch, height, width, psi.device)
+        for positions, phi in decoded:
+            x = first(phi.flatten(0, 1), 2 * self.N, known[:, positions].flatten(0, 1))
+            for layer in rest:
+                x = layer(x)
+            scales, means = x.unflatten(0, (batch, -1)).chunk(2, 2)
+            decoded.put(code(positions, scales, means))
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Tensor], **options: Any) -> Experiment:

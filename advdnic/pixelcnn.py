@@ -7,12 +7,15 @@ Two streams walk over the plane: u sees the rows above, ul also what is to the l
                     . . . . .
     row i           . . x                ul at (i, j): u, and the pixels left of j
 
-The plane's whole pass (`forward`, in training) and the steps of a decoder (`Steps`: u once a row,
-ul once a pixel, what has been computed kept) give the same numbers: in fixed point, the same bits.
+The plane's whole pass (`forward`, in training) and a decoder's give the same numbers, in fixed
+point the same bits. `Steps` decodes pixel by pixel: u once a row, ul once a pixel, what has been
+computed kept. `Waves` decodes the pixels of several rows at once; it knows no strides.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from common import exact
@@ -168,11 +171,144 @@ def with_ones(x: Tensor) -> Tensor:
     return torch.cat([x, torch.ones_like(x[:, :1])], 1)
 
 
-class Steps:
-    """PixelCNN in fixed point, one position after the other in raster order.
+class Waves:
+    """PixelCNN without stages in fixed point, all positions of a wave at once.
 
-    steps = Steps(net, batch, height, width, device)
-    for each position: phi = steps.phi()  (B, 2N);  steps.put(y_hat)  (B, N)
+        waves = Waves(net, batch, height, width, device)
+        for positions, phi in waves:  # i * width + j, (n,); (B, n, 2N)
+            waves.put(y_hat)          # (B, n, N)
+
+    Behind u are L convolutions of three columns, so u at (i, j) sees row i - 1 up to column
+    j + L + 1. With t = j + (L + 2) i that latent has t - 1: those of equal t form a wave. At time t
+    the first u is due at column j + L, what is a convolution later at j + L - 1, ..., ul at j.
+    """
+
+    @torch.no_grad()
+    def __init__(self, net: PixelCNN, batch: int, height: int, width: int, device: torch.device):
+        if net.stages:
+            raise ValueError("a PixelCNN with strides has no waves: use Steps")
+        self.net, self.batch, self.height, self.width = net, batch, height, width
+        count = 2 * net.resnets
+        self.ahead = 2 * count  # L
+        self.lag = self.ahead + 2
+        # planes of rows (B, places, C): two rows of zeros on top, a column of zeros on either side
+        stride = width + 2
+        planes = partial(torch.zeros, batch, (height + 2) * stride, dtype=torch.float64,
+                         device=device)
+        self.x = planes(net.N + 1)
+        self.x.unflatten(1, (height + 2, stride))[:, 2:, 1:-1, -1] = 1
+        self.u = [planes(net.N) for _ in range(count + 1)]  # of the stem, of each net
+        wide = [[planes(2 * net.N) for _ in range(n)] for n in (count + 1, count, count, count)]
+        self.u_elu, self.u_mid, self.ul_elu, self.ul_mid = wide  # inputs of convolutions
+        rows = torch.arange(height, device=device)
+        self.places = rows * (stride - self.lag) + 2 * stride + 1  # of (i, t - lag i), less t
+        self.positions = rows * (width - self.lag)
+        up = torch.tensor([-stride - 1, -stride, -stride + 1], device=device)
+        here = torch.tensor([-1, 0, 1], device=device)
+        self.taps = {"stem": torch.cat([up - stride, up]), "row": up, "down": torch.cat([up, here]),
+                     "column": torch.cat([up[:1], here[:1]]), "here": here[1:2],
+                     "down_right": torch.cat([up[:2], here[:2]])}
+
+        def rows_of(name: str, layer: nn.Module | None) -> exact.Rows | None:
+            return None if layer is None else exact.Rows(layer, name, device)
+
+        def nets(name: str, layers: list[nn.Module]) -> list[tuple]:
+            return [tuple(rows_of(f"{name}.{k}", part) for part in (
+                layer.conv1.conv, layer.conv2.conv, layer.aux)) for k, layer in enumerate(layers)]
+
+        self.u_nets = nets("u", [*net.u_up, *net.u_down])
+        self.ul_nets = nets("ul", [*net.ul_up, *net.ul_down])
+        for _, _, aux in self.ul_nets[net.resnets :]:  # u, ul, -u, -ul: to u, -u, ul, -ul
+            parts = aux.weight.unflatten(1, (2, 2, net.N))
+            aux.weight = parts.transpose(1, 2).flatten(1)
+        self.stem, self.row, self.column, self.out = (
+            rows_of(name, layer) for name, layer in (
+                ("stem", net.u_stem.conv), ("row", net.ul_row.conv),
+                ("column", net.ul_column.conv), ("out", net.out)))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for t in range(-self.ahead, self.width + self.lag * (self.height - 1)):
+            due = [self.due(t + column) for column in range(self.ahead + 1)]
+            at = [self.places[rows] + (t + column) for column, rows in enumerate(due)]
+            self.u_stem(due[-1], at[-1])
+            for k in range(len(self.u_nets)):
+                self.u_net(k, at[self.ahead - 2 * k - 1], at[self.ahead - 2 * k - 2])
+            self.coded = at[0]
+            if len(at[0]):
+                phi = self.phi(due[0], at[0], t == self.lag * (due[0].stop - 1))
+                yield self.positions[due[0]] + t, phi.unflatten(0, (self.batch, -1))
+
+    def due(self, t: int) -> slice:
+        """Rows i with a column t - lag i."""
+        return slice(max(0, (t - self.width) // self.lag + 1), min(self.height, t // self.lag + 1))
+
+    def put(self, y_hat: Tensor) -> None:
+        """Latents (B, n, N) of the positions that came last."""
+        self.x[:, self.coded, :-1] = y_hat
+
+    # -------------------------------------------------------------- rows are (B * places, channels)
+    def seen(self, plane: Tensor, at: Tensor, kernel: str) -> Tensor:
+        """What a kernel sees at these places: (B n, taps * C)."""
+        found = plane.index_select(1, (at[:, None] + self.taps[kernel]).flatten())
+        return found.view(self.batch * len(at), -1)
+
+    def keep(self, plane: Tensor, at: Tensor, rows: Tensor) -> Tensor:
+        plane.index_copy_(1, at, rows.view(self.batch, len(at), -1))
+        return rows
+
+    def elus(self, x: Tensor) -> Tensor:
+        return exact.activate(self.net.elu, "elu", torch.cat([x, -x], 1))
+
+    def gated(self, x: Tensor, ab: Tensor) -> Tensor:
+        a, b = ab.chunk(2, 1)
+        return x + a * exact.activate(self.net.u_up[0].sigmoid, "sigmoid", b)
+
+    def twin(self, k: int) -> int | None:
+        """Which u, or input of an ul net, net k of the way down sees beside its own."""
+        return len(self.u_nets) - 1 - k if k >= self.net.resnets else None
+
+    def u_stem(self, rows: slice, at: Tensor) -> None:
+        if len(at):
+            u = self.stem(self.seen(self.x, at, "stem"))
+            if rows.start == 0:  # nothing is above
+                u.view(self.batch, len(at), -1)[:, 0] = 0
+            self.keep(self.u_elu[0], at, self.elus(self.keep(self.u[0], at, u)))
+
+    def u_net(self, k: int, middle: Tensor, at: Tensor) -> None:
+        """Net k of u: its first convolution at places `middle`, its second at `at`."""
+        conv1, conv2, aux = self.u_nets[k]
+        if len(middle):
+            c = conv1(self.seen(self.u_elu[k], middle, "down"))
+            if aux is not None:
+                c += aux(self.seen(self.u_elu[self.twin(k)], middle, "here"))
+            self.keep(self.u_mid[k], middle, self.elus(c))
+        if len(at):
+            u = self.gated(self.seen(self.u[k], at, "here"),
+                           conv2(self.seen(self.u_mid[k], at, "down")))
+            self.keep(self.u_elu[k + 1], at, self.elus(self.keep(self.u[k + 1], at, u)))
+
+    def phi(self, rows: slice, at: Tensor, begins: bool) -> Tensor:
+        """ul there and its phi (B n, 2N); begins: the last place is the first of its row."""
+        x = self.row(self.seen(self.x, at, "row"))
+        if rows.start == 0:
+            x.view(self.batch, len(at), -1)[:, 0] = 0
+        left = self.column(self.seen(self.x, at, "column"))
+        if begins:
+            left.view(self.batch, len(at), -1)[:, -1] = 0
+        x += left
+        for k, (conv1, conv2, aux) in enumerate(self.ul_nets):
+            self.keep(self.ul_elu[k], at, self.elus(x))
+            beside = self.seen(self.u_elu[k + 1], at, "here")
+            if (twin := self.twin(k)) is not None:
+                beside = torch.cat([beside, self.seen(self.ul_elu[twin], at, "here")], 1)
+            c = conv1(self.seen(self.ul_elu[k], at, "down_right")) + aux(beside)
+            self.keep(self.ul_mid[k], at, self.elus(c))
+            x = self.gated(x, conv2(self.seen(self.ul_mid[k], at, "down_right")))
+        return self.out(exact.activate(self.net.elu, "elu", x))
+
+
+class Steps:
+    """PixelCNN in fixed point, one position after the other in raster order; used as `Waves`.
 
     Level k has a row for every 2^k rows of y_hat and a column for every 2^k columns, found when the
     first of them is due: what it sees is there by then.
@@ -182,7 +318,7 @@ class Steps:
     def __init__(self, net: PixelCNN, batch: int, height: int, width: int, device: torch.device):
         if height % 2**net.stages or width % 2**net.stages:
             raise ValueError(f"{height}x{width} latents are not whole {2**net.stages}s")
-        self.net, self.width, self.batch = net, width, batch
+        self.net, self.batch, self.height, self.width = net, batch, height, width
         self.i = self.j = 0
         kinds = {"dtype": torch.float64, "device": device}
         N, ups = net.N, len(net.u_up)
@@ -212,6 +348,10 @@ class Steps:
         self.column = exact.Rows(net.ul_column.conv, "ul_column", device)
         self.out = exact.Rows(net.out, "out", device)
         self.begin_row()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for position in torch.arange(self.height * self.width, device=self.x.device)[:, None]:
+            yield position, self.phi()[:, None]
 
     # ------------------------------------------------------------------------- once a row: u
     def begin_row(self) -> None:
@@ -308,8 +448,8 @@ class Steps:
         return x + a * exact.activate(net.sigmoid, "sigmoid", b)
 
     def put(self, y_hat: Tensor) -> None:
-        """The latents (B, N) of the position whose phi was asked for."""
-        self.x[:, :-1, 1, self.j] = y_hat
+        """Latents (B, 1, N) of the position that came last."""
+        self.x[:, :-1, 1, self.j] = y_hat[:, 0]
         self.j += 1
         if self.j == self.width:
             self.i, self.j = self.i + 1, 0

@@ -24,7 +24,7 @@ from advdnic import codec, main, params, train
 from advdnic import eval as advdnic_eval
 from advdnic import transforms as t
 from advdnic.model import EXPERIMENTS, TAG, build, load
-from advdnic.pixelcnn import PixelCNN, Steps
+from advdnic.pixelcnn import PixelCNN, Steps, Waves
 
 ROOT = Path(__file__).parents[1]
 CONTEXTS = ("variant3", "variant3_old", "variant4")
@@ -278,22 +278,31 @@ def test_strided_context_sees_all_near_it():
             assert row[i - 1, max(0, j - 6) : j + 3].all() and row[i, max(0, j - 6) : j].all()
 
 
-@pytest.mark.parametrize("name", ["flat", "flat, 2 resnets", "strided"])
-def test_steps_are_the_whole_pass(name):
-    """Position by position, what has been computed kept: the same bits; and close to floats."""
+@pytest.mark.parametrize("name, kind, height, width", [
+    ("flat", Steps, 8, 12), ("flat, 2 resnets", Steps, 4, 5), ("strided", Steps, 8, 12),
+    ("flat", Waves, 8, 12), ("flat", Waves, 4, 1), ("flat", Waves, 1, 9), ("flat", Waves, 12, 4),
+    ("flat, 2 resnets", Waves, 7, 23)])
+def test_decoders_are_the_whole_pass(name, kind, height, width):
+    """By pixels or by waves, what has been computed kept: the same bits; and close to floats."""
     torch.manual_seed(0)
     net = NETS[name]().eval()
     for parameter in net.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    y_hat = torch.randint(-3, 4, (2, 4, 8, 12)).double()
-    whole = exact.run(net, y_hat)
+    y_hat = torch.randint(-3, 4, (2, 4, height, width)).double()
+    whole, rows = exact.run(net, y_hat), y_hat.flatten(2).transpose(1, 2)
     for _ in range(2):
-        steps = Steps(net, 2, 8, 12, y_hat.device)
-        for i in range(8):
-            for j in range(12):
-                assert torch.equal(steps.phi(), whole[:, :, i, j])
-                steps.put(y_hat[:, :, i, j])
+        seen, decoded = [], kind(net, 2, height, width, y_hat.device)
+        for positions, phi in decoded:
+            seen += positions.tolist()
+            assert torch.equal(phi, whole.flatten(2).transpose(1, 2)[:, positions])
+            decoded.put(rows[:, positions])
+        assert sorted(seen) == list(range(height * width))
     assert (net.float()(y_hat.float()) - whole).abs().max() < 0.02 * whole.abs().max()
+
+
+def test_waves_know_no_strides():
+    with pytest.raises(ValueError, match="Steps"):
+        Waves(NETS["strided"](), 1, 4, 4, torch.device("cpu"))
 
 
 def test_a_part_of_the_plane_is_enough():
@@ -644,7 +653,7 @@ def test_the_source_s_commands(fit, images, tmp_path, monkeypatch, capsys):
         main.main([f"--model-dir={other}", "decompress", "overfit.png.ncf"])
     for content in (b"", b"NCF?", b"\n\x12\n\x10\n\x01\x01\x12\x0b\n\t"):  # the last: the source's
         Path("foreign.ncf").write_bytes(content)
-        with pytest.raises(UserError, match="foreign.ncf|not a file|the file is empty|not one of our"):
+        with pytest.raises(UserError, match="foreign.ncf"):
             main.main([f"--model-dir={folder}", "decompress", "foreign.ncf"])
     for path in folder.glob("epoch_*"):
         path.unlink()
