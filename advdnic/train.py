@@ -61,6 +61,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     runs.add_flags(parser, lr_schedule="constant", without=(
         "--optimizer", "--aux-lr", "--lr-schedule", "--milestones", "--clip-max-norm",
         "--patch-size", "--flip", "--save-every", "--seed", "--compile", "--config"))
+    parser.add_argument("--init-ckpt", "--init_ckpt", help="start a new run from these weights")
     parser.add_argument("--eval-patchsize", type=runs.positive_int,
                         help="central crops to validate with; none: whole images")
     parser.add_argument("--check-time", type=runs.minutes, default=10,
@@ -103,6 +104,8 @@ def run(args: argparse.Namespace) -> None:
 
     # model, optimisers, schedules
     model = build(**{key: getattr(args, key) for key in MODEL})
+    if args.init_ckpt and not args.resume:
+        runs.load_weights(model, args.init_ckpt)
     model = model.to(device, memory_format=torch.channels_last)
     if args.patchsize % model.downsampling_factor:
         raise UserError(f"--patchsize {args.patchsize}: give a multiple of "

@@ -680,6 +680,38 @@ def test_benchmark(fit, images, tmp_path):
         assert float(row["mse"]) == pytest.approx(mse.item(), rel=1e-3)
 
 
+def test_benchmark_without_decoding(fit, images):
+    folder = fit()
+    main.main([f"--model-dir={folder}", "benchmark", "--data-dir", str(images), "--no-decode"])
+    rows = list(csv.DictReader(io.StringIO(
+        (folder / "benchmark" / "compression_metrics.csv").read_text())))
+    assert all(row["decoding seconds"] == "" and float(row["encoding seconds"]) > 0
+               for row in rows)
+    assert not list((folder / "benchmark").glob("*.png"))
+
+
+def test_benchmark_says_when_a_file_decodes_to_something_else(fit, images, monkeypatch):
+    folder, decode = fit(), main.evaluate.decode_image
+    monkeypatch.setattr(main.evaluate, "decode_image", lambda *args: decode(*args) * 0.9)
+    with pytest.raises(UserError, match="0.png: its file decodes to another image"):
+        main.main([f"--model-dir={folder}", "benchmark", "--data-dir", str(images)])
+
+
+def test_start_from_weights(fit, images, tmp_path):
+    """A run of no effect (lr 1e-30) keeps them; those of another experiment are refused."""
+    folder = fit()
+    path = main.last_checkpoint(folder)
+    more = ["--num_filters", "8", "--train-data-dir", str(images), "--eval-data-dir", str(images),
+            "--eval-patchsize", "64", "--patchsize", "64", "--batchsize", "3", "--epochs", "1",
+            "--num-parallel-calls", "0", "--init-ckpt", str(path)]
+    train.main(["--model-dir", str(tmp_path / "on"), "--base_learning_rate", "1e-30", *more])
+    old, new = (torch.load(p, weights_only=True)["model"]
+                for p in (path, tmp_path / "on" / "epoch_0.pth"))
+    assert torch.equal(old["g_a.0.weight"], new["g_a.0.weight"])
+    with pytest.raises(UserError, match="was trained with --experiment base, not variant2"):
+        train.main(["--model-dir", str(tmp_path / "no"), "--experiment", "variant2", *more])
+
+
 def test_experiment_is_in_the_folder_s_name(images, tmp_path):
     train.main(["--model-dir", str(tmp_path / "experiments/mod4_model/generator"), "--num_filters",
                 "8", "--train-data-dir", str(images), "--eval-data-dir", str(images),
