@@ -25,14 +25,10 @@ HERE = Path(__file__).parent
 
 def flags() -> argparse.ArgumentParser:
     parser = runs.Parser(description="Code images for real and measure rate and distortion.")
-    add = parser.add_argument_group("as in the other folders").add_argument
+    add = parser.add_argument_group("what to code, with which weights").add_argument
     add("--model-dir", type=Path, nargs="+", help="of train.py: their last checkpoints")
     add("--experiment", choices=EXPERIMENTS, help="of the bundled weights; none: all")
     add("--dataset", "--data-dir", help="folder of images; none: Kodak")
-    add("--outdir", default="./output", help="bitstreams and decoded images")
-    add("--resultdir", default="./results", help="JSON, CSV, plot")
-    add("--test_batch_size", type=runs.positive_int, default=1, help="images of equal size")
-    add("--entropy_device", default="cpu", help="where the exact parts run: cpu or cuda")
     evaluate.add_flags(parser)
     return parser
 
@@ -104,7 +100,6 @@ def complexity(num_filters: int = 128) -> None:
         print(f"{experiment:14s}{total:11,d}" + "".join(
             f"{value / 1e9:{width}.2f}" for value, width in (
                 (encoder, 9), (decoder, 9), (context, 15))))
-
 
 
 if __name__ == "__main__":

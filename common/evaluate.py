@@ -115,8 +115,12 @@ def model_of(file: bytes, tag: bytes, checkpoints: Iterable[Path],
 
 # ------------------------------------------------------------------------------- a whole folder
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that all our eval scripts have beside those of their sources."""
-    add = parser.add_argument_group("ours, beside the source's flags").add_argument
+    """The flags that all our eval scripts have."""
+    add = parser.add_argument_group("as in all folders").add_argument
+    add("--outdir", default="./output", help="bitstreams and decoded images")
+    add("--resultdir", default="./results", help="JSON, CSV, plot")
+    add("--test_batch_size", type=runs.positive_int, default=1, help="images of equal size")
+    add("--entropy_device", default="cpu", help="where what is exact runs when coding: cpu or cuda")
     add("--checkpoint", type=Path, nargs="+", help="weights, one point of the curve each")
     add("--reproduce", action="store_true", help="the run of --config beside the bundled weights")
     add("--config", type=Path, help="training configuration, for --reproduce")

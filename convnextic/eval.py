@@ -36,10 +36,6 @@ def flags() -> argparse.ArgumentParser:
     add = parser.add_argument_group("ours, of this codec").add_argument
     add("--lmbda", type=runs.positive_float, nargs="+",
         help=f"rates of a variable-rate model; none: {RATES} over the range it was trained for")
-    add("--outdir", default="./output", help="bitstreams and decoded images")
-    add("--resultdir", default="./results", help="JSON, CSV, plot")
-    add("--test_batch_size", type=runs.positive_int, default=1, help="images of equal size")
-    add("--entropy_device", default="cpu", help="where h_s and contexts run when coding")
     evaluate.add_flags(parser)
     return parser
 

@@ -31,11 +31,6 @@ def flags() -> argparse.ArgumentParser:
     add("--load_model_epoch", "--epoch_num", type=int,
         help="of the runs under ./ckpts; none: bundled weights")
     add("--dataset_path", help="folder of images; none: Kodak")
-    add("--outdir", default="./output", help="bitstreams and decoded images")
-    add("--resultdir", default="./results", help="JSON, CSV, plot")
-    add("--test_batch_size", type=runs.positive_int, default=1, help="images of equal size")
-    add("--entropy_device", default="cpu",
-        help="cpu or cuda; no effect here: the coder runs on the CPU")
     evaluate.add_flags(parser)
     return parser
 

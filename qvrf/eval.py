@@ -36,7 +36,8 @@ def flags() -> argparse.ArgumentParser:
     parser = runs.Parser(description="Code images for real and measure rate and distortion.")
     add = parser.add_argument_group("the source's flags").add_argument
     add("--dataset", help="folder of images; none: Kodak")
-    add("--output_path", help="name of the folder, beside the dataset's, of decoded images")
+    add("--output_path", help="name of the folder, beside the dataset's, of decoded images; none: "
+        "--outdir")
     add("-c", "--entropy-coder", choices=["ans"], default="ans")
     add("--cuda", action="store_true", help="a GPU must be there (it is used anyway if it is)")
     add("--half", action="store_true", help="g_a and g_s in float16")
@@ -52,10 +53,6 @@ def flags() -> argparse.ArgumentParser:
     add = parser.add_argument_group("ours, of this paper").add_argument
     add("--sweep", action="store_true", help="with --factormode 1: the source's 27 factors")
     add("--name", help="of the curve; none: that of the weights")
-    add("--outdir", default="./output", help="bitstreams and decoded images, without --output_path")
-    add("--resultdir", default="./results", help="JSON, CSV, plot")
-    add("--test_batch_size", type=runs.positive_int, default=1, help="images of equal size")
-    add("--entropy_device", default="cpu", help="where h_s runs when coding: cpu or cuda")
     evaluate.add_flags(parser)
     return parser
 

@@ -47,11 +47,6 @@ def flags() -> argparse.ArgumentParser:
     add("--per-image", action="store_true", help="print each image's row too")
     add("-v", "--verbose", action="store_true", help="print what is read and done")
     add("--no-update", action="store_true", help="without effect: tables are the checkpoint's")
-    add = parser.add_argument_group("ours, of this paper").add_argument
-    add("--outdir", default="./output", help="bitstreams and decoded images")
-    add("--resultdir", default="./results", help="JSON, CSV, plot")
-    add("--test_batch_size", type=runs.positive_int, default=1, help="images of equal size")
-    add("--entropy_device", default="cpu", help="where h_s and contexts run when coding")
     evaluate.add_flags(parser)
     return parser
 
