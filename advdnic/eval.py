@@ -79,7 +79,8 @@ def find(args: argparse.Namespace) -> dict[str, list[Path]]:
         folder = Path(runs.read_yaml(args.config).get("model_dir", "experiments/base_model"))
         return {args.config.stem: [last_checkpoint(folder)], **bundled}
     if not bundled:
-        raise UserError(f"no bundled weights of {args.experiment}; name a --model-dir")
+        raise UserError(f"no bundled weights of {args.experiment or 'any experiment'}; name a "
+                        "--model-dir")
     return bundled
 
 

@@ -79,7 +79,7 @@ def newest(folder: Path, device: torch.device) -> Experiment:
     path = last_checkpoint(folder)
     model = load(path, device)
     found = {key: getattr(model, key) for key in model.options}
-    if model.M == model.N and model.experiment not in ("mod2", "mod3"):
+    if model.kind not in ("mod2", "mod3"):  # these have their own widths
         found["num_filters"] = model.N
     if isinstance(getattr(model, "context_model", None), PixelCNN):
         found |= {"resnets": model.resnets, "stages": model.stages}
@@ -101,8 +101,10 @@ def last_checkpoint(folder: Path) -> Path:
 def compress(model: Experiment, args: argparse.Namespace) -> None:
     """Image -> file; with -V its measures, in OUTPUT.txt too, and the figure."""
     output = args.output_file or args.input_file.with_name(f"{args.input_file.name}.ncf")
-    if output.exists() and args.input_file.exists() and output.samefile(args.input_file):
-        raise UserError(f"{output}: would replace the input")
+    text_file, plot = (output.with_name(f"{output.name}.{end}") for end in ("txt", "panels.png"))
+    plot = args.plot or plot
+    protect([args.input_file], [output, *([text_file] if args.verbose else []),
+                                *([plot] if args.verbose or args.plot else [])])
     image = data.read_image(args.input_file)
     x = data.to_float(image.to(next(model.parameters()).device))
     coded = model.compress(evaluate.pad(x[None], model.downsampling_factor))
@@ -115,20 +117,29 @@ def compress(model: Experiment, args: argparse.Namespace) -> None:
     if args.verbose:
         text = report(measures(image, inner, len(file)))
         print(text)
-        runs.write_atomic(output.with_name(f"{output.name}.txt"), f"{text}\n".encode())
+        runs.write_atomic(text_file, f"{text}\n".encode())
         bits = inner["y_bits"].sum((1, 2)).tolist()
         print("bits of y's channels, the most first: " + ", ".join(
             f"{k}: {bits[k]:.0f}" for k in sorted(range(len(bits)), key=lambda k: -bits[k])))
-    panels(image, inner, args.plot or output.with_name(f"{output.name}.panels.png"))
+    panels(image, inner, plot)
 
 
 def decompress(model: Experiment, args: argparse.Namespace) -> None:
     file = bitstream.read(args.input_file)
     output = args.output_file or args.input_file.with_name(f"{args.input_file.name}.png")
-    if output.exists() and output.samefile(args.input_file):
-        raise UserError(f"{output}: would replace the input")
+    protect([args.input_file], [output])
     data.write_image(evaluate.decode_image(model, file, TAG), output)
     print(f"{output}: decoded from {args.input_file}")
+
+
+def protect(inputs: list[Path], outputs: list[Path]) -> None:
+    """UserError when one of the outputs would replace an input or another output."""
+    taken = {path.resolve() for path in inputs}
+    for path in outputs:
+        if path.resolve() in taken:
+            raise UserError(f"{path}: would replace what is read or written beside it; name "
+                            "another output")
+        taken.add(path.resolve())
 
 
 @torch.no_grad()
@@ -204,6 +215,9 @@ def benchmark(model: Experiment, args: argparse.Namespace) -> None:
     """Code each image, decode it, compare; a CSV of a row an image, and of their mean."""
     paths = data.list_images(args.data_dir or data.KODAK)
     folder = args.outdir or args.model_dir / "benchmark"
+    names = evaluate.image_names(paths)
+    protect(paths, [folder / f"{name}.{end}" for name in names.values()
+                    for end in ("ncf", "txt", "png")])
     fingerprint, rows = bitstream.fingerprint(model), []
     device = next(model.parameters()).device
 
@@ -211,7 +225,7 @@ def benchmark(model: Experiment, args: argparse.Namespace) -> None:
         coded = model.compress(evaluate.pad(x[None], model.downsampling_factor))
         return coded, evaluate.pack_images(coded, x.shape[1:], TAG, fingerprint)[0]
 
-    for i, (path, name) in enumerate(evaluate.image_names(paths).items()):
+    for i, (path, name) in enumerate(names.items()):
         image = data.read_image(path)
         x = data.to_float(image.to(device))
         if i == 0:  # the first pass of a process is slower

@@ -72,7 +72,7 @@ class Experiment(CompressionModel):
         self.experiment, self.N, self.variant1 = experiment, N, variant1
         self.resnets, self.stages = resnets, stages
         self.ep_compat, self.mod2_down_inverse = ep_compat, mod2_down_inverse
-        kind = variant1 if experiment == "variant1" else experiment
+        self.kind = kind = variant1 if experiment == "variant1" else experiment
         C, Z = (t.EFF_Y, t.EFF_Z) if kind in ("mod2", "mod3") else (N, N)
         self.M = C
         self.g_a, self.g_s = self._transforms(kind, N)
@@ -250,19 +250,19 @@ class Experiment(CompressionModel):
             code(torch.arange(h * w, device=z_hat.device), scales, means)
         else:
             psi = exact.run(self.h_s, z_hat)
-            walk = (self._waves if self.experiment == "variant3_old" else self._pixels)
+            walk = self._masked if self.experiment == "variant3_old" else self._pixelcnn
             walk(psi, code)
         return tuple(part.transpose(1, 2).unflatten(2, (h, w)) for part in found)
 
-    def _waves(self, psi: Tensor, code: Code) -> None:
-        """variant3_old: all positions of a wave at once."""
+    def _masked(self, psi: Tensor, code: Code) -> None:
+        """variant3_old: the masked 5x5, by waves."""
         context = Context(self.context_model, self.entropy_parameters, psi,
                           self.gaussian_conditional.scale_table)
         for positions in wavefront(*psi.shape[-2:], psi.device):
             scales, means = context.parameters(positions)
             context.put(positions, code(positions, scales, means))
 
-    def _pixels(self, psi: Tensor, code: Code) -> None:
+    def _pixelcnn(self, psi: Tensor, code: Code) -> None:
         """variant3, variant4: PixelCNN++ by waves, or with strides by pixels."""
         batch, _, height, width = psi.shape
         first, *rest = (
@@ -304,6 +304,6 @@ def build(experiment: str = "base", num_filters: int = 128, **options: Any) -> E
 def load(path: str | Path, device: torch.device | str = "cpu") -> Experiment:
     """A model from a checkpoint, ready to code."""
     model = runs.load_model(path, Experiment, device)
-    if model.prior == "context":  # a position at a time: nothing for a GPU
+    if model.prior == "context":  # a few positions at a time: nothing for a GPU
         model.entropy_device = torch.device("cpu")
     return model

@@ -67,10 +67,13 @@ def checked(values: dict[str, Any], where: str) -> dict[str, Any]:
         kind = type(DEFAULTS[key])
         number = kind in (int, float) and isinstance(value, (int, float)) and not isinstance(
             value, bool)
-        if not (number and kind(value) == value) and not isinstance(value, kind):
-            raise UserError(f"{where}: {key} {value!r} is not {kind.__name__}")
-        if isinstance(value, bool) != (kind is bool):
-            raise UserError(f"{where}: {key} {value!r} is not {kind.__name__}")
+        try:
+            fits = (kind(value) == value if number else isinstance(value, kind)
+                    and isinstance(value, bool) == (kind is bool))
+        except (OverflowError, ValueError):  # Infinity, NaN, integers without end
+            fits = False
+        if not fits:
+            raise UserError(f"{where}: {key} {str(value)[:40]} is not {kind.__name__}")
         if key in CHOICES and value not in CHOICES[key]:
             raise UserError(f"{where}: {key} {value!r}: choose from "
                             f"{', '.join(map(str, CHOICES[key]))}")

@@ -80,11 +80,10 @@ def shift_right(x: Tensor) -> Tensor:
 class GatedResnet(nn.Module):
     """x + a * sigmoid(b), of (a, b) = conv(f(conv(f(x)) + 1x1(f(aux)))), f = concat_elu."""
 
-    def __init__(self, channels: int, kind: str, aux: int = 0, dropout: float = 0.0):
+    def __init__(self, channels: int, kind: str, aux: int = 0):
         super().__init__()
         self.conv1 = ShiftedConv(2 * channels, channels, kind)
         self.aux = nn.Conv2d(2 * aux, channels, 1) if aux else None
-        self.dropout = nn.Dropout(dropout)
         self.conv2 = ShiftedConv(2 * channels, 2 * channels, kind)
         self.elu, self.sigmoid = nn.ELU(), nn.Sigmoid()
 
@@ -94,8 +93,7 @@ class GatedResnet(nn.Module):
         c = run(self.conv1, run(self.elu, torch.cat([x, -x], 1)))
         if self.aux is not None:
             c = c + run(self.aux, run(self.elu, torch.cat([aux, -aux], 1)))
-        c = self.dropout(run(self.elu, torch.cat([c, -c], 1)))
-        a, b = run(self.conv2, c).chunk(2, 1)
+        a, b = run(self.conv2, run(self.elu, torch.cat([c, -c], 1))).chunk(2, 1)
         return x + a * run(self.sigmoid, b)
 
 
@@ -106,7 +104,7 @@ class PixelCNN(nn.Module):
     With `stages` h and w are multiples of 2^stages.
     """
 
-    def __init__(self, N: int, resnets: int = 1, stages: int = 0, dropout: float = 0.0):
+    def __init__(self, N: int, resnets: int = 1, stages: int = 0):
         super().__init__()
         self.N, self.resnets, self.stages = N, resnets, stages
         self.u_stem = ShiftedConv(N + 1, N, "down")
@@ -114,10 +112,10 @@ class PixelCNN(nn.Module):
         # GatedResnets of each level on its way down and, one more where a level lies below, back up
         below = [resnets] * (stages + 1)
         after = [resnets + 1] * stages + [resnets]
-        self.ups, self.downs = number(below), number(after)
+        self.ups, self.downs = numbered(below), numbered(after)
 
         def nets(counts: list[int], kind: str, aux: int) -> nn.ModuleList:
-            return nn.ModuleList(GatedResnet(N, kind, aux, dropout) for _ in range(sum(counts)))
+            return nn.ModuleList(GatedResnet(N, kind, aux) for _ in range(sum(counts)))
 
         self.u_up, self.ul_up = nets(below, "down", 0), nets(below, "down_right", N)
         self.u_down, self.ul_down = nets(after, "down", N), nets(after, "down_right", 2 * N)
@@ -156,11 +154,11 @@ class PixelCNN(nn.Module):
         return u, ul
 
     def exact(self, y_hat: Tensor, run: Any) -> Tensor:
-        """The whole plane in fixed point: what `Steps` finds position by position."""
+        """The whole plane in fixed point: what `Waves` and `Steps` find bit by bit."""
         return self(y_hat, run)
 
 
-def number(counts: list[int]) -> list[list[int]]:
+def numbered(counts: list[int]) -> list[list[int]]:
     """[2, 3] -> [[0, 1], [2, 3, 4]]"""
     firsts = [sum(counts[:k]) for k in range(len(counts))]
     return [list(range(first, first + count)) for first, count in zip(firsts, counts, strict=True)]
@@ -191,17 +189,18 @@ class Waves:
         count = 2 * net.resnets
         self.ahead = 2 * count  # L
         self.lag = self.ahead + 2
-        # planes of rows (B, places, C): two rows of zeros on top, a column of zeros on either side
+        # Rings of rows (B, places, C), a column of zeros on either side: those in flight, and two
+        # above. Zeros are above the first row: the last of the ring, which are not in use yet.
         stride = width + 2
-        planes = partial(torch.zeros, batch, (height + 2) * stride, dtype=torch.float64,
-                         device=device)
+        ring = min((width + self.ahead) // self.lag + 4, height + 2)
+        self.ring = ring * stride
+        planes = partial(torch.zeros, batch, self.ring, dtype=torch.float64, device=device)
         self.x = planes(net.N + 1)
-        self.x.unflatten(1, (height + 2, stride))[:, 2:, 1:-1, -1] = 1
-        self.u = [planes(net.N) for _ in range(count + 1)]  # of the stem, of each net
+        self.u = [planes(net.N) for _ in range(count)]  # of the stem, of each net but the last
         wide = [[planes(2 * net.N) for _ in range(n)] for n in (count + 1, count, count, count)]
         self.u_elu, self.u_mid, self.ul_elu, self.ul_mid = wide  # inputs of convolutions
         rows = torch.arange(height, device=device)
-        self.places = rows * (stride - self.lag) + 2 * stride + 1  # of (i, t - lag i), less t
+        self.places = rows % ring * stride - rows * self.lag + 1  # of (i, t - lag i), less t
         self.positions = rows * (width - self.lag)
         up = torch.tensor([-stride - 1, -stride, -stride + 1], device=device)
         here = torch.tensor([-1, 0, 1], device=device)
@@ -212,7 +211,7 @@ class Waves:
         def rows_of(name: str, layer: nn.Module | None) -> exact.Rows | None:
             return None if layer is None else exact.Rows(layer, name, device)
 
-        def nets(name: str, layers: list[nn.Module]) -> list[tuple]:
+        def nets(name: str, layers: list[nn.Module]) -> list[tuple[exact.Rows | None, ...]]:
             return [tuple(rows_of(f"{name}.{k}", part) for part in (
                 layer.conv1.conv, layer.conv2.conv, layer.aux)) for k, layer in enumerate(layers)]
 
@@ -244,17 +243,17 @@ class Waves:
 
     def put(self, y_hat: Tensor) -> None:
         """Latents (B, n, N) of the positions that came last."""
-        self.x[:, self.coded, :-1] = y_hat
+        self.x[:, self.coded] = F.pad(y_hat, (0, 1), value=1.0)
 
     # -------------------------------------------------------------- rows are (B * places, channels)
     def seen(self, plane: Tensor, at: Tensor, kernel: str) -> Tensor:
         """What a kernel sees at these places: (B n, taps * C)."""
-        found = plane.index_select(1, (at[:, None] + self.taps[kernel]).flatten())
+        places = (at[:, None] + self.taps[kernel]).flatten() % self.ring
+        found = plane.index_select(1, places)
         return found.view(self.batch * len(at), -1)
 
-    def keep(self, plane: Tensor, at: Tensor, rows: Tensor) -> Tensor:
+    def keep(self, plane: Tensor, at: Tensor, rows: Tensor) -> None:
         plane.index_copy_(1, at, rows.view(self.batch, len(at), -1))
-        return rows
 
     def elus(self, x: Tensor) -> Tensor:
         return exact.activate(self.net.elu, "elu", torch.cat([x, -x], 1))
@@ -272,7 +271,8 @@ class Waves:
             u = self.stem(self.seen(self.x, at, "stem"))
             if rows.start == 0:  # nothing is above
                 u.view(self.batch, len(at), -1)[:, 0] = 0
-            self.keep(self.u_elu[0], at, self.elus(self.keep(self.u[0], at, u)))
+            self.keep(self.u[0], at, u)
+            self.keep(self.u_elu[0], at, self.elus(u))
 
     def u_net(self, k: int, middle: Tensor, at: Tensor) -> None:
         """Net k of u: its first convolution at places `middle`, its second at `at`."""
@@ -285,7 +285,9 @@ class Waves:
         if len(at):
             u = self.gated(self.seen(self.u[k], at, "here"),
                            conv2(self.seen(self.u_mid[k], at, "down")))
-            self.keep(self.u_elu[k + 1], at, self.elus(self.keep(self.u[k + 1], at, u)))
+            if k + 1 < len(self.u):
+                self.keep(self.u[k + 1], at, u)
+            self.keep(self.u_elu[k + 1], at, self.elus(u))
 
     def phi(self, rows: slice, at: Tensor, begins: bool) -> Tensor:
         """ul there and its phi (B n, 2N); begins: the last place is the first of its row."""

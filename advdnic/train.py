@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
 
     # model, optimisers, schedules
     model = build(**{key: getattr(args, key) for key in MODEL})
-    if args.init_ckpt and not args.resume:
+    if args.init_ckpt:  # a checkpoint to resume from replaces them
         runs.load_weights(model, args.init_ckpt)
     model = model.to(device, memory_format=torch.channels_last)
     if args.patchsize % model.downsampling_factor:
@@ -209,6 +209,10 @@ def settle_params(args: argparse.Namespace) -> None:
     values = params.checked((before or {}) | given, "parameters")
     for key, value in values.items():
         setattr(args, key, value)
+    taken = [f"{key} {value}" for key, value in (before or {}).items()
+             if value != params.DEFAULTS[key] and key not in given]
+    if taken and runs.rank() == 0 and args.log_verbosity in ("INFO", "DEBUG"):
+        print(f"{there}: {', '.join(taken)}")
 
 
 def seed_of(args: argparse.Namespace) -> int:
@@ -279,6 +283,8 @@ def profile(args: argparse.Namespace, step: int, folder: Path) -> Any:
 # ------------------------------------------------------------------------------------- validation
 def validation_images(args: argparse.Namespace) -> list[Tensor]:
     """uint8 (3, h, w) in whole 64s: central crops of --eval-patchsize, or the whole images."""
+    if args.eval_patchsize and args.eval_patchsize < 64:
+        raise UserError(f"--eval-patchsize {args.eval_patchsize}: give 64 or more")
     return data.central_parts(data.list_images(args.eval_data_dir or data.KODAK),
                               2 * [args.eval_patchsize or 2**20])
 

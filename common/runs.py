@@ -500,13 +500,13 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Copy a checkpoint's weights into `model`, strictly (--init_ckpt)."""
     state = load_checkpoint(path)
     for name in getattr(model, "options", ()):
-        trained = state.get("config", {}).get(name)
+        trained = (state.get("config") or {}).get(name)
         if trained is not None and trained != getattr(model, name):
             raise UserError(f"{path}: was trained with --{name} {trained}, not "
                             f"{getattr(model, name)}")
     try:
         model.load_state_dict(state["model"])
-    except RuntimeError as e:
+    except (RuntimeError, KeyError) as e:  # KeyError: of CompressAI's tables
         raise UserError(f"{path}: not weights of this model: {reason(e)}") from None
 
 

@@ -477,9 +477,10 @@ def fit(images, tmp_path):
     return start
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", [*EXPERIMENTS, "variant1 of mod3"])
 def test_trains_and_codes(experiment, fit, images):
-    folder = fit(experiment=experiment)
+    more = ["--variant1", "mod3"] if experiment == "variant1 of mod3" else []
+    folder = fit(*more, experiment=experiment.split()[0])
     model = main.newest(folder, torch.device("cpu"))
     x = data.to_float(data.read_image(images / "0.png"))
     file = evaluate.encode_image(model, x, TAG)
@@ -697,6 +698,31 @@ def test_benchmark_says_when_a_file_decodes_to_something_else(fit, images, monke
         main.main([f"--model-dir={folder}", "benchmark", "--data-dir", str(images)])
 
 
+@pytest.mark.parametrize("command", [
+    ["compress", "a.png", "a.png"], ["compress", "a.png", "o.ncf", "--plot", "a.png"],
+    ["compress", "a.png", "o.ncf", "--plot", "o.ncf"], ["-V", "compress", "o.panels.png", "o"],
+    ["decompress", "o.ncf", "o.ncf"], ["benchmark", "--data-dir", ".", "--outdir", "."]])
+def test_nothing_is_replaced(command, fit, images, monkeypatch):
+    folder = fit()
+    monkeypatch.chdir(images)
+    for name in ("a.png", "o.panels.png"):
+        Path(name).write_bytes(Path("0.png").read_bytes())
+    main.main([f"--model-dir={folder}", "compress", "a.png", "o.ncf"])
+    before = {path: path.read_bytes() for path in images.iterdir()}
+    options = [command.pop(0)] if command[0] == "-V" else []
+    with pytest.raises(UserError, match="would replace"):
+        main.main([f"--model-dir={folder}", *options, *command])
+    assert {path: path.read_bytes() for path in images.iterdir()} == before
+
+
+@pytest.mark.parametrize("text", ['{"num_filters": Infinity}', '{"num_filters": NaN}',
+                                  '{"lmbda": ' + 400 * "9" + "}", '{"lmbda": NaN}'])
+def test_numbers_of_params_are_numbers(text, tmp_path):
+    (tmp_path / params.NAME).write_text(text)
+    with pytest.raises(UserError, match="(num_filters|lmbda) .* is not (int|float)"):
+        params.read(tmp_path)
+
+
 def test_start_from_weights(fit, images, tmp_path):
     """A run of no effect (lr 1e-30) keeps them; those of another experiment are refused."""
     folder = fit()
@@ -707,6 +733,10 @@ def test_start_from_weights(fit, images, tmp_path):
     train.main(["--model-dir", str(tmp_path / "on"), "--base_learning_rate", "1e-30", *more])
     old, new = (torch.load(p, weights_only=True)["model"]
                 for p in (path, tmp_path / "on" / "epoch_0.pth"))
+    assert torch.equal(old["g_a.0.weight"], new["g_a.0.weight"])
+    train.main(["--model-dir", str(tmp_path / "new"), "--base_learning_rate", "1e-30", "--resume",
+                *more])  # nothing to resume: as make reproduce-advdnic does
+    new = torch.load(tmp_path / "new" / "epoch_0.pth", weights_only=True)["model"]
     assert torch.equal(old["g_a.0.weight"], new["g_a.0.weight"])
     with pytest.raises(UserError, match="was trained with --experiment base, not variant2"):
         train.main(["--model-dir", str(tmp_path / "no"), "--experiment", "variant2", *more])
