@@ -821,7 +821,7 @@ def test_readme_commands(tmp_path, monkeypatch):
             kodak.crop((200, 100, 330, 230)).save(tmp_path / folder / f"{i}.png")
     for name in ("overfit.png", "photo.png"):
         kodak.crop((200, 100, 330, 230)).save(tmp_path / name)
-    for config in ("quick.yaml", "config.yaml"):
+    for config in ("quick.yaml", "ten.yaml", "config.yaml"):
         (tmp_path / config).write_text((ROOT / "advdnic" / config).read_text())
     monkeypatch.chdir(tmp_path)
     tiny_run = {"--epochs": "1", "--steps-per-epoch": "1", "--patchsize": "64",
