@@ -20,7 +20,7 @@ from common.context import CausalConv, Context, wavefront
 from common.tiles import LIMIT, tiled
 
 import torch
-from compressai.entropy_models import EntropyBottleneck, GaussianConditional
+from compressai.entropy_models import GaussianConditional
 from compressai.models import CompressionModel
 from torch import Tensor, nn
 
@@ -76,7 +76,7 @@ class Experiment(CompressionModel):
         C, Z = (t.EFF_Y, t.EFF_Z) if kind in ("mod2", "mod3") else (N, N)
         self.M = C
         self.g_a, self.g_s = self._transforms(kind, N)
-        self.entropy_bottleneck = EntropyBottleneck(Z, filters=FILTERS)
+        self.entropy_bottleneck = entropy.EntropyBottleneck(Z, filters=FILTERS)
         self.gaussian_conditional = GaussianConditional(None, scale_bound=scales_min)
         self.scales_min, self.scales_max = scales_min, scales_max
         self.scales_levels = scales_levels

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import UserError, data, runs
+from common import UserError, data, graphs, runs
 from common.loss import RateDistortionLoss, check_size
 
 import torch
@@ -139,6 +139,25 @@ def run(args: argparse.Namespace) -> None:
         if step >= args.epochs * per_epoch:
             print(f"nothing to do: this run has its {args.epochs} epochs (--epochs)")
 
+    def train_step(x: Tensor) -> dict[str, Tensor]:
+        with runs.autocast(device, args.precision):
+            output = net(x)
+        losses = criterion(output, x)  # of the reconstruction as it is, not clipped
+
+        optimizer.zero_grad()
+        aux_optimizer.zero_grad()
+        losses["loss"].backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            runs.main_parameters(model).values(), args.clip_norm or math.inf)
+        runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
+        optimizer.step()
+        aux_loss = model.aux_loss()
+        aux_loss.backward()
+        aux_optimizer.step()
+        return {**losses, "aux": aux_loss, "grad_norm": grad_norm}
+
+    recorded_step = graphs.Recorded(train_step, optimizer, aux_optimizer,
+                                    enabled=args.graph and not args.save_profiling_steps)
     saved = time.monotonic()
     for epoch in range(step // per_epoch, args.epochs):
         model.train()
@@ -147,27 +166,14 @@ def run(args: argparse.Namespace) -> None:
                              args.num_parallel_calls):
             x = data.to_float(x.to(device, non_blocking=True))
             x = x.contiguous(memory_format=torch.channels_last)
-            with profile(args, step, folder), runs.autocast(device, args.precision):
-                output = net(x)
-            losses = criterion(output, x)  # of the reconstruction as it is, not clipped
-
-            optimizer.zero_grad()
-            aux_optimizer.zero_grad()
-            losses["loss"].backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(
-                runs.main_parameters(model).values(), args.clip_norm or math.inf)
-            runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
-            rate = optimizer.param_groups[0]["lr"]
-            optimizer.step()
-            aux_loss = model.aux_loss()
-            aux_loss.backward()
-            aux_optimizer.step()
+            rate = runs.learning_rate(optimizer)
+            with profile(args, step, folder):
+                values = recorded_step(x)
             for scheduler in schedulers:
                 scheduler.step()
 
             step += 1
-            log.step(step, {**losses, "aux": aux_loss, "grad_norm": grad_norm, "lr": rate},
-                     args.save_summary_steps)
+            log.step(step, {**values, "lr": rate}, args.save_summary_steps)
             due = step % 20 == 0 and time.monotonic() - saved > 60 * args.check_time
             if step < last_step and runs.agree(due):
                 checkpoints.save(LATEST, epoch, step, best=best)
@@ -272,7 +278,7 @@ def schedule(optimizer: Any, kind: str, per_epoch: int, total: int) -> Any:
 
 
 def profile(args: argparse.Namespace, step: int, folder: Path) -> Any:
-    """A trace of this forward pass in <folder>/profile, if its turn has come."""
+    """A trace of this training step in <folder>/profile, if its turn has come."""
     if not args.save_profiling_steps or step % args.save_profiling_steps or runs.rank():
         return contextlib.nullcontext()
     (folder / "profile").mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from common.context import Context
 from common.tiles import tiled
 
 import torch
-from compressai.entropy_models import EntropyBottleneck, GaussianConditional
+from compressai.entropy_models import GaussianConditional
 from compressai.layers import GDN, CheckerboardMaskedConv2d
 from compressai.models import CompressionModel
 from compressai.models.utils import conv, deconv
@@ -125,7 +125,7 @@ class Checkerboard(CompressionModel):
                  anchor_parity: str = "even"):
         super().__init__()
         self.N, self.M, self.ckbd_forward, self.anchor_parity = N, M, ckbd_forward, anchor_parity
-        self.entropy_bottleneck = EntropyBottleneck(N)
+        self.entropy_bottleneck = entropy.EntropyBottleneck(N)
         self.g_a = analysis(N, M)
         self.g_s = synthesis(N, M)
         self.h_a = hyper_analysis(N, M)

@@ -15,12 +15,13 @@ import argparse
 import time
 from pathlib import Path
 
-from common import UserError, data, runs
+from common import UserError, data, graphs, runs
 from common.evaluate import crop, pad
 from common.loss import RateDistortionLoss, check_size
 
 import torch
 import yaml
+from torch import Tensor
 
 from checkerboard.model import FORWARDS, PARITIES, Checkerboard, build
 
@@ -108,6 +109,26 @@ def main(argv: list[str] | None = None) -> None:
 
     if step >= args.epoch * steps_per_epoch and runs.rank() == 0:
         print(f"nothing to do: this run has its {args.epoch} epochs already (--epoch for more)")
+
+    def train_step(x: Tensor) -> dict[str, Tensor]:
+        with runs.autocast(device, args.precision):
+            output = net(x)
+        losses = criterion(output, x)
+
+        optimizer.zero_grad()
+        aux_optimizer.zero_grad()
+        losses["loss"].backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            runs.main_parameters(model).values(), args.clip_max_norm)
+        runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
+        optimizer.step()
+        # the quantiles follow p(z): their loss depends on no data and on no other parameter
+        aux_loss = model.aux_loss()
+        aux_loss.backward()
+        aux_optimizer.step()
+        return {**losses, "aux": aux_loss, "grad_norm": grad_norm}
+
+    recorded_step = graphs.Recorded(train_step, optimizer, aux_optimizer, enabled=args.graph)
     saved = time.monotonic()
     for epoch in range(step // steps_per_epoch, args.epoch):
         model.train()
@@ -116,25 +137,9 @@ def main(argv: list[str] | None = None) -> None:
                                   args.num_workers):
             x = data.to_float(images.to(device, non_blocking=True))
             x = x.contiguous(memory_format=torch.channels_last)
-            with runs.autocast(device, args.precision):
-                output = net(x)
-            losses = criterion(output, x)
-
-            optimizer.zero_grad()
-            aux_optimizer.zero_grad()
-            losses["loss"].backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(
-                runs.main_parameters(model).values(), args.clip_max_norm)
-            runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
-            optimizer.step()
-            # the quantiles follow p(z): their loss depends on no data and on no other parameter
-            aux_loss = model.aux_loss()
-            aux_loss.backward()
-            aux_optimizer.step()
-
+            values = recorded_step(x)
             step += 1
-            log.step(step, {**losses, "aux": aux_loss, "grad_norm": grad_norm,
-                            "lr": optimizer.param_groups[0]["lr"]})
+            log.step(step, {**values, "lr": runs.learning_rate(optimizer)})
             due = step % 20 == 0 and time.monotonic() - saved > 60 * args.check_time
             if step < last_step and runs.agree(due):
                 checkpoints.save("latest.pth", epoch, step, best=best)

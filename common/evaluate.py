@@ -232,7 +232,7 @@ def evaluate(model: nn.Module, paths: list[Path], tag: bytes, name: str, descrip
     info = getattr(model, "info", {})
     facts = {key: getattr(model, key) for key in ("N", "M") if hasattr(model, key)} | {
         "lmbda": info.get("config", {}).get("lmbda"), "steps": info.get("step"),
-        "fingerprint": fingerprint.hex(), "device": device.type,
+        "trained_on": info.get("hardware"), "fingerprint": fingerprint.hex(), "device": device.type,
         "hardware": runs.describe(device), "torch": torch.__version__,
         "compressai": compressai.__version__}
     known = {key: value for key, value in facts.items() if value is not None}

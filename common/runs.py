@@ -131,6 +131,8 @@ def add_flags(parser: argparse.ArgumentParser, lr_schedule: str, without: tuple[
         help="of training; auto: bf16 where the hardware has it")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="torch.compile: pays after about five minutes")
+    add("--graph", action=argparse.BooleanOptionalAction, default=True,
+        help="on one GPU, record a training step as a CUDA graph and replay it")
     add("--threads", type=threads, default=0, help="CPU threads; 0: all")
 
 
@@ -332,18 +334,46 @@ def optimizers(model: nn.Module, name: str, lr: float,
     """
     main = main_parameters(model)
     aux = [p for n, p in model.named_parameters() if n.endswith("quantiles")]
+    device = next(iter(main.values())).device
+    graph = {"capturable": True} if device.type == "cuda" and world() == 1 else {}
+    rate = torch.tensor(lr, device=device) if graph else lr  # a tensor: schedules may change it
     if name == "adam":
-        optimizer: torch.optim.Optimizer = torch.optim.Adam(main.values(), lr=lr)
+        optimizer: torch.optim.Optimizer = torch.optim.Adam(main.values(), lr=rate, **graph)
     elif name == "muon":
         from timm.optim import Muon
 
         kernels = [p for n, p in main.items() if "entropy_bottleneck" not in n]
         density = [p for n, p in main.items() if "entropy_bottleneck" in n]
         groups = [{"params": kernels}, {"params": density, "use_fallback": True}]
-        optimizer = Muon(groups, lr=lr, nesterov=True, fallback_lr_scale=0.5, betas=(0.9, 0.999))
+        optimizer = Muon(groups, lr=rate, nesterov=True, fallback_lr_scale=0.5,
+                         betas=(0.9, 0.999), **graph)
     else:
         raise UserError(f"--optimizer {name}: choose adam or muon")
-    return optimizer, torch.optim.Adam(aux, lr=aux_lr)
+    aux_rate = torch.tensor(aux_lr, device=device) if graph else aux_lr
+    return optimizer, torch.optim.Adam(aux, lr=aux_rate, **graph)
+
+
+def learning_rate(optimizer: torch.optim.Optimizer) -> float | Tensor:
+    """That of the first group, as it is now: a copy, should it be a tensor on the GPU."""
+    rate = optimizer.param_groups[0]["lr"]
+    return rate.clone() if isinstance(rate, Tensor) else rate
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restore an optimiser on this device, whichever device its state was saved on."""
+    own = [{key: group[key] for key in ("lr", "capturable") if key in group}
+           for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, before in zip(optimizer.param_groups, own, strict=True):
+        rate = float(group["lr"])
+        tensor = isinstance(before["lr"], Tensor)
+        group["lr"] = torch.full_like(before["lr"], rate) if tensor else rate
+        if "capturable" in before:
+            group["capturable"] = before["capturable"]
+        for p in group["params"]:  # a captured step counts on the GPU, any other on the CPU
+            if isinstance(count := optimizer.state.get(p, {}).get("step"), Tensor):
+                device = p.device if group.get("capturable") else "cpu"
+                optimizer.state[p]["step"] = count.to(device)
 
 
 def schedule(optimizer: torch.optim.Optimizer, name: str, epochs: int,
@@ -376,9 +406,16 @@ def agree(flag: bool) -> bool:
 
 
 def check_finite(values: dict[str, Tensor], step: int, last_good: Path | None) -> None:
-    """Stop with a clear message when a loss term, a gradient or a weight is NaN or infinite."""
-    bad = [name for name, value in values.items() if not math.isfinite(value.item())]
-    if bad:
+    """Stop with a clear message when a loss term, a gradient or a weight is NaN or infinite.
+
+    Does nothing while a CUDA graph is being recorded: of replayed steps `Log.step` looks at one in
+    50, and no checkpoint is written of weights that are not finite.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return
+    finite = torch.stack([value.isfinite() for value in values.values()])
+    if not finite.all():  # one question to the GPU a step: each makes it wait for the CPU
+        bad = [name for name, good in zip(values, finite.tolist(), strict=True) if not good]
         kept = f"the last good checkpoint is {last_good}" if last_good else "nothing was saved yet"
         raise UserError(f"{', '.join(bad[:5])} not finite in the batch of step {step}; {kept}; "
                         "try a smaller learning rate or --precision fp32")
@@ -577,7 +614,8 @@ class Checkpoints:
             state = {key: part.state_dict() for key, part in self.parts.items() if key != "model"}
             save_checkpoint(self.folder / name, {
                 **coding_state(self.parts["model"]), **state, **extra, "epoch": epoch, "step": step,
-                "rng": generators, "config": self.config})
+                "rng": generators, "config": self.config,
+                "hardware": describe(next(self.parts["model"].parameters()).device)})
         self.last = self.folder / name
 
     def update_tables(self, step: int, settle: bool = False) -> None:
@@ -612,7 +650,11 @@ class Checkpoints:
                                 f"another run from its weights: {self.anew})")
         try:
             for key, part in self.parts.items():
-                part.load_state_dict(mine[key] if key in mine else state[key])
+                saved = mine[key] if key in mine else state[key]
+                if isinstance(part, torch.optim.Optimizer):
+                    load_optimizer(part, saved)
+                else:
+                    part.load_state_dict(saved)
         except (RuntimeError, ValueError, KeyError) as e:
             raise UserError(f"{path}: not a checkpoint of this configuration "
                             f"({reason(e)})") from None
@@ -642,6 +684,7 @@ class Log:
         self.folder, self.steps, self.quiet = folder, steps, quiet
         self.active = rank() == 0
         self.sums: dict[str, float] = {}
+        self.on_gpu: dict[tuple[str, ...], Tensor] = {}  # sums that nobody has read yet, by names
         self.count = 0
 
     def begin(self, first: int = 0) -> None:
@@ -659,18 +702,39 @@ class Log:
 
     def step(self, step: int, values: dict[str, Any], every: int = 50) -> None:
         """Count one step; every `every` steps, write the scalars to TensorBoard."""
-        values = {k: v.item() if isinstance(v, Tensor) else v for k, v in values.items()}
-        for k, v in values.items():
-            self.sums[k] = self.sums.get(k, 0.0) + v
+        there = {k: v.detach() for k, v in values.items() if isinstance(v, Tensor) and v.is_cuda}
+        if there:  # reading them now would make the GPU wait
+            new = torch.stack(list(there.values())).double()
+            before = self.on_gpu.get(tuple(there))
+            self.on_gpu[tuple(there)] = new if before is None else before + new
+        self._add({k: v.item() if isinstance(v, Tensor) else v for k, v in values.items()
+                   if k not in there})
         self.count += 1
         if self.active:
             self.bar.update()
             if step % every == 0:
+                values = {k: float(v) for k, v in values.items()}
+                bad = [k for k, v in values.items() if not math.isfinite(v)]
+                if bad:
+                    raise UserError(f"{', '.join(bad)} not finite at step {step}; the newest "
+                                    "checkpoint is from before; try a smaller learning rate or "
+                                    "--precision fp32")
                 self.scalars("train", values, step)
                 self.bar.set_postfix(loss=f"{values['loss']:.3f}", bpp=f"{values['bpp']:.3f}")
 
+    def _add(self, values: dict[str, float]) -> None:
+        for k, v in values.items():
+            self.sums[k] = self.sums.get(k, 0.0) + v
+
+    def _fetch(self) -> None:
+        """Bring what has been summed up on the GPU."""
+        for names, sums in self.on_gpu.items():
+            self._add(dict(zip(names, sums.tolist(), strict=True)))
+        self.on_gpu = {}
+
     def state_dict(self) -> dict[str, Any]:
         """The sums of an unfinished epoch: a resumed run reports the same means."""
+        self._fetch()
         return {"sums": self.sums, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -680,6 +744,7 @@ class Log:
         """Means of all step values since the last call (equal on every process)."""
         if not self.count:
             return {}
+        self._fetch()
         result = {k: v / self.count for k, v in self.sums.items()}
         if world() > 1:
             values = torch.tensor(list(result.values()), dtype=torch.float64)

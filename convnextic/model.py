@@ -19,7 +19,7 @@ from common.context import Context
 from common.tiles import LIMIT, tiled
 
 import torch
-from compressai.entropy_models import EntropyBottleneck, GaussianConditional
+from compressai.entropy_models import GaussianConditional
 from compressai.layers import GDN
 from compressai.models import CompressionModel
 from compressai.ops import quantize_ste
@@ -424,7 +424,7 @@ class ConvNeXTIC(CompressionModel):
         self.h_s = nn.Sequential(up(0, N, N, True), up(1, N, 2 * M))
         self.g_s = nn.Sequential(up(2, M, N, True), up(3, N, N), up(4, N, N, True), up(5, N, 3))
         self.context_model = {"mcm": MCM, "scctx": SCCTX}[o["context"]](M)
-        self.entropy_bottleneck = EntropyBottleneck(N)
+        self.entropy_bottleneck = entropy.EntropyBottleneck(N)
         self.gaussian_conditional = GaussianConditional(None)
         if o["variable_rate"]:
             nets = [ScalingNet(c, o["lambda_input"]) for c in (N, N, N, M, M, N, N, N)]

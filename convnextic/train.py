@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import UserError, data, runs
+from common import UserError, data, graphs, runs
 from common.loss import RateDistortionLoss, check_size
 
 import numpy as np
@@ -165,6 +165,26 @@ def main(argv: list[str] | None = None) -> None:
         if step >= args.epochs * steps_per_epoch:
             print(f"nothing to do: this run has its {args.epochs} epochs already (--epochs)")
 
+    def train_step(x: Tensor, lmbda: Tensor | None) -> dict[str, Tensor]:
+        with runs.autocast(device, args.precision):
+            output = net(x, lmbda)
+        # each sample's lmbda weighs its own distortion
+        losses = criterion(output, x, lmbda)
+
+        optimizer.zero_grad()
+        aux_optimizer.zero_grad()
+        losses["loss"].backward()
+        limit = args.clip_max_norm if args.clip_max_norm > 0 else math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            runs.main_parameters(model).values(), limit)
+        runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
+        optimizer.step()
+        aux_loss = model.aux_loss()
+        aux_loss.backward()
+        aux_optimizer.step()
+        return {**losses, "aux": aux_loss, "grad_norm": grad_norm}
+
+    recorded_step = graphs.Recorded(train_step, optimizer, aux_optimizer, enabled=args.graph)
     saved = time.monotonic()
     for epoch in range(step // steps_per_epoch, args.epochs):
         model.train()
@@ -174,26 +194,9 @@ def main(argv: list[str] | None = None) -> None:
             x = data.to_float(images.to(device, non_blocking=True))
             x = x.contiguous(memory_format=torch.channels_last)
             lmbda = draw_lmbda(args, step, len(x)).to(device) if args.variable_rate else None
-            with runs.autocast(device, args.precision):
-                output = net(x, lmbda)
-            # each sample's lmbda weighs its own distortion
-            losses = criterion(output, x, lmbda)
-
-            optimizer.zero_grad()
-            aux_optimizer.zero_grad()
-            losses["loss"].backward()
-            limit = args.clip_max_norm if args.clip_max_norm > 0 else math.inf
-            grad_norm = torch.nn.utils.clip_grad_norm_(
-                runs.main_parameters(model).values(), limit)
-            runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
-            optimizer.step()
-            aux_loss = model.aux_loss()
-            aux_loss.backward()
-            aux_optimizer.step()
-
+            values = recorded_step(x, lmbda)
             step += 1
-            log.step(step, {**losses, "aux": aux_loss, "grad_norm": grad_norm,
-                            "lr": optimizer.param_groups[0]["lr"]})
+            log.step(step, {**values, "lr": runs.learning_rate(optimizer)})
             due = step % 20 == 0 and time.monotonic() - saved > 60 * args.check_time
             if step < last_step and runs.agree(due):
                 checkpoints.save(LATEST, epoch, step, best=best)

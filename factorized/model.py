@@ -14,7 +14,6 @@ from common import entropy, runs
 from common.tiles import tiled
 
 import torch
-from compressai.entropy_models import EntropyBottleneck
 from compressai.layers import GDN
 from compressai.models import CompressionModel, FactorizedPrior
 from compressai.models.utils import conv, deconv
@@ -61,7 +60,7 @@ class Factorized(CompressionModel):
     def __init__(self, N: int = 128, M: int = 192):
         super().__init__()
         self.N, self.M = N, M
-        self.entropy_bottleneck = EntropyBottleneck(M)
+        self.entropy_bottleneck = entropy.EntropyBottleneck(M)
         self.g_a = analysis(N, M)
         self.g_s = synthesis(N, M)
 

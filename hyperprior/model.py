@@ -15,7 +15,7 @@ from common import entropy, exact, runs
 from common.tiles import tiled
 
 import torch
-from compressai.entropy_models import EntropyBottleneck, GaussianConditional
+from compressai.entropy_models import GaussianConditional
 from compressai.layers import GDN
 from compressai.models import CompressionModel, ScaleHyperprior
 from compressai.models.utils import conv, deconv
@@ -85,7 +85,7 @@ class Hyperprior(CompressionModel):
     def __init__(self, N: int = 128, M: int = 192):
         super().__init__()
         self.N, self.M = N, M
-        self.entropy_bottleneck = EntropyBottleneck(N)
+        self.entropy_bottleneck = entropy.EntropyBottleneck(N)
         self.g_a = analysis(N, M)
         self.g_s = synthesis(N, M)
         self.h_a = hyper_analysis(N, M)

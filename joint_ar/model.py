@@ -16,7 +16,7 @@ from common.context import CausalConv, Context, wavefront
 from common.tiles import tiled
 
 import torch
-from compressai.entropy_models import EntropyBottleneck, GaussianConditional
+from compressai.entropy_models import GaussianConditional
 from compressai.layers import GDN, GDN1
 from compressai.models import CompressionModel, JointAutoregressiveHierarchicalPriors
 from compressai.models.utils import conv, deconv
@@ -107,7 +107,7 @@ class JointAutoregressive(CompressionModel):
                  quantize: str = "centred"):
         super().__init__()
         self.N, self.M, self.gdn_variant, self.quantize = N, M, gdn_variant, quantize
-        self.entropy_bottleneck = EntropyBottleneck(N)
+        self.entropy_bottleneck = entropy.EntropyBottleneck(N)
         self.g_a = analysis(N, M, gdn_variant)
         self.g_s = synthesis(N, M, gdn_variant)
         self.h_a = hyper_analysis(N, M)

@@ -102,6 +102,7 @@ class QVRF(CompressionModel):
         if model != "balle":
             self.context_prediction = CausalConv(M, 2 * M, kernel_size=5, padding=2)
             self.exact_parts = ("h_s", "context_prediction", "entropy_parameters")
+        self.entropy_bottleneck = entropy.EntropyBottleneck(N)
         self.Gain = nn.Parameter(initial_gain(levels))
 
     # ------------------------------------------------------------------------------- the rate

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import UserError, data, runs
+from common import UserError, data, graphs, runs
 from common.loss import RateDistortionLoss
 
 import numpy as np
@@ -206,6 +206,25 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             print(f"stage {args.stage} starts from {resumed or start or 'random weights'}",
                   flush=True)
 
+    def train_step(x: Tensor, s: int) -> dict[str, Tensor]:
+        with runs.autocast(device, args.precision):
+            output = net(x, s, 1.0 if args.stage == 1 else None, ste)
+        losses = criteria[0 if args.lmbda else s](output, x)
+
+        optimizer.zero_grad()
+        aux_optimizer.zero_grad()
+        losses["loss"].backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            runs.main_parameters(model).values(), args.clip_max_norm)
+        runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
+        optimizer.step()
+        aux_loss = model.aux_loss()
+        aux_loss.backward()
+        aux_optimizer.step()
+        return {**losses, "aux": aux_loss, "grad_norm": grad_norm}
+
+    recorded_step = graphs.Recorded(train_step, optimizer, aux_optimizer,
+                                    enabled=args.graph and not ste)  # that reads the gain
     saved = time.monotonic()
     for epoch in range(step // steps_per_epoch, args.epochs):
         model.train()
@@ -216,24 +235,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             x = x.contiguous(memory_format=torch.channels_last)
             # stage 1 is a codec of one rate, with step 1: later the step of the *lowest* rate
             s = last if args.stage == 1 else draw_level(args.seed, step, model.levels)
-            with runs.autocast(device, args.precision):
-                output = net(x, s, 1.0 if args.stage == 1 else None, ste)
-            losses = criteria[0 if args.lmbda else s](output, x)
-
-            optimizer.zero_grad()
-            aux_optimizer.zero_grad()
-            losses["loss"].backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(
-                runs.main_parameters(model).values(), args.clip_max_norm)
-            runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
-            optimizer.step()
-            aux_loss = model.aux_loss()
-            aux_loss.backward()
-            aux_optimizer.step()
-
+            values = recorded_step(x, s)
             step += 1
-            log.step(step, {**losses, "aux": aux_loss, "grad_norm": grad_norm, "level": s,
-                            "lr": optimizer.param_groups[0]["lr"]})
+            log.step(step, {**values, "level": s, "lr": runs.learning_rate(optimizer)})
             due = step % 20 == 0 and time.monotonic() - saved > 60 * args.check_time
             if step < last_step and runs.agree(due):
                 checkpoints.save(NEWEST, epoch, step, best_loss=best)

@@ -19,7 +19,7 @@ from common import entropy, exact
 from common.tiles import tiled
 
 import torch
-from compressai.entropy_models import EntropyBottleneck, GaussianConditional
+from compressai.entropy_models import GaussianConditional
 from compressai.models import CompressionModel
 from compressai.ops import quantize_ste
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class SliceCoder(CompressionModel):
         """slices: channels of each; their sum is D."""
         super().__init__()
         self.slices = slices
-        self.entropy_bottleneck = EntropyBottleneck(hyper_channels)
+        self.entropy_bottleneck = entropy.EntropyBottleneck(hyper_channels)
         self.gaussian_conditional = GaussianConditional(None)
 
     @property

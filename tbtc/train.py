@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from common import UserError, data, runs
+from common import UserError, data, graphs, runs
 from common.loss import RateDistortionLoss
 
 import torch
@@ -154,6 +154,27 @@ def main(argv: list[str] | None = None) -> None:
         if step >= args.num_epochs * per_epoch:
             print(f"nothing to do: this run has its {args.num_epochs} epochs (--num_epochs)")
 
+    def train_step(x: Tensor) -> dict[str, Tensor]:
+        with runs.autocast(device, PRECISIONS[args.precision]):
+            output = net(x)
+        losses = criterion(output, x)
+
+        optimizer.zero_grad()
+        aux_optimizer.zero_grad()
+        losses["loss"].backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            runs.main_parameters(model).values(), args.gradient_clip_norm or math.inf)
+        runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
+        optimizer.step()
+        aux_loss = model.aux_loss()
+        if args.quantiles == "optimizer":
+            aux_loss.backward()
+            aux_optimizer.step()
+        psnr = 10 * torch.log10(255**2 / losses["mse"].clamp_min(1e-6))
+        return {**losses, "psnr": psnr, "aux": aux_loss, "grad_norm": grad_norm}
+
+    recorded_step = graphs.Recorded(train_step, optimizer, aux_optimizer,
+                                    enabled=args.graph and args.quantiles == "optimizer")
     saved = time.monotonic()
     for epoch in range(step // per_epoch, args.num_epochs):
         model.train()
@@ -162,32 +183,16 @@ def main(argv: list[str] | None = None) -> None:
                                   args.num_workers):
             x = data.to_float(images.to(device, non_blocking=True))
             x = x.contiguous(memory_format=torch.channels_last)
-            with runs.autocast(device, PRECISIONS[args.precision]):
-                output = net(x)
-            losses = criterion(output, x)
-
-            optimizer.zero_grad()
-            aux_optimizer.zero_grad()
-            losses["loss"].backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(
-                runs.main_parameters(model).values(), args.gradient_clip_norm or math.inf)
-            runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
-            rate = optimizer.param_groups[0]["lr"]
-            optimizer.step()
+            rate = runs.learning_rate(optimizer)
+            values = recorded_step(x)
             scheduler.step()
-            aux_loss = model.aux_loss()
-            if args.quantiles == "optimizer":
-                aux_loss.backward()
-                aux_optimizer.step()
-            elif step % args.quantiles_every == 0:
+            if args.quantiles != "optimizer" and step % args.quantiles_every == 0:
                 checkpoints.update_tables(step, settle=True)
             if ema:
                 ema.update(model)
 
             step += 1
-            psnr = 10 * math.log10(255**2 / max(losses["mse"].item(), 1e-6))
-            log.step(step, {**losses, "psnr": psnr, "aux": aux_loss, "grad_norm": grad_norm,
-                            "lr": rate}, args.log_cadence)
+            log.step(step, {**values, "lr": rate}, args.log_cadence)
             due = step % 20 == 0 and time.monotonic() - saved > 60 * args.check_time
             if step < last_step and runs.agree(due):
                 checkpoints.save(LATEST, epoch, step, best=best, kept=kept)
