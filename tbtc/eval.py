@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
     """What to evaluate, by the name of its curve: bundled weights have one for each model."""
-    if args.source == "checkpoint" and not args.path:
+    if args.source == "checkpoint" and not (args.path or args.checkpoint):
         raise UserError("checkpoint: name weights with -p")
     if args.path and args.source != "checkpoint":
         raise UserError("-p: goes with `checkpoint DATASET`")

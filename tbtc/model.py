@@ -26,8 +26,10 @@ TAG = b"tbtc"  # names this paper in the header of its files
 SLICE = 32  # channels of a slice of ChARM
 DEPTHS, HYPER_DEPTHS = (2, 2, 6, 2), (5, 1)  # blocks of g_a's and h_a's stages
 WINDOW, HYPER_WINDOW = 8, 4
-SIZES = {  # D, Hd of Conv; C1 ... C4, C5, C6 of SwinT; N of TCM. XS is ours, for a CPU
-    "XS": ((96, 64), (32, 64, 96, 96, 64, 64), 32),
+# D, Hd of Conv; C1 ... C4, C5, C6 of SwinT; N of TCM. XS is ours, for a CPU: Conv's layers next to
+# the image have 64 channels there, since the latents' 128 cost little at 1/16 of the resolution
+SIZES = {
+    "XS": ((128, 64, 64), (32, 64, 96, 128, 64, 64), 32),
     "S": ((192, 128), (96, 128, 160, 192, 96, 128), 64),
     "M": ((320, 192), (128, 192, 256, 320, 192, 192), 96),
     "L": ((448, 256), (160, 256, 352, 448, 192, 256), 128),
@@ -40,14 +42,14 @@ TABLES = ("_quantized_cdf", "_cdf_length", "_offset")
 
 
 # -------------------------------------------------------------------------------------- transforms
-def conv_transforms(D: int, Hd: int) -> dict[str, nn.Module]:
-    """g_a, g_s, h_a, h_s of the Conv models: Minnen et al. 2018, with as many channels all over."""
+def conv_transforms(D: int, N: int, Hd: int) -> dict[str, nn.Module]:
+    """g_a, g_s, h_a, h_s of the Conv models: Minnen et al. 2018; N is D in the paper's sizes."""
     return {
-        "g_a": nn.Sequential(conv(3, D), GDN(D), conv(D, D), GDN(D), conv(D, D), GDN(D),
-                             conv(D, D)),
-        "g_s": nn.Sequential(deconv(D, D), GDN(D, inverse=True), deconv(D, D),
-                             GDN(D, inverse=True), deconv(D, D), GDN(D, inverse=True),
-                             deconv(D, 3)),
+        "g_a": nn.Sequential(conv(3, N), GDN(N), conv(N, N), GDN(N), conv(N, N), GDN(N),
+                             conv(N, D)),
+        "g_s": nn.Sequential(deconv(D, N), GDN(N, inverse=True), deconv(N, N),
+                             GDN(N, inverse=True), deconv(N, N), GDN(N, inverse=True),
+                             deconv(N, 3)),
         "h_a": nn.Sequential(conv(D, Hd, 3, 1), nn.ReLU(), conv(Hd, Hd), nn.ReLU(), conv(Hd, Hd)),
         "h_s": nn.Sequential(deconv(Hd, Hd), nn.ReLU(), deconv(Hd, Hd), nn.ReLU(),
                              conv(Hd, 2 * D, 3, 1)),
@@ -106,14 +108,16 @@ class ZYC2022(SliceCoder):
     def __init__(self, transform: str = "swint", prior: str = "charm",
                  widths: tuple[int, ...] = SIZES["M"][1], charm_widths: str = "src",
                  split: str = "pre", heads: int | None = None):
-        """widths: (D, Hd) of conv, (C1, ..., C6) of swint. heads: None for channels / 32."""
+        """widths: (D, Hd) of conv, or (D, N, Hd) with N channels between image and latents;
+        (C1, ..., C6) of swint. heads: None for channels / 32.
+        """
         channels, hyper = widths[0 if transform == "conv" else 3], widths[-1]
         slices = [SLICE] * (channels // SLICE) if prior == "charm" else [channels]
         if sum(slices) != channels:
             raise UserError(f"ChARM codes slices of {SLICE} channels; {channels} is no multiple")
         super().__init__(slices, hyper)
         self.name, self.N, self.M = f"zyc2022-{transform}-{prior}", hyper, channels
-        parts = (conv_transforms(*widths) if transform == "conv"
+        parts = (conv_transforms(channels, widths[-2], hyper) if transform == "conv"
                  else swin_transforms(widths, heads, split))
         for name, part in parts.items():
             self.add_module(name, part)
@@ -152,8 +156,8 @@ class ZYC2022(SliceCoder):
             "prior": "charm" if "charm_mean_transforms.0.layers.0.weight" in state_dict
             else "hyperprior"}
         if "g_a.0.weight" in state_dict:
-            D, Hd = (len(state_dict[f"{key}.weight"]) for key in ("g_a.0", "h_a.0"))
-            options |= {"transform": "conv", "widths": (D, Hd)}
+            widths = tuple(len(state_dict[f"{key}.weight"]) for key in ("g_a.6", "g_a.0", "h_a.0"))
+            options |= {"transform": "conv", "widths": widths}
         else:
             names = [f"g_a.layers.{i}" for i in range(4)] + [f"h_a.layers.{i}" for i in range(2)]
             block = "blocks.0.norm1.weight"
