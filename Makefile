@@ -2,6 +2,9 @@
 PYTHON ?= python3
 CONFIG ?= quick.yaml
 DATASET ?=
+THREADS ?=
+JOBS ?=
+SHORT ?=
 
 VENV := .venv
 STAMP := $(VENV)/.stamp
@@ -9,7 +12,8 @@ PY := $(VENV)/bin/python
 PAPERS := $(patsubst %/train.py,%,$(wildcard */train.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint bench compare clean ablate-convnextic $(PAPERS:%=reproduce-%)
+.PHONY: help setup test lint bench compare clean ablate-convnextic weights \
+    $(PAPERS:%=reproduce-%) $(PAPERS:%=weights-%)
 
 help:
 	@echo "make setup              make $(VENV) and install the pinned packages (the others do it too)"
@@ -18,6 +22,11 @@ help:
 	@echo "make reproduce-PAPER    train, code the 24 Kodak images, table and plot; PAPER is one of:"
 	@echo "                            $(PAPERS)"
 	@echo "                        CONFIG=config.yaml DATASET=/path runs the paper's own recipe"
+	@echo "make weights-PAPER      train, export and evaluate the weights that PAPER bundles (hours), as"
+	@echo "                        its weights.yaml says; an interrupted call goes on where it was"
+	@echo "make weights            those of all papers, the one with the least work first"
+	@echo "                        DATASET=/path (a folder, a .tar, or a quoted '/path/*.tar') THREADS=2"
+	@echo "                        JOBS=2 (stages at once); SHORT=1 tries it all in a minute or two"
 	@echo "make ablate-convnextic  train the rows of its ablation table at equal steps"
 	@echo "make compare            all papers' bundled results in one table and one plot, rd.png"
 	@echo "make bench              measure training and coding speed"
@@ -60,7 +69,17 @@ $(PAPERS:%=reproduce-%): reproduce-%: $(STAMP)
 	    ../$(PY) train.py --config $(CONFIG) --resume $(if $(DATASET),--dataset "$$data")
 	cd $* && ../$(PY) eval.py --reproduce --config $(CONFIG)
 
-reproduce-%:
+# What is long runs at the lowest priority.
+WEIGHTS = $(PY) -m common.weights $(if $(DATASET),--dataset "$(DATASET)") \
+    $(if $(THREADS),--threads $(THREADS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(SHORT),--short)
+
+weights: $(STAMP)
+	$(WEIGHTS)
+
+$(PAPERS:%=weights-%): weights-%: $(STAMP)
+	$(WEIGHTS) $*
+
+reproduce-% weights-%:
 	@echo "error: no paper '$*'; choose from: $(PAPERS)" >&2; exit 2
 
 clean:

@@ -7,6 +7,7 @@ only on (seed, k): a run that is resumed, or spread over more loader processes, 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import struct
@@ -154,7 +155,8 @@ def list_images(path: str | Path) -> list[Path]:
 def find_items(root: str | Path | None, split: str = "train") -> list[Item]:
     """All images of a data set, whatever its layout.
 
-    None: the bundled photographs. Otherwise, first match: a tar shard; `<split>_*/*.tar` or
+    None: the bundled photographs. A glob such as "/data/train_*/*_free.tar": all that match it, in
+    the order of their names. Otherwise, first match: a tar shard; `<split>_*/*.tar` or
     `*.tar`; Vimeo-90k as published (`sequences/`, `sep_<split>list.txt`) or as
     `<split>/<sequence>/im1.png`, of which the first frame of each septuplet is used;
     `<split>/` or the folder itself with images in it, at any depth.
@@ -162,6 +164,11 @@ def find_items(root: str | Path | None, split: str = "train") -> list[Item]:
     if root is None:
         return [Item(p) for p in list_images(TRAIN)]
     root = Path(root)
+    if glob.has_magic(str(root)) and not root.exists():
+        matches = sorted(glob.glob(str(root), recursive=True))
+        if not matches:
+            raise UserError(f"--dataset {root}: no folder or .tar shard has such a name")
+        return [item for match in matches for item in find_items(match, split)]
     if root.is_file() and root.suffix == ".tar":
         return _tar_items(root)
     if not root.is_dir():

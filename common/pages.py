@@ -1,0 +1,113 @@
+"""Publish a results JSON of eval.py: as results/<curve>.json and .png, and as rows of the pages.
+
+    python -m common.pages hyperprior small hyperprior/ckpts/weights/small/results/FILE.json
+
+The rows of the curve are replaced in the table between `<!-- results: small -->` and `<!-- end of
+results -->` of the paper's README, and those of the paper (of the curve "small" only) in the table
+between `<!-- results -->` and `<!-- end of results -->` of the front page. Other rows are kept.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from common import classical, compare, data, evaluate, runs
+
+ROOT = Path(__file__).parents[1]
+END = "<!-- end of results -->"
+
+
+def cells(results: dict[str, Any], reference: dict[str, Any], jpeg: dict[str, Any]
+          ) -> list[dict[str, str]]:
+    """Of each operating point, the cells of a row by the words that a column's head begins with."""
+    points = []
+    for i, rate in enumerate(results["results"]["bpp"]):
+        values = {key: compare._at(results["results"], key, i) for key in evaluate.MEASURES}
+        meta = {key: compare._at(results["meta"], key, i) for key in ("N", "M", "steps", "lmbda")}
+        psnr = values["psnr-rgb"]
+        above = compare._minus(psnr, compare._psnr_at(jpeg, rate))
+        points.append({
+            "lmbda": "" if meta["lmbda"] is None else f"{meta['lmbda']:g}",
+            "widths": f"{meta['N']}, {meta['M']}" if meta["N"] else "",
+            "steps": f"{meta['steps']:,}" if meta["steps"] else "",
+            "bpp": f"{rate:.4f}", "PSNR": compare._number(psnr, ".2f"),
+            "MS-SSIM": compare._number(values["ms-ssim-rgb"], ".4f"),
+            "above JPEG": "-" if above is None else f"{above:+.2f} dB",
+            "reference": compare._number(compare._psnr_at(reference, rate), ".2f")})
+    return points
+
+
+def replace(page: str, begin: str, name: str, labels: list[str], points: list[dict[str, str]]
+            ) -> tuple[str, list[str]]:
+    """The page with these points in place of the rows called `name` or `name, ...`, and the rows.
+
+    A table must follow the line `begin`; without it the page is as it was. Its last column is the
+    reference's.
+    """
+    before, found, rest = page.partition(f"{begin}\n")
+    table, end, after = rest.partition(END)
+    lines = table.strip().splitlines() if found and end else []
+    head = ([cell.strip() for cell in lines[0].strip("| ").split("|")] if lines else
+            ["codec", "widths", "steps", "bpp", "PSNR", "MS-SSIM", "above JPEG", "reference"])
+    rows = []
+    for label, point in zip(labels, points, strict=True):
+        known = {"codec": label, **point, head[-1]: point["reference"]}
+        rows.append([next((known[key] for key in known if column.startswith(key)), "")
+                     for column in head])
+    texts = [f"| {' | '.join(row)} |" for row in rows]
+    if not lines:
+        return page, texts
+    mine = re.compile(rf"\| {re.escape(name)}(,(?! quick)| \|| \()")
+    old = [i for i, line in enumerate(lines) if mine.match(line)]
+    place = old[0] if old else 2  # below the head and its rule
+    kept = [line for i, line in enumerate(lines) if i not in old]
+    lines = [*kept[:place], *texts, *kept[place:]]
+    return f"{before}{found}\n" + "\n".join(lines) + f"\n\n{end}{after}", texts
+
+
+def publish(root: Path, paper: str, results: dict[str, Any], into: Path, images: list[Path],
+            pages: bool) -> None:
+    """Write results and plot into a folder, and the rows to the pages."""
+    curve = results["name"]
+    published = evaluate.load_published(root / paper / "results" / "published.json")
+    jpeg = classical.jpeg(images, ms_ssim=False)
+    evaluate.save_json(into / f"{curve}.json", results)
+    compare.plot([results], published, jpeg, into / f"{curve}.png")
+    if not pages:
+        return
+    points = cells(results, published[0] if published else jpeg, jpeg)
+    places = [(root / paper / "README.md", f"<!-- results: {curve} -->", curve,
+               [f"{curve}, lmbda {point['lmbda']}" if point["lmbda"] else curve
+                for point in points])]
+    if curve == "small":  # what `make compare` shows
+        places.append((root / "README.md", "<!-- results -->", paper, [paper] * len(points)))
+    for path, begin, name, labels in places:
+        page = path.read_text()
+        new, rows = replace(page, begin, name, labels, points)
+        if begin not in page:
+            print(f"{path.relative_to(root)} has no table after {begin}; its rows would be:",
+                  *rows, sep="\n")
+        elif new != page:
+            runs.write_atomic(path, new.encode())
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
+    parser = runs.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("paper")
+    parser.add_argument("curve")
+    parser.add_argument("results", type=Path, help="results JSON of eval.py")
+    parser.add_argument("--into", type=Path, help="folder to write to; none: the paper's results/")
+    parser.add_argument("--dataset", type=Path, default=data.KODAK,
+                        help="images of the results; JPEG is measured on them")
+    args = parser.parse_args(argv)
+    official = root / args.paper / "results"
+    into = args.into or official
+    results = evaluate.load_json(args.results) | {"name": args.curve}
+    publish(root, args.paper, results, into, data.list_images(args.dataset),
+            into.resolve() == official.resolve())
+
+
+if __name__ == "__main__":
+    runs.cli(main)

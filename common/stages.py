@@ -1,0 +1,506 @@
+"""What a weights.yaml says: stages, each a run of train.py, and curves, weights evaluated together.
+
+`common.weights` runs them. A stage's folder holds a record of the definition that it was trained
+with; a lock keeps two processes from the same work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from common import UserError, runs
+
+import yaml
+from tqdm import tqdm
+
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+STEP = re.compile(r"^epoch \d+ +step (\d+).*", re.M)  # a line of log.txt
+NUMBER, WORDS = (int, float), (str, list)
+FILE = {"images": str, "train": dict, "eval": dict, "stages": dict, "curves": dict}, {"short": dict}
+TRAIN = {"dataset": WORDS, "start": WORDS, "resume": WORDS}
+STAGE = ({"steps": int, "hours": NUMBER, "folders": list, "checkpoint": str, "flags": dict},
+         {"from": str, "train": dict})
+CURVE = {"files": dict}, {"bundle": bool, "evaluate": list}
+SHORT = {"steps": int, "flags": dict}
+
+
+@dataclass
+class Settings:
+    """What holds for all stages and curves of one call."""
+
+    root: Path
+    run: str  # "weights"; "short" in the short form
+    dataset: str | None
+    digest: str  # of the training images
+    threads: int
+    device: str
+    images: str | None  # folder that the short form evaluates and validates with
+
+    @property
+    def short(self) -> bool:
+        return self.run == "short"
+
+
+# ------------------------------------------------------------------------------- weights.yaml
+def read(path: Path) -> dict[str, Any]:
+    """The checked content of a weights.yaml; UserError names the file and the key."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror or e}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not YAML ({' '.join(str(e).split())})") from None
+    check(content, path, *FILE)
+    check(content["train"], f"{path}: train", TRAIN)
+    check(content["eval"], f"{path}: eval", {"dataset": WORDS})
+    if "short" in content:
+        check(content["short"], f"{path}: short", SHORT)
+    for name, stage in content["stages"].items():
+        check(stage, where := f"{path}: stages: {name}", *STAGE)
+        check(stage.get("train", {}), f"{where}: train", {}, TRAIN)
+        if not isinstance(name, str) or "/" in name:
+            raise UserError(f'{where}: a name is a text without "/": write it in quotes')
+        if not stage["folders"] or not all(isinstance(f, str) for f in stage["folders"]):
+            raise UserError(f"{where}: folders: name at least one folder")
+    for name, curve in content["curves"].items():
+        check(curve, where := f"{path}: curves: {name}", *CURVE)
+        if not curve["files"]:
+            raise UserError(f"{where}: files: name at least one")
+        for file, stage in curve["files"].items():
+            if stage not in content["stages"]:
+                raise UserError(f"{where}: files: {file}: there is no stage {stage}")
+    return content
+
+
+def check(values: Any, where: Any, required: dict[str, Any], optional: dict[str, Any] | None = None
+          ) -> None:
+    """Refuse what is not a mapping with these keys and types of values."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: must hold 'key: value' lines")
+    known = required | (optional or {})
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"{where}: there is no key {key} (known: {', '.join(known)})")
+        if not isinstance(value, known[key]):
+            raise UserError(f"{where}: {key}: {value!r} is not a value for this key")
+    for key in required:
+        if key not in values:
+            raise UserError(f"{where}: {key} is missing")
+
+
+def words(flags: dict[str, Any]) -> list[str]:
+    """Flags as a command line: lists are spread, true is --flag, false is --no-flag."""
+    result: list[str] = []
+    for key, value in flags.items():
+        if isinstance(value, bool):
+            result.append(f"--{key}" if value else f"--no-{key}")
+        else:
+            result += [f"--{key}", *map(str, as_list(value))]
+    return result
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+# ------------------------------------------------------------------------------- stages and curves
+class Job:
+    """A stage or a curve: a folder with the record, the lock and the output of its commands."""
+
+    kind, file = "", ""  # what an error message calls the work; the record's name
+
+    def __init__(self, settings: Settings, paper: str, name: str, folder: str, needs: list[Stage]):
+        self.settings, self.paper, self.name, self.needs = settings, paper, name, needs
+        self.home = settings.root / paper
+        self.folder, self.label = self.home / folder, f"{paper} {name}"
+        self.process: subprocess.Popen | None = None
+        self.descriptor: int | None = None  # of the lock
+
+    def definition(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def steps_of_work(self) -> Iterator[list[Any]]:
+        """Command lines, run one after the other in the paper's folder."""
+        raise NotImplementedError
+
+    def record(self) -> dict[str, Any]:
+        path = self.folder / self.file
+        try:
+            return json.loads(path.read_text()) if path.exists() else {}
+        except ValueError:
+            raise UserError(f"{path}: not a record of {self.label}: remove it") from None
+
+    def write(self, **values: Any) -> None:
+        text = json.dumps(self.record() | values, indent=1, ensure_ascii=False)
+        runs.write_atomic(self.folder / self.file, f"{text}\n".encode())
+
+    def done(self) -> bool:
+        record = self.record()
+        return bool(record.get("done")) and record["definition"] == self.definition()
+
+    def lock(self, wait: float = 5.0) -> int:
+        """The descriptor of the locked file, which the job's processes inherit.
+
+        A killed runner's training may take a moment to end, hence `wait` seconds.
+        """
+        path, deadline = self.folder / "lock", time.monotonic() + wait
+        while True:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):  # not renamed meanwhile
+                    return descriptor
+            except (BlockingIOError, FileNotFoundError):
+                pass
+            os.close(descriptor)
+            if time.monotonic() > deadline:
+                raise UserError(f"another process is {self.kind} {self.label}")
+            time.sleep(0.1)
+
+    def begin(self) -> bool:
+        """Start the work; False when another process has done it in the meantime."""
+        self.descriptor = self.lock()
+        if self.done():
+            return self.end()
+        self.clock = time.monotonic()
+        self.work = self.steps_of_work()
+        return not self.poll()
+
+    def poll(self) -> bool:
+        """Go on to the next command; True at the end of the last. UserError when one fails."""
+        if self.process:
+            code = self.process.poll()
+            if code is None:
+                self.tick()
+                return False
+            if code:
+                raise UserError(self.reason(code))
+        command = next(self.work, None)
+        if command is None:
+            self.end()
+            return True
+        log = self.folder / "output.txt"
+        self.offset = log.stat().st_size if log.exists() else 0
+        parent = os.getpid()
+        paths = [str(self.settings.root), *filter(None, [os.environ.get("PYTHONPATH")])]
+        with open(log, "ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, *map(str, command)], cwd=self.home, stdin=subprocess.DEVNULL,
+                stdout=output, stderr=output, pass_fds=[self.descriptor],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
+                preexec_fn=lambda: end_with(parent))
+        return False
+
+    def tick(self) -> None:
+        """What is to be done now and then while a command runs."""
+
+    def output(self) -> str:
+        """What the newest command has printed."""
+        return (self.folder / "output.txt").read_bytes()[self.offset:].decode(errors="replace")
+
+    def reason(self, code: int) -> str:
+        """The last error line of a command that failed, or how it ended."""
+        lines = [line for line in re.split(r"[\r\n]+", self.output()) if line.strip()]
+        errors = [line for line in lines if line.startswith("error: ")]
+        if errors:
+            return errors[-1].removeprefix("error: ")
+        how = f"was ended by signal {-code}" if code < 0 else f"exit status {code}"
+        return f"{how}, see {self.folder / 'output.txt'}" + (f": {lines[-1]}" if lines else "")
+
+    def end(self) -> bool:
+        """End the process, if there is one, and give the lock back."""
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+        self.process = None
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+        self.descriptor = None
+        return False
+
+
+class Stage(Job):
+    """One run of train.py."""
+
+    kind, file = "training", "stage.json"
+
+    def __init__(self, settings: Settings, paper: str, name: str, content: dict[str, Any],
+                 parent: Stage | None):
+        stage = content["stages"][name]
+        short = content.get("short") if settings.short else {}
+        if short is None:
+            raise UserError(f"{paper}/weights.yaml: has no short form")
+        folders = [self.fill(folder, settings) for folder in stage["folders"]]
+        super().__init__(settings, paper, name, folders[0], [parent] if parent else [])
+        self.folders, self.parent = [self.home / folder for folder in folders], parent
+        self.checkpoint = stage["checkpoint"]
+        self.steps, self.hours = short.get("steps", stage["steps"]), 0 if short else stage["hours"]
+        self.flags = stage["flags"] | short.get("flags", {})
+        self.train = content["train"] | stage.get("train", {})
+
+    @staticmethod
+    def fill(value: Any, settings: Settings) -> Any:
+        """{run} and {images} in a text, or in the texts of a list, replaced."""
+        if isinstance(value, list):
+            return [Stage.fill(v, settings) for v in value]
+        if not isinstance(value, str):
+            return value
+        return value.replace("{run}", settings.run).replace("{images}", str(settings.images))
+
+    @functools.cache  # noqa: B019  (a stage lives as long as the program)
+    def definition(self) -> dict[str, Any]:
+        """All that the result depends on; of the stage it starts from, too."""
+        flags = {k: v for k, v in self.flags.items() if k not in ("threads", "device")}
+        config = runs.read_yaml(self.home / flags["config"]) if "config" in flags else None
+        parent = None
+        if self.parent:
+            parent = {"stage": f"{self.parent.paper}/{self.parent.name}",
+                      "definition": digest(self.parent.definition()),
+                      "start": as_list(self.train["start"])}
+        images = self.settings.digest
+        if self.settings.dataset is None and (record := self.record()):
+            images = record["definition"]["images"]  # forgotten images are no change
+        return json.loads(json.dumps({"flags": flags, "config": config and digest(config),
+                                      "images": images, "from": parent}, default=str))
+
+    def trained(self) -> int:
+        """Steps in all, those of the stages that it starts from included."""
+        return self.steps + (self.parent.trained() if self.parent else 0)
+
+    def logged(self) -> list[str]:
+        """The newest line of each log.txt: one run may log several phases."""
+        logs = sorted({log for folder in self.folders for log in folder.rglob("log.txt")})
+        matches = [list(STEP.finditer(log.read_text(errors="replace"))) for log in logs]
+        return [found[-1][0] for found in matches if found]
+
+    def step(self) -> int:
+        """Those that the logs tell of: of whole epochs."""
+        return sum(int(STEP.match(line)[1]) for line in self.logged())
+
+    def found(self) -> list[Path]:
+        def natural(path: Path) -> list[Any]:
+            return [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", str(path))]
+        return sorted(self.folder.glob(self.checkpoint), key=natural)
+
+    def result(self, needed: str) -> Path:
+        """The checkpoint, as it was at the end of the training; needed: what for."""
+        record = self.record()
+        path = self.folder / record["checkpoint"]
+        changed = "is gone" if not path.exists() else (
+            "has changed" if file_digest(path) != record["sha256"] else "")
+        if changed:
+            raise UserError(f"{show(path, self)} {changed}, and {needed}: put it back, or remove "
+                            f"{show(self.folder, self)} to train it again")
+        return path
+
+    def settle(self) -> None:
+        """Rename the folders of a run that is not of this definition, and say why."""
+        if not (why := self.changes()):
+            return
+        kept, n = [f for f in reversed(self.folders) if holds_files(f)], 1  # the record's last
+        while any(before(f, n).exists() for f in self.folders):
+            n += 1
+        for folder in kept:
+            folder.rename(before(folder, n))
+        say(f"{self.label}: {why}: its run is kept as {show(before(kept[-1], n), self)} and "
+            "trained again")
+        os.close(self.descriptor)  # the lock has gone with the folder
+        self.descriptor = self.lock()
+
+    def changes(self) -> str:
+        """What differs between the run in the folders and the definition; "" if nothing does."""
+        record = self.record()
+        if not record:
+            filled = any(map(holds_files, self.folders))
+            return f"there is no {show(self.folder / self.file, self)}" if filled else ""
+        old, now = record["definition"], self.definition()
+        parts = []
+        for key in sorted({*old["flags"], *now["flags"]}):
+            was, new = (d["flags"].get(key, "not set") for d in (old, now))
+            parts += [f"{key} was {was}, is {new}"] if was != new else []
+        names = [d["flags"].get("config") for d in (old, now)]
+        if old["config"] != now["config"] and names[0] == names[1]:
+            parts.append(f"{names[1]} was changed")
+        if old["images"] != now["images"]:
+            parts.append(f"the images were {old['images']}, are {now['images']}")
+        was, new = old["from"] or {}, now["from"] or {}
+        if was.get("stage") != new.get("stage"):
+            parts.append(f"it started from {was.get('stage', 'nothing')}, now from "
+                         f"{new.get('stage', 'nothing')}")
+        elif was != new and not parts:
+            parts.append(f"{new['stage']}, from which it starts, was changed")
+        return ", ".join(parts)
+
+    def steps_of_work(self) -> Iterator[list[Any]]:
+        self.settle()
+        start, resume = [], as_list(self.train["resume"])
+        if self.parent:
+            begun = as_list(self.train["start"])
+            start = [*begun, self.parent.result(f"{self.label} starts from it")]
+            if set(begun) & set(resume):  # one flag for both
+                start, resume = ([], resume) if self.found() else (start, [])
+        dataset = self.settings.dataset
+        if (images := self.definition()["images"]) != self.settings.digest:
+            raise UserError(f"was begun on {images}, and --dataset is missing: name them again "
+                            "(make: DATASET=...)")
+        flags = {key: self.fill(value, self.settings) for key, value in self.flags.items()}
+        self.seconds = self.seconds_written = self.record().get("seconds", 0)
+        self.write(definition=self.definition(), done=False, seconds=self.seconds)
+        say(self.opening())
+        yield ["train.py", *words(flags), *start, *resume,
+               *([*as_list(self.train["dataset"]), dataset] if dataset else []),
+               "--threads", self.settings.threads, "--device", self.settings.device]
+        found = self.found()
+        if not found:
+            raise UserError(f"there is no {self.checkpoint} in {show(self.folder, self)}")
+        lines = self.logged()
+        self.write(done=True, checkpoint=str(found[-1].relative_to(self.folder)),
+                   sha256=file_digest(found[-1]), seconds=self.spent(),
+                   ended=datetime.now().isoformat(timespec="seconds"))
+        took = f"{self.spent() / 3600:.1f} h" if self.spent() > 3600 else f"{self.spent():.0f} s"
+        say(f"{self.label}: done in {took}" + (f": {lines[-1]}" if lines else ""))
+        if self.step() != self.steps:
+            say(f"note: the log of {self.label} ends at step {self.step():,}, weights.yaml says "
+                f"{self.steps:,}")
+
+    def tick(self) -> None:
+        if self.spent() > self.seconds_written + 60:
+            self.seconds_written = self.spent()
+            self.write(seconds=self.seconds_written)
+
+    def spent(self) -> float:
+        """Seconds of all the calls that trained it."""
+        return round(self.seconds + time.monotonic() - self.clock, 1)
+
+    def remaining(self) -> float:
+        """Hours to go, as expected."""
+        return 0.0 if self.done() else self.hours * max(0, 1 - self.step() / self.steps)
+
+    def opening(self) -> str:
+        hours = f", about {self.hours:g} h" if self.hours else ""
+        at = f"; continues at step {self.step():,}" if self.step() else ""
+        return f"{self.label}: {self.steps:,} steps{hours}{at}"
+
+    def state(self) -> str:
+        if self.done():
+            return "done"
+        if why := self.changes():
+            return f"to do: {why}"
+        return f"under way, at step {self.step():,}" if self.record() else "to do"
+
+
+class Curve(Job):
+    """Weights files that are evaluated together: points of one rate-distortion curve."""
+
+    kind, file = "publishing", "curve.json"
+
+    def __init__(self, settings: Settings, paper: str, name: str, content: dict[str, Any],
+                 files: dict[str, Stage]):
+        curve = content["curves"][name]
+        super().__init__(settings, paper, name, f"ckpts/{settings.run}/{name}",
+                         list(files.values()))
+        self.files, self.evaluate = files, curve.get("evaluate", [])
+        self.dataset = as_list(content["eval"]["dataset"])
+        self.bundle = curve.get("bundle", True) and not settings.short
+
+    def definition(self) -> dict[str, Any]:
+        return {"files": {file: [stage.record().get("sha256"), stage.trained()]
+                          for file, stage in self.files.items()},
+                "evaluate": self.evaluate, "bundle": self.bundle}
+
+    def outputs(self) -> list[Path]:
+        """What must be there when the curve is done."""
+        weights = self.home / "weights" if self.bundle else self.folder
+        results = self.folder if self.settings.short else self.home / "results"
+        return [*(weights / file for file in self.files),
+                *(results / f"{self.name}{suffix}" for suffix in (".json", ".png"))]
+
+    def done(self) -> bool:
+        return (all(stage.done() for stage in self.needs) and super().done()
+                and all(path.exists() for path in self.outputs()))
+
+    def steps_of_work(self) -> Iterator[list[Any]]:
+        say(f"{self.label}: export and evaluate {', '.join(self.files)}")
+        for file, stage in self.files.items():
+            checkpoint = stage.result(f"the curve {self.label} needs it")
+            yield ["-m", "common.export", self.paper, checkpoint, "-o", self.folder / file,
+                   "--steps", stage.trained()]
+        results, images = self.folder / "results", self.settings.images
+        shutil.rmtree(results, ignore_errors=True)  # of an evaluation that was interrupted
+        yield ["eval.py", *([*self.dataset, images] if images else []), "--checkpoint",
+               *(self.folder / file for file in self.files), "--resultdir", results,
+               "--outdir", self.folder / "output", "--threads", self.settings.threads,
+               "--device", self.settings.device, *self.evaluate]
+        found = sorted(results.glob("*.json"))
+        if len(found) != 1:
+            raise UserError(f"eval.py wrote {len(found)} results files to "
+                            f"{show(results, self)}, one is expected")
+        if self.bundle:
+            for file in self.files:
+                content = (self.folder / file).read_bytes()
+                runs.write_atomic(self.home / "weights" / file, content)
+        into = self.outputs()[-1].parent
+        yield ["-m", "common.pages", self.paper, self.name, found[0], "--into", into,
+               *(["--dataset", images] if images else [])]
+        print(self.output(), end="", flush=True)
+        for file in self.files if self.bundle else ():
+            (self.folder / file).unlink()
+        self.write(definition=self.definition(), done=True,
+                   ended=datetime.now().isoformat(timespec="seconds"))
+        say(f"{self.label}: done: {', '.join(show(p, self) for p in self.outputs())}")
+
+    def state(self) -> str:
+        return "done" if self.done() else "to do"
+
+
+# --------------------------------------------------------------------------------------- helpers
+def say(text: str) -> None:
+    tqdm.write(text, file=sys.stdout)  # above a bar, if there is one
+    sys.stdout.flush()
+
+
+def show(path: Path, job: Job) -> str:
+    """A path as seen from the paper's folder's parent."""
+    return str(path.relative_to(job.settings.root))
+
+
+def before(folder: Path, n: int) -> Path:
+    return folder.with_name(f"{folder.name}.before-{n}")
+
+
+def holds_files(folder: Path) -> bool:
+    return folder.is_dir() and any(path.name != "lock" for path in folder.iterdir())
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def end_with(parent: int) -> None:
+    """In a new process: ask Linux to end it when the runner ends, however that happens."""
+    if LIBC:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it has ended already
+            os._exit(1)

@@ -1,0 +1,236 @@
+"""Make the weights that a paper's folder ships: train, export and evaluate what weights.yaml says.
+
+    python -m common.weights                         all papers, the one with the least work first
+    python -m common.weights hyperprior --list       what is done and what is left
+    python -m common.weights hyperprior/small joint_ar --jobs 2 --dataset '/data/*_free.tar'
+    python -m common.weights hyperprior --short      the same chain in a minute, under ckpts/short/
+
+An interrupted call goes on where it was, with the same result. What is done is not done again. A
+stage whose definition has changed is trained again; the folders of its old run are renamed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from common import UserError, data, runs
+from common.stages import Curve, Job, Settings, Stage, read, say
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+
+
+# ------------------------------------------------------------------------------------------- plan
+class Plan:
+    """The stages and curves that are asked for, each after those it needs."""
+
+    def __init__(self, settings: Settings, targets: list[str]):
+        self.settings = settings
+        self.files: dict[str, dict[str, Any]] = {}
+        self.stages: dict[tuple[str, str], Stage] = {}
+        self.jobs: list[Job] = []
+        have = sorted(path.parent.name for path in settings.root.glob("*/weights.yaml"))
+        if not (targets or have):
+            raise UserError(f"{settings.root}: no folder has a weights.yaml")
+        papers = [self.curves(target) for target in targets or have]
+        if not targets:
+            papers.sort(key=lambda jobs: sum(
+                job.remaining() for job in jobs if isinstance(job, Stage)))
+        for job in (job for jobs in papers for job in jobs):
+            self.jobs += [job] if job not in self.jobs else []
+
+    def content(self, paper: str) -> dict[str, Any]:
+        if paper not in self.files:
+            self.files[paper] = read(self.settings.root / paper / "weights.yaml")
+        return self.files[paper]
+
+    def curves(self, target: str) -> list[Job]:
+        """The jobs of PAPER or PAPER/CURVE."""
+        paper, _, name = target.strip("/").partition("/")
+        content = self.content(paper)
+        if name and name not in content["curves"]:
+            raise UserError(f"{paper}/weights.yaml: there is no curve {name}; choose from "
+                            f"{', '.join(content['curves'])}")
+        jobs: list[Job] = []
+        for curve in [name] if name else content["curves"]:
+            files = {file: self.stage(paper, stage)
+                     for file, stage in content["curves"][curve]["files"].items()}
+            order = list(content["stages"])
+            for stage in sorted(files.values(), key=lambda stage: order.index(stage.name)):
+                jobs += [job for job in chain(stage) if job not in jobs]
+            jobs.append(Curve(self.settings, paper, curve, content, files))
+        return jobs
+
+    def stage(self, paper: str, name: str, below: tuple[tuple[str, str], ...] = ()) -> Stage:
+        key = (paper, name)
+        if key in self.stages:
+            return self.stages[key]
+        where = f"{self.settings.root / paper / 'weights.yaml'}: stages: {name}: from"
+        content, parent = self.content(paper), None
+        if key in below:
+            raise UserError(f"{where}: the stage starts from itself")
+        if before := content["stages"][name].get("from"):
+            other, _, stage = before.rpartition("/")
+            other = other or paper
+            if stage not in self.content(other)["stages"]:
+                raise UserError(f"{where}: there is no stage {before}")
+            parent = self.stage(other, stage, (*below, key))
+        self.stages[key] = Stage(self.settings, paper, name, content, parent)
+        return self.stages[key]
+
+    def list(self) -> None:
+        """Print what is done and what is left."""
+        paper = ""
+        for job in self.jobs:
+            if job.paper != paper:
+                paper = job.paper
+                say(f"{paper}: {self.content(paper)['images']}")
+            steps, hours = (f"{job.steps:,} steps", f"{job.hours:g} h") if isinstance(
+                job, Stage) else (f"{len(job.needs)} points", "")
+            say(f"  {job.name:14s}{steps:>14s}{hours:>8s}  {job.state()}")
+
+    def strangers(self) -> None:
+        """Name the files in weights/ that belong to no curve."""
+        for paper in dict.fromkeys(job.paper for job in self.jobs):
+            known = {file for curve in self.content(paper)["curves"].values()
+                     for file in curve["files"]}
+            found = sorted(p.name for p in (self.settings.root / paper / "weights").glob("*.pth"))
+            if others := [name for name in found if name not in known]:
+                say(f"note: {paper}/weights has {', '.join(others)}, of no curve in weights.yaml; "
+                    "eval.py shows it unless it is removed")
+
+
+def chain(stage: Stage) -> list[Stage]:
+    """A stage after all those it starts from."""
+    return [*(chain(stage.parent) if stage.parent else []), stage]
+
+
+# -------------------------------------------------------------------------------------------- run
+def run(plan: Plan, slots: int) -> None:
+    """Do all jobs, `slots` at once; those that need a failed one are left out."""
+    failed: dict[Job, str] = {}
+
+    def fail(job: Job, why: Exception) -> None:
+        job.end()
+        failed[job] = str(why)
+        say(f"{job.label} failed: {why}")
+
+    for job in plan.jobs:
+        if isinstance(job, Stage) and job.changes():
+            try:
+                job.descriptor = job.lock()
+                job.settle()
+                job.end()
+            except (UserError, OSError) as e:
+                fail(job, e)
+    waiting = [job for job in plan.jobs if job not in failed and not job.done()]
+    if not waiting and not failed:
+        say("nothing to do: " + ", ".join(
+            f"{job.paper}/{job.name} is done" for job in plan.jobs if isinstance(job, Curve)))
+    running: list[Job] = []
+    bar = Bar() if slots == 1 and sys.stderr.isatty() else None
+    try:
+        while waiting or running:
+            for job in list(waiting):
+                if missing := [need for need in job.needs if need in failed]:
+                    waiting.remove(job)
+                    failed[job] = f"needs {missing[0].label}"
+                elif len(running) < slots and all(need.done() for need in job.needs):
+                    waiting.remove(job)
+                    try:
+                        running += [job] if job.begin() else []
+                    except (UserError, OSError) as e:
+                        fail(job, e)
+            for job in list(running):
+                try:
+                    if job.poll():
+                        running.remove(job)
+                except (UserError, OSError) as e:
+                    running.remove(job)
+                    fail(job, e)
+            if bar:
+                bar.update(running)
+            time.sleep(0.1)
+    finally:
+        for job in running:
+            job.end()
+    if failed:
+        raise UserError(f"not done: {', '.join(job.label for job in failed)} (see above)")
+
+
+class Bar:
+    """The steps of the one stage that is being trained, on a terminal."""
+
+    def __init__(self) -> None:
+        tqdm.monitor_interval = 0  # no thread: the runner forks
+        self.bar, self.job, self.looked = None, None, 0.0
+
+    def update(self, running: list[Job]) -> None:
+        job = next((job for job in running if isinstance(job, Stage)), None)
+        if self.bar and job is not self.job:
+            self.bar.close()
+            self.bar = None
+        if job and time.monotonic() > self.looked + 2:
+            self.looked, self.job = time.monotonic(), job
+            self.bar = self.bar or tqdm(total=job.steps, initial=job.step(), desc=job.label,
+                                        unit="step", dynamic_ncols=True, leave=False)
+            self.bar.update(job.step() - self.bar.n)
+
+
+def settings_of(args: argparse.Namespace, root: Path) -> Settings:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    dataset = os.path.abspath(os.path.expanduser(args.dataset)) if args.dataset else None
+    if args.images and not args.short:
+        raise UserError("--images: goes with --short")
+    images = args.images
+    if args.short and not images:
+        images = root / "ckpts" / "short" / "images"
+        for path in data.list_images(data.KODAK)[:2]:
+            if not (images / path.name).exists():
+                runs.write_atomic(images / path.name, path.read_bytes())
+    if images:
+        data.list_images(images)
+    return Settings(root, "short" if args.short else "weights", dataset,
+                    data.digest(data.find_items(dataset)), args.threads or max(
+                        1, (cores or 1) // args.jobs), args.device,
+                    os.path.abspath(images) if images else None)
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
+    parser = runs.Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("targets", nargs="*", metavar="PAPER[/CURVE]", help="none: all, the least work first")
+    add("--list", action="store_true", help="print what is done and what is left, do nothing")
+    add("--dataset", help="training images: folder, .tar or quoted glob of them; none: the bundled "
+        "photographs")
+    add("--jobs", type=runs.positive_int, default=1, help="stages at once")
+    add("--threads", type=runs.threads, default=0, help="CPU threads of each; 0: all / jobs")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--short", action="store_true", help="a few steps of each stage, under ckpts/short/")
+    add("--images", type=Path, help="folder that --short evaluates; none: two Kodak images")
+    args = parser.parse_args(argv)
+    plan = Plan(settings_of(args, root), args.targets)
+    if args.list:
+        plan.list()
+        return
+    if not args.short:
+        os.nice(19)
+    try:
+        run(plan, args.jobs)
+        if not args.short:
+            plan.strangers()
+    except KeyboardInterrupt:
+        print("error: interrupted: the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    runs.cli(main)
