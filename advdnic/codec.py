@@ -14,7 +14,7 @@ from common import codec, runs
 
 from advdnic.model import TAG, load
 
-BUNDLED = "base-0.0067"
+BUNDLED = "base-"
 
 
 def main(argv: list[str] | None = None) -> None:

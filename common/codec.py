@@ -16,17 +16,20 @@ from torch import Tensor, nn
 DECODED = ".decoded.png"  # not .png: the original may lie beside its .bin
 
 
-def flags(description: str, weights: str = "0.0067", which: str = "lmbda"
+def flags(description: str, weights: str = "", which: str = "lmbda"
           ) -> tuple[runs.Parser, argparse.ArgumentParser, argparse.ArgumentParser]:
     """The parser, and those of its commands `encode` and `decode`.
 
-    weights: the bundled weights/small-<weights>.pth that encode; which: what their name says.
+    weights: how the names of the bundled weights begin of which the last, that of the highest
+    rate, encodes by default; which: what their names say.
     """
     parser = runs.Parser(description=description)
     commands = parser.add_subparsers(dest="command", required=True)
     encode = commands.add_parser("encode", help="image -> .bin")
     encode.add_argument("input", type=Path, help="any image that Pillow reads")
-    encode.add_argument("--weights", default=weights, help=f"{which} of the bundled small weights")
+    encode.add_argument("--weights", help=f"{which} of the bundled small weights; none: those of "
+                        "the highest rate")
+    encode.set_defaults(default_weights=weights)
     decode = commands.add_parser("decode", help=".bin -> image")
     decode.add_argument("input", type=Path, help="a file made by encode")
     for command, suffix in ((encode, ".bin"), (decode, DECODED)):
@@ -58,10 +61,12 @@ def run(args: argparse.Namespace, tag: bytes, load: Callable[..., nn.Module], we
                          output)
         print(f"{output}: decoded from {args.input}")
         return
-    checkpoint = args.checkpoint or weights / f"small-{args.weights}.pth"
-    if not args.checkpoint and checkpoint not in bundled:
-        have = ", ".join(path.stem.removeprefix("small-") for path in bundled)
-        raise UserError(f"--weights {args.weights}: choose from {have}")
+    names = {path.stem.removeprefix("small-"): path for path in bundled}
+    wanted = args.weights or next(
+        (name for name in reversed(names) if name.startswith(args.default_weights)), "")
+    if not args.checkpoint and wanted not in names:
+        raise UserError(f"--weights {wanted}: choose from {', '.join(names)}")
+    checkpoint = args.checkpoint or names[wanted]
     output = args.output or args.input.with_suffix(".bin")
     refuse_same(args.input, output)
     image = data.read_image(args.input)

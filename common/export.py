@@ -1,7 +1,7 @@
 """Make a small weights file for coding from a training checkpoint.
 
-    python -m common.export hyperprior hyperprior/ckpts/small/67/epoch_15.pth \\
-        -o hyperprior/weights/small-0.0067.pth --steps 28000
+    python -m common.export hyperprior hyperprior/ckpts/weights/13/epoch_29.pth \\
+        -o hyperprior/weights/small-0.013.pth --steps 15000
 
 Kernels are kept in 8 bits, with CDF tables and fixed-point exponents; no optimizer state.
 """

@@ -92,9 +92,11 @@ class Plan:
             if job.paper != paper:
                 paper = job.paper
                 say(f"{paper}: {self.content(paper)['images']}")
-            steps, hours = (f"{job.steps:,} steps", f"{job.hours:g} h") if isinstance(
-                job, Stage) else (f"{len(job.needs)} points", "")
-            say(f"  {job.name:14s}{steps:>14s}{hours:>8s}  {job.state()}")
+            if isinstance(job, Stage):
+                amount, hours = f"{job.steps:,} steps", f"{job.hours:g} h"
+            else:
+                amount, hours = f"{len(job.needs)} point{'s' * (len(job.needs) > 1)}", ""
+            say(f"  {job.name:24s}{amount:>14s}{hours:>8s}  {job.state()}")
 
     def strangers(self) -> None:
         """Name the files in weights/ that belong to no curve."""

@@ -17,10 +17,10 @@ from typing import Any
 
 from common import UserError, entropy, exact, runs
 from common.context import CausalConv, Context, wavefront
+from common.layers import replace_shortcuts
 from common.tiles import tiled
 
 import torch
-from compressai.layers import ResidualBlockWithStride
 from compressai.models import (
     Cheng2020Attention,
     CompressionModel,
@@ -39,20 +39,6 @@ LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18, 0.36, 0.72
 LEVELS = (8, 11)  # how many of them a model has
 SMALLEST_GAIN = 1e-4
 FACTORS = (0.5, 12.0)  # the source's range of continuous rates
-
-
-class Shortcut(nn.Conv2d):
-    """1x1 convolution of stride 2: the pixels that it skips are left out first.
-
-    oneDNN's own (3.7, float32, channels last) writes beyond its buffers in the backward pass.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, kernel_size=1, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x[..., ::2, ::2].contiguous(memory_format=torch.channels_last)
-        return nn.functional.conv2d(x, self.weight, self.bias)
 
 
 @dataclass
@@ -95,9 +81,7 @@ class QVRF(CompressionModel):
         base = BASES[model](N) if model == "cheng" else BASES[model](N, M)
         for name, module in base.named_children():
             self.add_module(name, module)
-        for module in self.modules():
-            if isinstance(module, ResidualBlockWithStride) and module.skip is not None:
-                module.skip = Shortcut(*module.skip.weight.shape[1::-1])
+        replace_shortcuts(self)
         self.exact_parts: tuple[str, ...] = ("h_s",)
         if model != "balle":
             self.context_prediction = CausalConv(M, 2 * M, kernel_size=5, padding=2)

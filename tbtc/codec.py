@@ -14,7 +14,7 @@ from common import codec, runs
 
 from tbtc.model import TAG, load
 
-BUNDLED = "conv-charm-0.0067"
+BUNDLED = "conv-charm-"
 
 
 def main(argv: list[str] | None = None) -> None:

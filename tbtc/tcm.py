@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import common  # noqa: F401  (first)
+from common.layers import replace_shortcuts
 
 import torch
 from compressai.layers import (
@@ -156,6 +156,7 @@ class TCM(SliceCoder):
             self.add_module(f"cc_{name}_transforms", nn.ModuleList(map(net, supports)))
         self.lrp_transforms = nn.ModuleList(net(s + M // SLICES) for s in supports)
         self.tanh = nn.Tanh()
+        replace_shortcuts(self)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)

@@ -23,10 +23,8 @@ SETTINGS = {  # name: (environment, worker flags)
     "contiguous": ({}, ["--threads", "2", "--contiguous"]),
 }
 MODELS = {  # name: (paper, weights, rates of its files)
-    "factorized": ("factorized", "small-0.0067.pth", [{}]),
-    "hyperprior": ("hyperprior", "small-0.0067.pth", [{}]),
-    "joint_ar": ("joint_ar", "small-0.0067.pth", [{}]),
-    "checkerboard": ("checkerboard", "small-0.0067.pth", [{}]),
+    **{paper: (paper, sorted((ROOT / paper / "weights").glob("small-*.pth"))[-1].name, [{}])
+       for paper in ("factorized", "hyperprior", "joint_ar", "checkerboard")},
     "qvrf balle": ("qvrf", "small-balle.pth", [{"s": 5}, {"factor": 3.7}]),
     "qvrf minnen": ("qvrf", "small-minnen.pth", [{"s": 5}, {"factor": 3.7}]),
     "convnextic": ("convnextic", "small-vr.pth", [{"lmbda": 0.001}, {"lmbda": 0.01}]),
