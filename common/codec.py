@@ -64,6 +64,8 @@ def run(args: argparse.Namespace, tag: bytes, load: Callable[..., nn.Module], we
     names = {path.stem.removeprefix("small-"): path for path in bundled}
     wanted = args.weights or next(
         (name for name in reversed(names) if name.startswith(args.default_weights)), "")
+    if not args.checkpoint and not wanted:
+        raise UserError(f"{weights}: holds no bundled weights: name others with --checkpoint")
     if not args.checkpoint and wanted not in names:
         raise UserError(f"--weights {wanted}: choose from {', '.join(names)}")
     checkpoint = args.checkpoint or names[wanted]

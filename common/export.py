@@ -96,8 +96,8 @@ def main(argv: list[str] | None = None) -> None:
               if not str(value).startswith("/") and key not in ("dataset", "test_dataset")}
     before = config.pop("steps_before", 0)
     step = args.steps if args.steps is not None else model.info["step"] + before
-    hardware = model.info.get("hardware", runs.describe(torch.device("cpu")))
-    write(args.output, model, config=config, step=step, hardware=hardware)
+    hardware = {key: model.info[key] for key in ("hardware",) if key in model.info}
+    write(args.output, model, config=config, step=step, **hardware)
     print(f"{args.output}: {args.output.stat().st_size:,} bytes, {step:,} steps")
 
 

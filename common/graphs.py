@@ -75,7 +75,8 @@ class Recorded:
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # thread_local: a loader's thread may pin memory meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             outputs = {name: value.detach() for name, value in self.step(*static).items()}
         self.graphs[key] = graph, [a for a in static if isinstance(a, Tensor)], outputs
 

@@ -9,6 +9,8 @@ between `<!-- results -->` and `<!-- end of results -->` of the front page. Othe
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ def replace(page: str, begin: str, name: str, labels: list[str], points: list[di
     texts = [f"| {' | '.join(row)} |" for row in rows]
     if not lines:
         return page, texts
-    mine = re.compile(rf"\| {re.escape(name)}(,(?! quick)| \|| \()")
+    mine = re.compile(rf"\| {re.escape(name)}( \([^|]*\))?(,(?! quick\b)| \|)")
     old = [i for i, line in enumerate(lines) if mine.match(line)]
     place = old[0] if old else 2  # below the head and its rule
     kept = [line for i, line in enumerate(lines) if i not in old]
@@ -83,14 +85,17 @@ def publish(root: Path, paper: str, results: dict[str, Any], into: Path, images:
                 for point in points])]
     if curve == "small":  # what `make compare` shows
         places.append((root / "README.md", "<!-- results -->", paper, [paper] * len(points)))
+    lock = os.open(root, os.O_RDONLY)  # another process may write to the front page, too
+    fcntl.flock(lock, fcntl.LOCK_EX)
     for path, begin, name, labels in places:
         page = path.read_text()
         new, rows = replace(page, begin, name, labels, points)
-        if begin not in page:
+        if new != page:
+            runs.write_atomic(path, new.encode())
+        if any(row not in new for row in rows):
             print(f"{path.relative_to(root)} has no table after {begin}; its rows would be:",
                   *rows, sep="\n")
-        elif new != page:
-            runs.write_atomic(path, new.encode())
+    os.close(lock)
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> None:

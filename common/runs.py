@@ -368,6 +368,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         rate = float(group["lr"])
         tensor = isinstance(before["lr"], Tensor)
         group["lr"] = torch.full_like(before["lr"], rate) if tensor else rate
+        if "initial_lr" in group and not tensor:
+            group["initial_lr"] = float(group["initial_lr"])
         if "capturable" in before:
             group["capturable"] = before["capturable"]
         for p in group["params"]:  # a captured step counts on the GPU, any other on the CPU
@@ -655,6 +657,8 @@ class Checkpoints:
                     load_optimizer(part, saved)
                 else:
                     part.load_state_dict(saved)
+                if hasattr(part, "base_lrs") and isinstance(learning_rate(part.optimizer), float):
+                    part.base_lrs = [float(rate) for rate in part.base_lrs]  # of a GPU: tensors
         except (RuntimeError, ValueError, KeyError) as e:
             raise UserError(f"{path}: not a checkpoint of this configuration "
                             f"({reason(e)})") from None

@@ -77,15 +77,22 @@ def read(path: Path) -> dict[str, Any]:
         check(stage.get("train", {}), f"{where}: train", {}, TRAIN)
         if not isinstance(name, str) or "/" in name:
             raise UserError(f'{where}: a name is a text without "/": write it in quotes')
-        if not stage["folders"] or not all(isinstance(f, str) for f in stage["folders"]):
+        paths = [*stage["folders"], stage["checkpoint"]]
+        if not stage["folders"] or not all(isinstance(f, str) for f in paths):
             raise UserError(f"{where}: folders: name at least one folder")
+        if any(Path(path).is_absolute() or ".." in Path(path).parts for path in paths):
+            raise UserError(f"{where}: folders and checkpoint lie below the paper's folder")
+        if stage["steps"] < 1:
+            raise UserError(f"{where}: steps: give 1 or more")
     for name, curve in content["curves"].items():
         check(curve, where := f"{path}: curves: {name}", *CURVE)
         if not curve["files"]:
             raise UserError(f"{where}: files: name at least one")
         for file, stage in curve["files"].items():
-            if stage not in content["stages"]:
+            if not isinstance(stage, str) or stage not in content["stages"]:
                 raise UserError(f"{where}: files: {file}: there is no stage {stage}")
+            if Path(file).name != file:
+                raise UserError(f"{where}: files: {file}: give the name of a file in weights/")
     return content
 
 
@@ -143,9 +150,12 @@ class Job:
     def record(self) -> dict[str, Any]:
         path = self.folder / self.file
         try:
-            return json.loads(path.read_text()) if path.exists() else {}
-        except ValueError:
+            record = json.loads(path.read_text()) if path.exists() else {}
+            if record != {} and not isinstance(record["definition"], dict):
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}: not a record of {self.label}: remove it") from None
+        return record
 
     def write(self, **values: Any) -> None:
         text = json.dumps(self.record() | values, indent=1, ensure_ascii=False)
@@ -222,6 +232,8 @@ class Job:
         errors = [line for line in lines if line.startswith("error: ")]
         if errors:
             return errors[-1].removeprefix("error: ")
+        if shutil.disk_usage(self.folder).free < 2**20:  # not even the reason could be written
+            return f"the disk of {self.folder} is full"
         how = f"was ended by signal {-code}" if code < 0 else f"exit status {code}"
         return f"{how}, see {self.folder / 'output.txt'}" + (f": {lines[-1]}" if lines else "")
 
@@ -276,8 +288,11 @@ class Stage(Job):
                       "definition": digest(self.parent.definition()),
                       "start": as_list(self.train["start"])}
         images = self.settings.digest
-        if self.settings.dataset is None and (record := self.record()):
-            images = record["definition"]["images"]  # forgotten images are no change
+        if self.settings.dataset is None:  # forgotten images are no change
+            if record := self.record():
+                images = record["definition"]["images"]
+            elif self.parent:
+                images = self.parent.definition()["images"]
         return json.loads(json.dumps({"flags": flags, "config": config and digest(config),
                                       "images": images, "from": parent}, default=str))
 
@@ -315,6 +330,7 @@ class Stage(Job):
         """Rename the folders of a run that is not of this definition, and say why."""
         if not (why := self.changes()):
             return
+        self.ask_for_images()
         kept, n = [f for f in reversed(self.folders) if holds_files(f)], 1  # the record's last
         while any(before(f, n).exists() for f in self.folders):
             n += 1
@@ -322,8 +338,15 @@ class Stage(Job):
             folder.rename(before(folder, n))
         say(f"{self.label}: {why}: its run is kept as {show(before(kept[-1], n), self)} and "
             "trained again")
-        os.close(self.descriptor)  # the lock has gone with the folder
+        descriptor, self.descriptor = self.descriptor, None
+        os.close(descriptor)  # the lock has gone with the folder
         self.descriptor = self.lock()
+
+    def ask_for_images(self) -> None:
+        """UserError when the images that the run was begun on are not named in this call."""
+        if (images := self.definition()["images"]) != self.settings.digest:
+            raise UserError(f"was begun on {images}, and --dataset is missing: name them again "
+                            "(make: DATASET=...)")
 
     def changes(self) -> str:
         """What differs between the run in the folders and the definition; "" if nothing does."""
@@ -358,9 +381,10 @@ class Stage(Job):
             if set(begun) & set(resume):  # one flag for both
                 start, resume = ([], resume) if self.found() else (start, [])
         dataset = self.settings.dataset
-        if (images := self.definition()["images"]) != self.settings.digest:
-            raise UserError(f"was begun on {images}, and --dataset is missing: name them again "
-                            "(make: DATASET=...)")
+        self.ask_for_images()
+        config = self.flags.get("config")
+        if config and digest(runs.read_yaml(self.home / config)) != self.definition()["config"]:
+            raise UserError(f"{config} was changed while this call runs: call again")
         flags = {key: self.fill(value, self.settings) for key, value in self.flags.items()}
         self.seconds = self.seconds_written = self.record().get("seconds", 0)
         self.write(definition=self.definition(), done=False, seconds=self.seconds)
@@ -487,7 +511,8 @@ def before(folder: Path, n: int) -> Path:
 
 
 def holds_files(folder: Path) -> bool:
-    return folder.is_dir() and any(path.name != "lock" for path in folder.iterdir())
+    return folder.is_dir() and any(
+        path.name != "lock" and not path.name.startswith(".") for path in folder.iterdir())
 
 
 def digest(value: Any) -> str:

@@ -35,6 +35,7 @@ class Plan:
         self.settings = settings
         self.files: dict[str, dict[str, Any]] = {}
         self.stages: dict[tuple[str, str], Stage] = {}
+        self.made: dict[tuple[str, str], Curve] = {}
         self.jobs: list[Job] = []
         have = sorted(path.parent.name for path in settings.root.glob("*/weights.yaml"))
         if not (targets or have):
@@ -65,7 +66,9 @@ class Plan:
             order = list(content["stages"])
             for stage in sorted(files.values(), key=lambda stage: order.index(stage.name)):
                 jobs += [job for job in chain(stage) if job not in jobs]
-            jobs.append(Curve(self.settings, paper, curve, content, files))
+            if (paper, curve) not in self.made:
+                self.made[paper, curve] = Curve(self.settings, paper, curve, content, files)
+            jobs.append(self.made[paper, curve])
         return jobs
 
     def stage(self, paper: str, name: str, below: tuple[tuple[str, str], ...] = ()) -> Stage:
@@ -125,6 +128,8 @@ def run(plan: Plan, slots: int) -> None:
         say(f"{job.label} failed: {why}")
 
     for job in plan.jobs:
+        if isinstance(job, Stage):
+            job.definition()  # as the files are now: a later change of them is named, not mixed in
         if isinstance(job, Stage) and job.changes():
             try:
                 job.descriptor = job.lock()
@@ -140,6 +145,7 @@ def run(plan: Plan, slots: int) -> None:
     bar = Bar() if slots == 1 and sys.stderr.isatty() else None
     try:
         while waiting or running:
+            before = len(waiting), len(running)
             for job in list(waiting):
                 if missing := [need for need in job.needs if need in failed]:
                     waiting.remove(job)
@@ -157,6 +163,12 @@ def run(plan: Plan, slots: int) -> None:
                 except (UserError, OSError) as e:
                     running.remove(job)
                     fail(job, e)
+            if waiting and before == (len(waiting), 0) and not running:  # a need was taken away
+                for job in list(waiting):
+                    need = next((n for n in job.needs if not n.done()), job.needs[0])
+                    waiting.remove(job)
+                    fail(job, UserError(f"{need.label}, which it needs, was changed or removed "
+                                        "meanwhile: call again"))
             if bar:
                 bar.update(running)
             time.sleep(0.1)

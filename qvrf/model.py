@@ -86,7 +86,7 @@ class QVRF(CompressionModel):
         if model != "balle":
             self.context_prediction = CausalConv(M, 2 * M, kernel_size=5, padding=2)
             self.exact_parts = ("h_s", "context_prediction", "entropy_parameters")
-        self.entropy_bottleneck = entropy.EntropyBottleneck(N)
+        self.entropy_bottleneck.__class__ = entropy.EntropyBottleneck  # draws no random numbers
         self.Gain = nn.Parameter(initial_gain(levels))
 
     # ------------------------------------------------------------------------------- the rate

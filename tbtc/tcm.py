@@ -156,7 +156,8 @@ class TCM(SliceCoder):
             self.add_module(f"cc_{name}_transforms", nn.ModuleList(map(net, supports)))
         self.lrp_transforms = nn.ModuleList(net(s + M // SLICES) for s in supports)
         self.tanh = nn.Tanh()
-        replace_shortcuts(self)
+        with torch.random.fork_rng(devices=[]):  # the layers below start as they always did
+            replace_shortcuts(self)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)

@@ -90,7 +90,8 @@ def test_a_training_step_can_be_recorded(paper, options):
     more = {"qvrf": (3,), "convnextic": (torch.full((1,), 0.01),)}.get(paper, ())
     if options.get("variant") in ("v0_ln", "v1_patch", "v2_stride2", "v3_scctx"):
         more = (None,)
-    x = torch.rand(1, 3, 64, 64)
+    side = 128 if paper == "convnextic" else 64  # kernels without padding
+    x = torch.rand(1, 3, side, side)
     criterion = RateDistortionLoss(0.01)
     for turn in range(2):  # the first may prepare masks and tables
         with Transfers() as transfers:

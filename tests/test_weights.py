@@ -282,6 +282,58 @@ def test_forgotten_images_are_asked_for(root, make, tmp_path):
     assert "fake 0.013: done" in "\n".join(make("fake/small", "--dataset", tmp_path))
 
 
+def test_forgotten_images_do_not_become_others(root, make, tmp_path):
+    """Neither for a stage that was not begun nor for one whose definition has changed."""
+    tiles = tmp_path / "tiles"
+    tiles.mkdir()
+    Image.new("RGB", (64, 64)).save(tiles / "a.png")
+    make("--dataset", tiles)
+    home = root / "fake" / "ckpts" / "weights"
+    shutil.rmtree(home / "35")
+    assert "fake 0.0035 failed: was begun on 1 images" in "\n".join(make(status=2))
+    make("--dataset", tiles)
+    change(root, "lr: 0.001,", "lr: 0.002,")
+    for _ in range(2):
+        assert "fake 0.013 failed: was begun on 1 images" in "\n".join(make(status=2))
+    assert not list(home.glob("*.before-1"))
+
+
+@pytest.mark.parametrize("text", ['{"done": true}', "[]", "3", "no JSON"])
+def test_what_is_no_record(text, root, make):
+    make()
+    path = root / "fake" / "ckpts" / "weights" / "13" / "stage.json"
+    path.write_text(text)
+    assert any("stage.json: not a record of fake 0.013: remove it" in line
+               for line in make(status=2))
+
+
+def test_a_stage_removed_while_others_wait(root, make, monkeypatch):
+    """The runner says so and ends, instead of waiting for ever."""
+    ended = stages.Stage.end
+
+    def end(stage):
+        if stage.name == "0.0035" and stage.done():
+            shutil.rmtree(root / "fake" / "ckpts" / "weights" / "13", ignore_errors=True)
+        return ended(stage)
+
+    monkeypatch.setattr(stages.Stage, "end", end)
+    assert any("was changed or removed meanwhile: call again" in line for line in make(status=2))
+
+
+def test_config_changed_between_stages(root, make, monkeypatch):
+    change(root, "lr: 0.0005,", "lr: 0.0005, config: small.yaml,")
+    (root / "fake" / "small.yaml").write_text("N: 8\n")
+    ended = stages.Stage.end
+
+    def end(stage):
+        (root / "fake" / "small.yaml").write_text("N: 9\n")
+        return ended(stage)
+
+    monkeypatch.setattr(stages.Stage, "end", end)
+    lines = make(status=2)
+    assert any("small.yaml was changed while this call runs: call again" in line for line in lines)
+
+
 def test_run_without_a_record_is_not_continued(root, make):
     folder = root / "fake" / "logs" / "weights" / "13"
     folder.mkdir(parents=True)
@@ -381,7 +433,11 @@ def test_stage_of_another_process(root, make, monkeypatch):
     ('from: "0.013"', 'from: nowhere/0.14', "nowhere"),
     ('from: "0.013"', 'from: "0.0035"', "starts from itself"),
     ('small-0.013.pth: "0.013"', 'small-0.013.pth: "0.13"', "there is no stage 0.13"),
-    ("resume: [--resume]", "resume: 3", "train: resume: 3")])
+    ("resume: [--resume]", "resume: 3", "train: resume: 3"),
+    ("steps: 30", "steps: 0", "give 1 or more"),
+    ("checkpoint: epoch_*.pth\n", "checkpoint: /epoch_*.pth\n", "below the paper's folder"),
+    ('small-0.013.pth: "0.013"', 'small-0.013.pth: ["0.013"]', "there is no stage"),
+    ('small-0.013.pth: "0.013"', '../small.pth: "0.013"', "name of a file in weights/")])
 def test_mistakes_in_the_file(old, new, words, root, make):
     change(root, old, new)
     line, = make("fake", status=2)
@@ -534,10 +590,12 @@ def test_rows_of_the_pages():
                          points) == (new, rows)
     assert pages.replace("no table", "<!-- results -->", "x", ["x", "x"], points)[0] == "no table"
     front = ("<!-- results -->\n\n| codec | steps | theirs |\n|---|\n| x (b), level 0 | 1 | 1 |\n"
-             "| x2 | 2 | 2 |\n| x, quick | 3 | 3 |\n\n<!-- end of results -->\n")
+             "| x2 | 2 | 2 |\n| x, quick | 3 | 3 |\n| x (b), quick | 4 | 4 |\n\n"
+             "<!-- end of results -->\n")
     new, _ = pages.replace(front, "<!-- results -->", "x", ["x", "x"], points)
-    assert new.splitlines()[4:8] == ["| x | 140,000 | 29.58 |", "| x | 100,000 | 32.17 |",
-                                     "| x2 | 2 | 2 |", "| x, quick | 3 | 3 |"]
+    assert new.splitlines()[4:9] == ["| x | 140,000 | 29.58 |", "| x | 100,000 | 32.17 |",
+                                     "| x2 | 2 | 2 |", "| x, quick | 3 | 3 |",
+                                     "| x (b), quick | 4 | 4 |"]
 
 
 def test_publish_writes_what_the_pages_give(tmp_path, capsys):
