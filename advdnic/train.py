@@ -140,6 +140,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"nothing to do: this run has its {args.epochs} epochs (--epochs)")
 
     def train_step(x: Tensor) -> dict[str, Tensor]:
+        """One optimisation step on a batch; returns the scalars to log."""
         with runs.autocast(device, args.precision):
             output = net(x)
         losses = criterion(output, x)  # of the reconstruction as it is, not clipped

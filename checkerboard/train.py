@@ -111,6 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"nothing to do: this run has its {args.epoch} epochs already (--epoch for more)")
 
     def train_step(x: Tensor) -> dict[str, Tensor]:
+        """One optimisation step on a batch; returns the scalars to log."""
         with runs.autocast(device, args.precision):
             output = net(x)
         losses = criterion(output, x)

@@ -166,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"nothing to do: this run has its {args.epochs} epochs already (--epochs)")
 
     def train_step(x: Tensor, lmbda: Tensor | None) -> dict[str, Tensor]:
+        """One optimisation step on a batch; returns the scalars to log."""
         with runs.autocast(device, args.precision):
             output = net(x, lmbda)
         # each sample's lmbda weighs its own distortion

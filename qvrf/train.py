@@ -207,6 +207,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                   flush=True)
 
     def train_step(x: Tensor, s: int) -> dict[str, Tensor]:
+        """One optimisation step on a batch; returns the scalars to log."""
         with runs.autocast(device, args.precision):
             output = net(x, s, 1.0 if args.stage == 1 else None, ste)
         losses = criteria[0 if args.lmbda else s](output, x)
