@@ -717,7 +717,7 @@ class Log:
         if self.active:
             self.bar.update()
             if step % every == 0:
-                values = {k: float(v) for k, v in values.items()}
+                values = {k: v.item() if isinstance(v, Tensor) else v for k, v in values.items()}
                 bad = [k for k, v in values.items() if not math.isfinite(v)]
                 if bad:
                     raise UserError(f"{', '.join(bad)} not finite at step {step}; the newest "
