@@ -57,10 +57,10 @@ ablate-convnextic: $(STAMP)
 	cd convnextic && ../$(PY) ablate.py
 
 bench: $(STAMP)
-	$(PY) -m common.bench $(PAPERS)
+	$(PY) -m common.evaluation.bench $(PAPERS)
 
 compare: $(STAMP)
-	$(PY) -m common.compare --results $(wildcard */results/small.json) --plot rd.png
+	$(PY) -m common.evaluation.compare --results $(wildcard */results/small.json) --plot rd.png
 
 # --resume takes up a run that was interrupted; --reproduce codes Kodak with the weights just trained
 # and with the bundled ones, and prints both beside the published numbers.
@@ -70,7 +70,7 @@ $(PAPERS:%=reproduce-%): reproduce-%: $(STAMP)
 	cd $* && ../$(PY) eval.py --reproduce --config $(CONFIG)
 
 # What is long runs at the lowest priority.
-WEIGHTS = $(PY) -m common.weights $(if $(DATASET),--dataset "$(DATASET)") \
+WEIGHTS = $(PY) -m common.recipes.weights $(if $(DATASET),--dataset "$(DATASET)") \
     $(if $(THREADS),--threads $(THREADS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(SHORT),--short)
 
 weights: $(STAMP)

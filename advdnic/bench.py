@@ -1,6 +1,6 @@
 """Seconds of the ten at N = 128: part of `make bench`.
 
-    python -m common.bench advdnic
+    python -m common.evaluation.bench advdnic
 
 Coding of a 512x768 image, by part for the contexts; variant3_old's waves beside CompressAI's joint
 model, which decodes position by position; a training step in bf16 beside float32. Weights are
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import statistics
 
-from common import bench, data, entropy
+from common import data
+from common.coding import entropy
+from common.evaluation import bench
 
 import torch
 from compressai.models import JointAutoregressiveHierarchicalPriors

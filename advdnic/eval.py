@@ -15,7 +15,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common import UserError, compare, data, evaluate, metrics, runs
+from common import UserError, cli, data, processes
+from common.complexity import complexity_of_parts
+from common.evaluation import compare, evaluate
+from common.evaluation.results import merge_points
 
 from advdnic.main import last_checkpoint
 from advdnic.model import EXPERIMENTS, TAG, build, load
@@ -24,7 +27,7 @@ HERE = Path(__file__).parent
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = runs.Parser(description="Code images for real and measure rate and distortion.")
+    parser = cli.Parser(description="Code images for real and measure rate and distortion.")
     add = parser.add_argument_group("what to code, with which weights").add_argument
     add("--model-dir", type=Path, nargs="+", help="of train.py: their last checkpoints")
     add("--experiment", choices=EXPERIMENTS, help="of the bundled weights; none: all")
@@ -35,10 +38,10 @@ def flags() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
-    device = runs.start(args.device, threads=args.threads)
-    entropy_device = runs.usable(args.entropy_device)
+    device = processes.start(args.device, threads=args.threads)
+    entropy_device = processes.parse_device(args.entropy_device)
     if args.complexity:
-        complexity()
+        print_complexity()
         return
     images = data.list_images(args.dataset or data.KODAK)
     curves = []
@@ -47,12 +50,12 @@ def main(argv: list[str] | None = None) -> None:
         for checkpoint in checkpoints:
             model = load(checkpoint, device)
             model.entropy_device = entropy_device
-            out = evaluate.folder_of(args.outdir, name, checkpoint)
+            out = evaluate.output_folder(args.outdir, name, checkpoint)
             points.append(evaluate.evaluate(model, images, TAG, name, str(checkpoint.name), out,
                                             args.test_batch_size,
                                             {"experiment": model.experiment}))
-        curves.append(evaluate.merge(points))
-    if runs.rank() == 0:
+        curves.append(merge_points(points))
+    if processes.rank() == 0:
         compare.report(curves, HERE / "results" / "published.json", images, Path(args.resultdir),
                        "advDNIC")
 
@@ -76,7 +79,7 @@ def find(args: argparse.Namespace) -> dict[str, list[Path]]:
     if args.reproduce:
         if not args.config:
             raise UserError("--reproduce needs --config, the file that the run was trained with")
-        folder = Path(runs.read_yaml(args.config).get("model_dir", "experiments/base_model"))
+        folder = Path(cli.read_yaml(args.config).get("model_dir", "experiments/base_model"))
         return {args.config.stem: [last_checkpoint(folder)], **bundled}
     if not bundled:
         raise UserError(f"no bundled weights of {args.experiment or 'any experiment'}; name a "
@@ -84,13 +87,13 @@ def find(args: argparse.Namespace) -> dict[str, list[Path]]:
     return bundled
 
 
-def complexity(num_filters: int = 128) -> None:
+def print_complexity(num_filters: int = 128) -> None:
     """Parameters and multiply-accumulates of the ten for one 768x512 image."""
     print(f"one 768x512 image, N = {num_filters}; GMACs of convolutions as they are computed, of "
           "GDN and of attention")
     print(f"{'':14s}{'parameters':>11s}{'encoder':>9s}{'decoder':>9s}{'of it context':>15s}")
     for experiment in EXPERIMENTS:
-        found = metrics.complexity_of_parts(build(experiment, num_filters))
+        found = complexity_of_parts(build(experiment, num_filters))
         macs = {name: sum(part[f"macs_{kind}"] for kind in ("true", "gdn", "masked", "products"))
                 for name, part in found.items()}
         context = sum(macs.get(part, 0) for part in ("context_model", "entropy_parameters"))
@@ -104,4 +107,4 @@ def complexity(num_filters: int = 128) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

@@ -16,7 +16,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from common import UserError, bitstream, data, evaluate, metrics, runs
+from common import UserError, cli, data, metrics, processes
+from common.coding import bitstream, image_file
+from common.evaluation import evaluate
+from common.evaluation.results import image_names, image_record
+from common.files import read_file, write_atomic
+from common.training.checkpoints import epoch_checkpoints
 
 import torch
 from torch import Tensor
@@ -30,7 +35,7 @@ COLUMNS = ("image", "bytes", "actual bpp", "information bpp", "mse", "psnr", "ms
 
 
 def parser_of() -> argparse.ArgumentParser:
-    parser = runs.Parser(description="Train an experiment, code images with it.")
+    parser = cli.Parser(description="Train an experiment, code images with it.")
     parser.add_argument("--name", help="of the run, in its log")
     parser.add_argument("--verbose", "-V", action="store_true", help="print what is measured")
     parser.add_argument("--model-dir", type=Path, help="of params.json and checkpoints")
@@ -54,7 +59,7 @@ def parser_of() -> argparse.ArgumentParser:
     bench.add_argument("--outdir", type=Path, help="none: MODEL_DIR/benchmark")
     for command in (*(commands.choices[c] for c in ("compress", "decompress")), bench):
         command.add_argument("--device", default="auto", help="auto, cpu or cuda")
-        command.add_argument("--threads", type=runs.threads, default=0, help="CPU threads; 0: all")
+        command.add_argument("--threads", type=cli.threads, default=0, help="CPU threads; 0: all")
     return parser
 
 
@@ -67,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "train":
         train.run(args)
         return
-    device = runs.start(args.device, threads=args.threads)
+    device = processes.start(args.device, threads=args.threads)
     model = newest(args.model_dir, device)
     {"compress": compress, "decompress": decompress, "benchmark": benchmark}[args.command](
         model, args)
@@ -91,7 +96,7 @@ def newest(folder: Path, device: torch.device) -> Experiment:
 
 
 def last_checkpoint(folder: Path) -> Path:
-    found = [*folder.glob("latest.pth"), *runs.epochs(folder)]
+    found = [*folder.glob("latest.pth"), *epoch_checkpoints(folder)]
     if not found:
         raise UserError(f"{folder}: holds no checkpoint; train here first")
     return max(found, key=lambda path: path.stat().st_mtime_ns)
@@ -107,9 +112,9 @@ def compress(model: Experiment, args: argparse.Namespace) -> None:
                                 *([plot] if args.verbose or args.plot else [])])
     image = data.read_image(args.input_file)
     x = data.to_float(image.to(next(model.parameters()).device))
-    coded = model.compress(evaluate.pad(x[None], model.downsampling_factor))
-    file, = evaluate.pack_images(coded, x.shape[1:], TAG, bitstream.fingerprint(model))
-    runs.write_atomic(output, file)
+    coded = model.compress(image_file.pad(x[None], model.downsampling_factor))
+    file, = image_file.pack_images(coded, x.shape[1:], TAG, bitstream.fingerprint(model))
+    write_atomic(output, file)
     print(f"{output}: {len(file)} bytes, {metrics.bpp(len(file), *x.shape[1:]):.4f} bpp")
     if not args.verbose and not args.plot:
         return
@@ -117,7 +122,7 @@ def compress(model: Experiment, args: argparse.Namespace) -> None:
     if args.verbose:
         text = report(measures(image, inner, len(file)))
         print(text)
-        runs.write_atomic(text_file, f"{text}\n".encode())
+        write_atomic(text_file, f"{text}\n".encode())
         bits = inner["y_bits"].sum((1, 2)).tolist()
         print("bits of y's channels, the most first: " + ", ".join(
             f"{k}: {bits[k]:.0f}" for k in sorted(range(len(bits)), key=lambda k: -bits[k])))
@@ -125,10 +130,10 @@ def compress(model: Experiment, args: argparse.Namespace) -> None:
 
 
 def decompress(model: Experiment, args: argparse.Namespace) -> None:
-    file = bitstream.read(args.input_file)
+    file = read_file(args.input_file)
     output = args.output_file or args.input_file.with_name(f"{args.input_file.name}.png")
     protect([args.input_file], [output])
-    data.write_image(evaluate.decode_image(model, file, TAG), output)
+    data.write_image(image_file.decode_image(model, file, TAG), output)
     print(f"{output}: decoded from {args.input_file}")
 
 
@@ -151,7 +156,7 @@ def looked_at(model: Experiment, coded: dict[str, Any], size: tuple[int, int]) -
     z_bits = -model.entropy_bottleneck(coded["z"])[1].double().log2()
     inner = {name: coded[name][0].cpu() for name in ("y", "z", "y_hat", "scales", "means")}
     return inner | {
-        "x_hat": evaluate.crop(model.decoded(coded["y_hat"]), size)[0].cpu(),
+        "x_hat": image_file.crop(model.decoded(coded["y_hat"]), size)[0].cpu(),
         "y_bits": y_bits[0].cpu(), "z_bits": z_bits[0].cpu(), "floor": model.scales_min,
         "bpp": float((y_bits.sum() + z_bits.sum()) / (size[0] * size[1]))}
 
@@ -159,7 +164,7 @@ def looked_at(model: Experiment, coded: dict[str, Any], size: tuple[int, int]) -
 def measures(image: Tensor, inner: dict[str, Any], size: int) -> dict[str, Any]:
     """Of a uint8 image (3, H, W) and what `looked_at` found in its file of `size` bytes."""
     decoded = data.to_uint8(inner["x_hat"])
-    row = evaluate.row("", image, decoded, size)
+    row = image_record("", image, decoded, size)
     ms_ssim = row["ms-ssim-rgb"] if math.isfinite(row["ms-ssim-rgb"]) else None
     return {"bytes": size, "actual bpp": row["bpp"], "information bpp": inner["bpp"],
             "mse": float((image.double() - decoded.double()).square().mean()),
@@ -206,7 +211,7 @@ def panels(image: Tensor, inner: dict[str, Any], path: Path) -> None:
             figure.colorbar(picture, ax=axes, shrink=0.7)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=80)
-    runs.write_atomic(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue())
     print(f"{path}: ten panels")
 
 
@@ -215,30 +220,30 @@ def benchmark(model: Experiment, args: argparse.Namespace) -> None:
     """Code each image, decode it, compare; a CSV of a row an image, and of their mean."""
     paths = data.list_images(args.data_dir or data.KODAK)
     folder = args.outdir or args.model_dir / "benchmark"
-    names = evaluate.image_names(paths)
+    names = image_names(paths)
     protect(paths, [folder / f"{name}.{end}" for name in names.values()
                     for end in ("ncf", "txt", "png")])
     fingerprint, rows = bitstream.fingerprint(model), []
     device = next(model.parameters()).device
 
     def encode(x: Tensor) -> tuple[dict[str, Any], bytes]:
-        coded = model.compress(evaluate.pad(x[None], model.downsampling_factor))
-        return coded, evaluate.pack_images(coded, x.shape[1:], TAG, fingerprint)[0]
+        coded = model.compress(image_file.pad(x[None], model.downsampling_factor))
+        return coded, image_file.pack_images(coded, x.shape[1:], TAG, fingerprint)[0]
 
     for i, (path, name) in enumerate(names.items()):
         image = data.read_image(path)
         x = data.to_float(image.to(device))
         if i == 0:  # the first pass of a process is slower
             encode(x)
-        (coded, file), encoding = evaluate.timed(lambda x=x: encode(x), device)
-        runs.write_atomic(folder / f"{name}.ncf", file)
+        (coded, file), encoding = evaluate.time_call(lambda x=x: encode(x), device)
+        write_atomic(folder / f"{name}.ncf", file)
         inner = looked_at(model, coded, x.shape[1:])
         row = {"image": name, **measures(image, inner, len(file)), "encoding seconds": encoding}
-        runs.write_atomic(folder / f"{name}.txt", f"{report(row)}\n".encode())
+        write_atomic(folder / f"{name}.txt", f"{report(row)}\n".encode())
         if args.decode:
-            file = bitstream.read(folder / f"{name}.ncf")
-            x_hat, row["decoding seconds"] = evaluate.timed(
-                lambda file=file: evaluate.decode_image(model, file, TAG, fingerprint), device)
+            file = read_file(folder / f"{name}.ncf")
+            x_hat, row["decoding seconds"] = evaluate.time_call(
+                lambda file=file: image_file.decode_image(model, file, TAG, fingerprint), device)
             if not torch.allclose(x_hat.cpu(), inner["x_hat"], atol=1e-4):
                 raise UserError(f"{path}: its file decodes to another image than the encoder's")
             data.write_image(x_hat, folder / f"{name}.png")
@@ -252,11 +257,11 @@ def benchmark(model: Experiment, args: argparse.Namespace) -> None:
     writer.writeheader()
     writer.writerows([{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
                       for row in rows])
-    runs.write_atomic(folder / "compression_metrics.csv", text.getvalue().encode())
+    write_atomic(folder / "compression_metrics.csv", text.getvalue().encode())
     mean = rows[-1]
     print(f"{len(paths)} images: {mean['actual bpp']:.4f} bpp, {mean['psnr']:.2f} dB; "
           f"{folder / 'compression_metrics.csv'}")
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

@@ -15,9 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import UserError, entropy, exact, runs
-from common.context import CausalConv, Context, wavefront
-from common.tiles import LIMIT, tiled
+from common import UserError
+from common.coding import entropy, exact
+from common.coding.context import CausalConv, Context, wavefront
+from common.coding.model_file import load_model
+from common.coding.tiles import LIMIT, tiled
 
 import torch
 from compressai.entropy_models import GaussianConditional
@@ -303,7 +305,7 @@ def build(experiment: str = "base", num_filters: int = 128, **options: Any) -> E
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Experiment:
     """A model from a checkpoint, ready to code."""
-    model = runs.load_model(path, Experiment, device)
+    model = load_model(path, Experiment, device)
     if model.prior == "context":  # a few positions at a time: nothing for a GPU
         model.entropy_device = torch.device("cpu")
     return model

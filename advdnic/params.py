@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import UserError, runs
+from common import UserError
+from common.files import write_atomic
 
 from advdnic.model import EXPERIMENTS
 
@@ -54,7 +55,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def write(folder: Path, values: dict[str, Any]) -> None:
-    runs.write_atomic(folder / NAME, (json.dumps(values, indent=1) + "\n").encode())
+    write_atomic(folder / NAME, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def checked(values: dict[str, Any], where: str) -> dict[str, Any]:

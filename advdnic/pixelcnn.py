@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from common import exact
+from common.coding import exact
 
 import torch
 import torch.nn.functional as F

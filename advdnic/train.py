@@ -19,8 +19,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import UserError, data, graphs, runs
+from common import UserError, cli, data, processes
+from common.coding.model_file import load_checkpoint
 from common.loss import RateDistortionLoss, check_size
+from common.training import cuda_graph
+from common.training.checkpoints import Checkpoints, epoch_checkpoints, load_weights
+from common.training.log import Log
+from common.training.network import autocast, prepare_network
+from common.training.optimizers import check_finite, learning_rate, main_parameters, make_optimizers
+from common.training.run import add_training_flags
 
 import torch
 from torch import Tensor
@@ -40,15 +47,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the source's flags").add_argument
     add("--train-data-dir", "--dataset", help="folder of images, tar shards; none: bundled")
     add("--eval-data-dir", help="folder of images; none: Kodak")
-    add("--batchsize", type=runs.positive_int, default=4, help="over all processes")
-    add("--num-parallel-calls", type=runs.count, default=4, help="data loader processes")
-    add("--epochs", type=runs.positive_int, default=1000, help="passes over the images")
-    add("--steps", type=runs.positive_int, help="in place of --epochs; ends with an epoch")
-    add("--save-summary-steps", type=runs.positive_int, default=100, help="between log entries")
-    add("--random-seed", type=runs.seed_number, help="none: a new one each time")
+    add("--batchsize", type=cli.positive_int, default=4, help="over all processes")
+    add("--num-parallel-calls", type=cli.count, default=4, help="data loader processes")
+    add("--epochs", type=cli.positive_int, default=1000, help="passes over the images")
+    add("--steps", type=cli.positive_int, help="in place of --epochs; ends with an epoch")
+    add("--save-summary-steps", type=cli.positive_int, default=100, help="between log entries")
+    add("--random-seed", type=cli.seed_number, help="none: a new one each time")
     add("--allow-growth", type=params.boolean, default=True, help="without effect: memory grows")
     add("--xla", type=params.boolean, default=False, help="true: torch.compile")
-    add("--save-profiling-steps", type=runs.count, default=0, help="steps between traces; 0: none")
+    add("--save-profiling-steps", type=cli.count, default=0, help="steps between traces; 0: none")
     add("--log-verbosity", choices=["DEBUG", "ERROR", "FATAL", "INFO", "WARN"], default="INFO",
         help="INFO, DEBUG: progress on the terminal")
     add = parser.add_argument_group("keys of params.json").add_argument
@@ -58,18 +65,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         kind = params.boolean if isinstance(value, bool) else type(value)
         names = [f"--{key}"] if key != "lmbda" else ["--lmbda", "--lambda"]
         add(*names, type=kind, choices=params.CHOICES.get(key), help=f"none: {value}, or as there")
-    runs.add_flags(parser, lr_schedule="constant", without=(
+    add_training_flags(parser, lr_schedule="constant", without=(
         "--optimizer", "--aux-lr", "--lr-schedule", "--milestones", "--clip-max-norm",
         "--patch-size", "--flip", "--save-every", "--seed", "--compile", "--config"))
     parser.add_argument("--init-ckpt", "--init_ckpt", help="start a new run from these weights")
-    parser.add_argument("--eval-patchsize", type=runs.positive_int,
+    parser.add_argument("--eval-patchsize", type=cli.positive_int,
                         help="central crops to validate with; none: whole images")
-    parser.add_argument("--check-time", type=runs.minutes, default=10,
+    parser.add_argument("--check-time", type=cli.minutes, default=10,
                         help="minutes between saves within an epoch")
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = runs.Parser(description="Train one of the ten experiments.")
+    parser = cli.Parser(description="Train one of the ten experiments.")
     parser.add_argument("--config", help="YAML file of flags; the command line wins over it")
     parser.add_argument("--model-dir", type=Path, default=Path("experiments/base_model"))
     parser.add_argument("--name", help="of the run, in its log")
@@ -81,16 +88,16 @@ def flags() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    run(runs.parse(flags(), argv))
+    run(cli.parse(flags(), argv))
 
 
 def run(args: argparse.Namespace) -> None:
     settle_params(args)
     quiet = args.log_verbosity in ("ERROR", "FATAL", "WARN")
-    device = runs.start(args.device, threads=args.threads)
+    device = processes.start(args.device, threads=args.threads)
     folder = args.model_dir
     args.random_seed = seed_of(args)
-    torch.manual_seed(args.random_seed + runs.rank())
+    torch.manual_seed(args.random_seed + processes.rank())
 
     # data
     items = data.find_items(args.train_data_dir)
@@ -100,17 +107,17 @@ def run(args: argparse.Namespace) -> None:
     args.epochs = math.ceil(args.steps / per_epoch) if args.steps else args.epochs
     images = validation_images(args)
     check_size(args.metric, (args.patchsize, args.patchsize))
-    batch = runs.share(args.batchsize)
+    batch = processes.per_process_batch(args.batchsize)
 
     # model, optimisers, schedules
     model = build(**{key: getattr(args, key) for key in MODEL})
     if args.init_ckpt:  # a checkpoint to resume from replaces them
-        runs.load_weights(model, args.init_ckpt)
+        load_weights(model, args.init_ckpt)
     model = model.to(device, memory_format=torch.channels_last)
     if args.patchsize % model.downsampling_factor:
         raise UserError(f"--patchsize {args.patchsize}: give a multiple of "
                         f"{model.downsampling_factor}")
-    net = runs.parallel(model, args.xla)
+    net = prepare_network(model, args.xla)
     optimizer, aux_optimizer = optimizers(model, args)
     schedulers = [schedule(o, kind, per_epoch, args.epochs * per_epoch)
                   for o, kind in ((optimizer, args.main_opt_lr_decay_type),
@@ -118,30 +125,30 @@ def run(args: argparse.Namespace) -> None:
     criterion = RateDistortionLoss(args.lmbda, args.metric)
 
     # resume
-    log = runs.Log(folder, args.epochs * per_epoch, quiet)
+    log = Log(folder, args.epochs * per_epoch, quiet)
     parts = {"model": model, "optimizer": optimizer, "aux_optimizer": aux_optimizer,
              "scheduler": schedulers[0], "aux_scheduler": schedulers[1], "log": log}
     config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
     decays = args.main_opt_lr_decay_type, args.aux_opt_lr_decay_type
     whole = ("epochs",) if "cosine" in decays else ()  # all of the schedule depends on it
-    checkpoints = runs.Checkpoints(folder, parts, config, (*SAME_RUN, *whole),
+    checkpoints = Checkpoints(folder, parts, config, (*SAME_RUN, *whole),
                                    "another --model-dir")
     state = checkpoints.begin(args.resume, None)
     step, best = state.get("step", 0), state.get("best", math.inf)
-    if not state and runs.rank() == 0:
+    if not state and processes.rank() == 0:
         params.write(folder, {key: getattr(args, key) for key in params.DEFAULTS})
     log.begin(step)
-    if runs.rank() == 0 and not quiet:
+    if processes.rank() == 0 and not quiet:
         name = f"{args.name}: " if args.name else ""
         print(f"{name}{args.experiment}, {len(items)} training images"
               f"{'' if args.train_data_dir else ' (bundled photographs)'}, {per_epoch} steps an "
-              f"epoch, on {runs.describe(device)}, to {folder}", flush=True)
+              f"epoch, on {processes.describe_hardware(device)}, to {folder}", flush=True)
         if step >= args.epochs * per_epoch:
             print(f"nothing to do: this run has its {args.epochs} epochs (--epochs)")
 
     def train_step(x: Tensor) -> dict[str, Tensor]:
         """One optimisation step on a batch; returns the scalars to log."""
-        with runs.autocast(device, args.precision):
+        with autocast(device, args.precision):
             output = net(x)
         losses = criterion(output, x)  # of the reconstruction as it is, not clipped
 
@@ -149,25 +156,25 @@ def run(args: argparse.Namespace) -> None:
         aux_optimizer.zero_grad()
         losses["loss"].backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(
-            runs.main_parameters(model).values(), args.clip_norm or math.inf)
-        runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
+            main_parameters(model).values(), args.clip_norm or math.inf)
+        check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
         optimizer.step()
         aux_loss = model.aux_loss()
         aux_loss.backward()
         aux_optimizer.step()
         return {**losses, "aux": aux_loss, "grad_norm": grad_norm}
 
-    recorded_step = graphs.Recorded(train_step, optimizer, aux_optimizer,
+    recorded_step = cuda_graph.Recorded(train_step, optimizer, aux_optimizer,
                                     enabled=args.graph and not args.save_profiling_steps)
     saved = time.monotonic()
     for epoch in range(step // per_epoch, args.epochs):
         model.train()
         last_step = (epoch + 1) * per_epoch
-        for x in data.loader(crops, step, last_step, batch, runs.rank(), runs.world(),
+        for x in data.loader(crops, step, last_step, batch, processes.rank(), processes.world(),
                              args.num_parallel_calls):
             x = data.to_float(x.to(device, non_blocking=True))
             x = x.contiguous(memory_format=torch.channels_last)
-            rate = runs.learning_rate(optimizer)
+            rate = learning_rate(optimizer)
             with profile(args, step, folder):
                 values = recorded_step(x)
             for scheduler in schedulers:
@@ -176,7 +183,7 @@ def run(args: argparse.Namespace) -> None:
             step += 1
             log.step(step, {**values, "lr": rate}, args.save_summary_steps)
             due = step % 20 == 0 and time.monotonic() - saved > 60 * args.check_time
-            if step < last_step and runs.agree(due):
+            if step < last_step and processes.broadcast_flag(due):
                 checkpoints.save(LATEST, epoch, step, best=best)
                 saved = time.monotonic()
 
@@ -192,8 +199,8 @@ def run(args: argparse.Namespace) -> None:
                      f"psnr {found['psnr']:.2f}")
             best = min(best, found["loss"])
         checkpoints.save(f"epoch_{epoch}.pth", epoch, step, best=best, test=found)
-        if runs.rank() == 0:
-            for old in [*runs.epochs(folder)[:-KEPT], folder / LATEST]:
+        if processes.rank() == 0:
+            for old in [*epoch_checkpoints(folder)[:-KEPT], folder / LATEST]:
                 old.unlink(missing_ok=True)
         saved = time.monotonic()
         log.line(line)
@@ -218,7 +225,7 @@ def settle_params(args: argparse.Namespace) -> None:
         setattr(args, key, value)
     taken = [f"{key} {value}" for key, value in (before or {}).items()
              if value != params.DEFAULTS[key] and key not in given]
-    if taken and runs.rank() == 0 and args.log_verbosity in ("INFO", "DEBUG"):
+    if taken and processes.rank() == 0 and args.log_verbosity in ("INFO", "DEBUG"):
         print(f"{there}: {', '.join(taken)}")
 
 
@@ -226,12 +233,12 @@ def seed_of(args: argparse.Namespace) -> int:
     """--random-seed; or that of the run to resume; or a new one, the same in all processes."""
     if args.random_seed is not None:
         return args.random_seed
-    found = sorted([*args.model_dir.glob(LATEST), *runs.epochs(args.model_dir)],
+    found = sorted([*args.model_dir.glob(LATEST), *epoch_checkpoints(args.model_dir)],
                    key=lambda path: path.stat().st_mtime_ns)
     if args.resume and found:
-        return int(runs.load_checkpoint(found[-1]).get("config", {}).get("random_seed", 0))
+        return int(load_checkpoint(found[-1]).get("config", {}).get("random_seed", 0))
     seed = [secrets.randbits(31)]
-    if runs.world() > 1:
+    if processes.world() > 1:
         torch.distributed.broadcast_object_list(seed)
     return seed[0]
 
@@ -239,9 +246,9 @@ def seed_of(args: argparse.Namespace) -> int:
 def optimizers(model: Experiment, args: argparse.Namespace) -> tuple[Any, Any]:
     """(main, aux): everything but the quantiles, and the quantiles."""
     if args.main_optimizer == "muon":
-        return runs.optimizers(model, "muon", args.base_learning_rate, args.aux_learning_rate)
+        return make_optimizers(model, "muon", args.base_learning_rate, args.aux_learning_rate)
     aux = [p for n, p in model.named_parameters() if n.endswith("quantiles")]
-    return (optimizer_of(args.main_optimizer, runs.main_parameters(model).values(),
+    return (optimizer_of(args.main_optimizer, main_parameters(model).values(),
                          args.base_learning_rate, args.weight_decay),
             optimizer_of(args.aux_optimizer, aux, args.aux_learning_rate, 0.0))
 
@@ -280,7 +287,7 @@ def schedule(optimizer: Any, kind: str, per_epoch: int, total: int) -> Any:
 
 def profile(args: argparse.Namespace, step: int, folder: Path) -> Any:
     """A trace of this training step in <folder>/profile, if its turn has come."""
-    if not args.save_profiling_steps or step % args.save_profiling_steps or runs.rank():
+    if not args.save_profiling_steps or step % args.save_profiling_steps or processes.rank():
         return contextlib.nullcontext()
     (folder / "profile").mkdir(parents=True, exist_ok=True)
     return torch.profiler.profile(on_trace_ready=lambda p: p.export_chrome_trace(
@@ -314,4 +321,4 @@ def validate(model: Experiment, images: list[Tensor], criterion: RateDistortionL
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from common import UserError, exact
+from common import UserError
+from common.coding import exact
 
 import torch
 import torch.nn.functional as F

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common import codec, runs
+from common import cli
+from common.coding import codec_cli
 
 from checkerboard.model import TAG, load
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, _, _ = codec.flags("Code one image file.")
-    codec.run(parser.parse_args(argv), TAG, load, Path(__file__).parent / "weights")
+    parser, _, _ = codec_cli.flags("Code one image file.")
+    codec_cli.run(parser.parse_args(argv), TAG, load, Path(__file__).parent / "weights")
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

@@ -3,7 +3,7 @@ Y. Wang, H. Qin, CVPR 2021 (arXiv:2103.15306), on the network of Minnen et al., 
 
 State-dict keys are those of joint_ar (CompressAI's JointAutoregressiveHierarchicalPriors), whose
 weights can start this model. What the decoder must recompute is exact arithmetic
-(common/context.py).
+(common/coding/context.py).
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common import entropy, exact, runs
-from common.context import Context
-from common.tiles import tiled
+from common.coding import entropy, exact
+from common.coding.context import Context
+from common.coding.model_file import load_model
+from common.coding.tiles import tiled
 
 import torch
 from compressai.entropy_models import GaussianConditional
@@ -256,4 +257,4 @@ def build(N: int = 192, M: int = 192, ckbd_forward: str = "onepass",
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Checkerboard:
     """A model from a checkpoint or a bare state dict, ready to code."""
-    return runs.load_model(path, Checkerboard, device)
+    return load_model(path, Checkerboard, device)

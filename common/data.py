@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError, runs
+from common import UserError
+from common.files import refuse_folder, write_atomic
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ def write_image(x: Tensor, path: str | Path) -> None:
     """Write (3, H, W), uint8 or float in [0, 1] (rounded to 8 bits), as an image file."""
     if x.dtype != torch.uint8:
         x = to_uint8(x)
-    runs.refuse_folder(path)
+    refuse_folder(path)
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind not in Image.SAVE:
         raise UserError(f"cannot write {path}: name an image file, as {Path(path).stem}.png")
@@ -100,7 +101,7 @@ def write_image(x: Tensor, path: str | Path) -> None:
         Image.fromarray(x.permute(1, 2, 0).cpu().contiguous().numpy()).save(buffer, kind)
     except (OSError, ValueError) as e:
         raise UserError(f"cannot write {path}: {e}") from None
-    runs.write_atomic(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue())
 
 
 def to_uint8(x: Tensor) -> Tensor:

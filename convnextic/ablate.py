@@ -16,7 +16,9 @@ import re
 import sys
 from pathlib import Path
 
-from common import UserError, evaluate, runs
+from common import UserError, cli
+from common.coding.model_file import load_checkpoint
+from common.evaluation.results import save_results
 
 from convnextic import train
 
@@ -45,11 +47,11 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else list(argv)
     extra = words[words.index("--") + 1 :] if "--" in words else []
     words = words[: words.index("--")] if "--" in words else words
-    parser = runs.Parser(description="Train and compare the rows of the ablation table.")
+    parser = cli.Parser(description="Train and compare the rows of the ablation table.")
     parser.add_argument("--config", type=Path, default=HERE / "ablation.yaml")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--name", default="ablation", help="results/<name>-<row>")
-    parser.add_argument("--seed", type=runs.seed_number, default=0)
+    parser.add_argument("--seed", type=cli.seed_number, default=0)
     parser.add_argument("--output", type=Path, help="write the table as JSON too")
     args = parser.parse_args(words)
     found = {}
@@ -61,14 +63,14 @@ def main(argv: list[str] | None = None) -> None:
         found[row] = result(name)
     print("\n" + table(found))
     if args.output:
-        evaluate.save_json(args.output, {"name": args.name, "rows": found})
+        save_results(args.output, {"name": args.name, "rows": found})
 
 
 def result(name: str) -> dict[str, float | str]:
     """What the last validation of a run found."""
     newest = sorted(Path("results", name).glob("*/snapshots/latest.pt"),
                     key=lambda path: path.stat().st_mtime_ns)[-1]
-    state = runs.load_checkpoint(newest)
+    state = load_checkpoint(newest)
     if not state.get("test"):
         raise UserError(f"{newest}: its last epoch was not validated; continue it with --resume")
     config, test = state["config"], state["test"]
@@ -107,4 +109,4 @@ def _relative(value: float, base: float | None) -> str:
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

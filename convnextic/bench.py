@@ -1,6 +1,6 @@
 """Speed at 128, 192 channels: part of `make bench`.
 
-    python -m common.bench convnextic
+    python -m common.evaluation.bench convnextic
 
 CompressAI has no such codec, so a training step is compared with its own in PyTorch's defaults
 (float32, contiguous tensors, its gradient of depthwise weights), and of coding it is printed how
@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from common import bench, data
+from common import data
+from common.evaluation import bench
 
 import torch
 from torch import nn

@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from common import UserError, bitstream, codec, data, evaluate, runs
+from common import UserError, cli, data, processes
+from common.coding import bitstream, codec_cli, image_file
+from common.files import read_file
 
 import torch
 from PIL import Image
@@ -42,12 +44,12 @@ BUNDLED = "vr"
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(sys.argv[1:] if argv is None else argv)
-    if args.command == "decode" and not bitstream.read(args.input).startswith(bitstream.MAGIC):
+    if args.command == "decode" and not read_file(args.input).startswith(bitstream.MAGIC):
         decode_source(args)
     else:
-        codec.run(args, TAG, load, WEIGHTS, partial(encode, args=args), decode)
+        codec_cli.run(args, TAG, load, WEIGHTS, partial(encode, args=args), decode)
     if args.command == "decode" and args.show:
-        Image.open(args.output or args.input.with_suffix(codec.DECODED)).show()
+        Image.open(args.output or args.input.with_suffix(codec_cli.DECODED)).show()
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -59,7 +61,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         if word in ("encode", "decode"):
             words.insert(0, words.pop(i))
             break
-    parser, encoder, decoder = codec.flags("Code one image file.", BUNDLED, "kind")
+    parser, encoder, decoder = codec_cli.flags("Code one image file.", BUNDLED, "kind")
     for command in (encoder, decoder):
         command.add_argument("--model", choices=MODELS, default=MODELS[0])
         command.add_argument("-m", "--metric", choices=METRICS, default="mse")
@@ -80,7 +82,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def side(text: str) -> int:
-    value = runs.positive_int(text)
+    value = cli.positive_int(text)
     if value % 64 or value > bitstream.MAX_SIDE:
         raise argparse.ArgumentTypeError(f"{text} is no multiple of 64 up to {bitstream.MAX_SIDE}")
     return value
@@ -101,7 +103,7 @@ def encode(model: ConvNeXTIC, x: Tensor, args: argparse.Namespace) -> tuple[byte
     if args.format == "source":
         return pack_source(model, x, rate, args.lamb, patch, quality, args.metric), note
     if not patch:
-        return evaluate.encode_image(model, x, TAG, **rate), note
+        return image_file.encode_image(model, x, TAG, **rate), note
     check_area(x, patch)
     patches, _ = cut(x, patch, "replicate")
     coded = [model.compress(p[None], **rate) for p in patches]
@@ -116,7 +118,7 @@ def decode(model: ConvNeXTIC, file: bytes) -> Tensor:
     """A file of ours, in patches or not -> x_hat (3, H, W)."""
     parts = bitstream.unpack(file, TAG)
     if len(parts.parameters) < 8:
-        return evaluate.decode_image(model, file, TAG)
+        return image_file.decode_image(model, file, TAG)
     patch = struct.unpack("<2I", parts.parameters[:8])
     rate = model.read_parameters(parts.parameters[8:])
     return decode_patches(model, parts.sections, (parts.height, parts.width), patch, rate, 0)
@@ -279,8 +281,8 @@ def unpack_source(file: bytes, variable: bool) -> SourceFile:
 
 def decode_source(args: argparse.Namespace) -> None:
     """Decode a file of the source's format: nothing in it tells the weights or the variant."""
-    device = runs.start(args.device, threads=args.threads)
-    file = bitstream.read(args.input)
+    device = processes.start(args.device, threads=args.threads)
+    file = read_file(args.input)
     if not file:
         raise UserError(f"{args.input}: is empty: encode the image again")
     path = args.checkpoint or WEIGHTS / f"small-{BUNDLED}.pth"
@@ -290,12 +292,12 @@ def decode_source(args: argparse.Namespace) -> None:
     if tuple(s // model.downsampling_factor for s in area) != parts.shape:
         raise UserError(f"{args.input}: z of {parts.shape[0]}x{parts.shape[1]} does not fit an "
                         f"image of {parts.size[1]}x{parts.size[0]} and {path}")
-    output = args.output or args.input.with_suffix(codec.DECODED)
-    codec.refuse_same(args.input, output)
+    output = args.output or args.input.with_suffix(codec_cli.DECODED)
+    codec_cli.refuse_same(args.input, output)
     rate = lmbda_of(model, parts.lamb)
     data.write_image(decode_patches(model, parts.strings, parts.size, area, rate, 1), output)
     print(f"{output}: decoded from {args.input}, quality {parts.quality}, {parts.metric}")
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

@@ -16,7 +16,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from common import UserError, compare, data, evaluate, metrics, runs
+from common import UserError, cli, data, processes
+from common.complexity import complexity
+from common.evaluation import compare, evaluate
+from common.evaluation.results import merge_points
 
 import numpy as np
 
@@ -28,13 +31,13 @@ RATES = 6  # of a variable-rate model, between its lambda_min and lambda_max
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = runs.Parser(description="Code images for real and measure rate and distortion.")
+    parser = cli.Parser(description="Code images for real and measure rate and distortion.")
     add = parser.add_argument_group("the source's flags").add_argument
     add("--snapshot", type=Path, help="weights; none: the bundled ones")
     add("--quality", help="without effect: weights know their own")
     add("--testset", help="folder of images; none: Kodak")
     add = parser.add_argument_group("ours, of this codec").add_argument
-    add("--lmbda", type=runs.positive_float, nargs="+",
+    add("--lmbda", type=cli.positive_float, nargs="+",
         help=f"rates of a variable-rate model; none: {RATES} over the range it was trained for")
     evaluate.add_flags(parser)
     return parser
@@ -42,10 +45,10 @@ def flags() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
-    device = runs.start(args.device, threads=args.threads)
-    entropy_device = runs.usable(args.entropy_device)
+    device = processes.start(args.device, threads=args.threads)
+    entropy_device = processes.parse_device(args.entropy_device)
     if args.complexity:
-        complexity()
+        print_complexity()
         return
     images = data.list_images(args.testset or data.KODAK)
     curves = []
@@ -54,15 +57,15 @@ def main(argv: list[str] | None = None) -> None:
         for checkpoint in checkpoints:
             model = load(checkpoint, device)
             model.entropy_device = entropy_device
-            out = evaluate.folder_of(args.outdir, name, checkpoint)
+            out = evaluate.output_folder(args.outdir, name, checkpoint)
             for rate in rates(model, args):
                 folder = out / f"lmbda_{rate['lmbda']:g}" if rate else out
                 meta = {"variant": model.variant, "steps_source": SOURCE_STEPS}
                 meta |= {key: float(f"{value:.6g}") for key, value in rate.items()}
                 points.append(evaluate.evaluate(model, images, TAG, name, str(checkpoint.name),
                                                 folder, args.test_batch_size, meta, rate=rate))
-        curves.append(evaluate.merge(points))
-    if runs.rank() == 0:
+        curves.append(merge_points(points))
+    if processes.rank() == 0:
         compare.report(curves, HERE / "results" / "published.json", images, Path(args.resultdir),
                        "ConvNeXTIC")
 
@@ -76,7 +79,7 @@ def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
     if args.reproduce:
         if not args.config:
             raise UserError("--reproduce needs --config, the file that the run was trained with")
-        config = runs.read_yaml(args.config)
+        config = cli.read_yaml(args.config)
         folder = Path("results", str(config.get("name", "VCIP")),
                       str(config.get("quality_level", "7")), "snapshots")
         if not (folder / "latest.pt").exists():
@@ -102,14 +105,14 @@ def rates(model: ConvNeXTIC, args: argparse.Namespace) -> list[dict[str, Any]]:
     return [{"lmbda": float(np.float32(value))} for value in values]
 
 
-def complexity() -> None:
+def print_complexity() -> None:
     """Parameters and multiply-accumulates for one 768x512 image, by both counting rules."""
     print("one 768x512 image; masked convolutions with all their taps; 'thop' charges transposed "
           "convolutions by output pixels")
     for variant in VARIANTS:
         for N, M in ((128, 192), (192, 320)):
             model = build(variant, N, M)
-            counts = metrics.complexity(model, **({"lmbda": 0.01} if model.variable_rate else {}))
+            counts = complexity(model, **({"lmbda": 0.01} if model.variable_rate else {}))
             macs = counts["macs_true"] + counts["macs_masked"]
             print(f"{variant:10s} N={N} M={M}  parameters {counts['params_total']:,} "
                   f"(thop {counts['params_thop']:,})  MACs {macs / 1e9:.2f} G "
@@ -117,4 +120,4 @@ def complexity() -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

@@ -3,7 +3,7 @@ TinyLIC (Lu, Ma, arXiv:2204.11448) with ConvNeXt blocks (Liu et al., CVPR 2022) 
 attention. There is no paper; six revisions of the code are variants here, its ablations options.
 
 State-dict keys are ours: no weights were published. What the decoder must recompute (h_s, context
-model, entropy parameters) is exact arithmetic (common/exact.py, common/context.py).
+model, entropy parameters) is exact arithmetic (common/coding/exact.py, common/coding/context.py).
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import UserError, entropy, exact, runs
-from common.context import Context
-from common.tiles import LIMIT, tiled
+from common import UserError
+from common.coding import entropy, exact, exact_tables
+from common.coding.context import Context
+from common.coding.model_file import load_model
+from common.coding.tiles import LIMIT, tiled
 
 import torch
 from compressai.entropy_models import GaussianConditional
@@ -201,7 +203,7 @@ class ExternalAttention(nn.Module):
         """Both sums run over integers: exp comes from a table."""
         logits = run([self.conv1, self.keys], x)
         peak = logits.flatten(2).amax(2)[..., None, None]
-        weight = exact.exp(logits - peak)
+        weight = exact_tables.exp(logits - peak)
         total = weight.sum((2, 3), keepdim=True)
         attention = exact.round_to_grid(weight / total, 40)
         attention = attention / (1e-9 + attention.sum(1, keepdim=True))
@@ -644,4 +646,4 @@ def build(variant: str = "v2_stride2", embed_dim: int = 128, latent_dim: int = 1
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> ConvNeXTIC:
     """A model from a checkpoint or a bare state dict, ready to code."""
-    return runs.load_model(path, ConvNeXTIC, device)
+    return load_model(path, ConvNeXTIC, device)

@@ -19,8 +19,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import UserError, data, graphs, runs
+from common import UserError, cli, data, processes
+from common.coding.model_file import load_checkpoint, load_error
+from common.files import write_atomic
 from common.loss import RateDistortionLoss, check_size
+from common.training import cuda_graph
+from common.training.checkpoints import Checkpoints
+from common.training.log import Log
+from common.training.network import autocast, prepare_network
+from common.training.optimizers import check_finite, learning_rate, main_parameters, make_optimizers
+from common.training.run import add_training_flags
 
 import numpy as np
 import torch
@@ -42,76 +50,76 @@ SAME_RUN = ("variant", "embed_dim", "latent_dim", *BASELINE, "metric", "lmbda", 
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = runs.Parser(description="Train a ConvNeXt image codec (VCIP 2022 challenge).")
+    parser = cli.Parser(description="Train a ConvNeXt image codec (VCIP 2022 challenge).")
     add = parser.add_argument_group("the source's flags and keys of its config.yaml").add_argument
     add("--name", default="VCIP", help="folder of the run under ./results")
     add("--resume", nargs="?", const="", help="continue this run; with FILE: start from weights")
-    add("--seed", type=runs.seed_number, default=0, help="of weights, noise, crops")
-    add("--snapshot_save_epoch", type=runs.positive_int, default=10, help="epochs between kept")
-    add("--log_itr", type=runs.positive_int, default=1000, help="without effect: each is logged")
-    add("--startepoch", type=runs.count, default=0, help="first epoch, with --resume FILE")
-    add("--epochs", type=runs.positive_int, default=400, help="last epoch, exclusive")
-    add("--lr", type=runs.positive_float, default=1e-4)
-    add("--lr_aux", type=runs.positive_float, default=1e-3, help="of the quantiles")
-    add("--clip_max_norm", type=runs.number, default=1.0, help="gradient norm limit; 0: none")
+    add("--seed", type=cli.seed_number, default=0, help="of weights, noise, crops")
+    add("--snapshot_save_epoch", type=cli.positive_int, default=10, help="epochs between kept")
+    add("--log_itr", type=cli.positive_int, default=1000, help="without effect: each is logged")
+    add("--startepoch", type=cli.count, default=0, help="first epoch, with --resume FILE")
+    add("--epochs", type=cli.positive_int, default=400, help="last epoch, exclusive")
+    add("--lr", type=cli.positive_float, default=1e-4)
+    add("--lr_aux", type=cli.positive_float, default=1e-3, help="of the quantiles")
+    add("--clip_max_norm", type=cli.number, default=1.0, help="gradient norm limit; 0: none")
     add("--metric", choices=["mse", "ms-ssim"], default="mse")
     add("--gpu_id", default="0", help="'0 1 2': three processes")
     add("--quality_level", default="7", help="1 to 8: sub-folder, and lmbda unless that is given")
-    add("--lmbda", type=runs.positive_float, help="weight of 255^2 MSE; none: by quality_level")
-    add("--lambda_min", type=runs.positive_float, help="of v5_vr; none: by quality_level")
-    add("--lambda_max", type=runs.positive_float, help="of v5_vr; none: by quality_level")
+    add("--lmbda", type=cli.positive_float, help="weight of 255^2 MSE; none: by quality_level")
+    add("--lambda_min", type=cli.positive_float, help="of v5_vr; none: by quality_level")
+    add("--lambda_max", type=cli.positive_float, help="of v5_vr; none: by quality_level")
     add("--in_chans", type=int, choices=[3], default=3)
-    add("--embed_dim", type=runs.positive_int, default=128, help="N")
-    add("--latent_dim", type=runs.positive_int, default=192, help="M")
+    add("--embed_dim", type=cli.positive_int, default=128, help="N")
+    add("--latent_dim", type=cli.positive_int, default=192, help="M")
     add("--trainset", "--dataset",
         help="folder with train/ and test/; none: bundled photographs, Kodak")
-    add("--batchsize", type=runs.positive_int, default=8, help="over all processes")
-    add("--batchsize_test", type=runs.positive_int, default=1)
-    add("--patchsize", type=runs.positive_int, default=256, help="side of the crops, pixels")
-    add("--worker_num", type=runs.count, default=8, help="data loader processes")
+    add("--batchsize", type=cli.positive_int, default=8, help="over all processes")
+    add("--batchsize_test", type=cli.positive_int, default=1)
+    add("--patchsize", type=cli.positive_int, default=256, help="side of the crops, pixels")
+    add("--worker_num", type=cli.count, default=8, help="data loader processes")
     for dead in ("lr_shedule_step", "lr_shedule_scale", "set_lr", "p"):
         add(f"--{dead}", help="without effect, as in the source")
     add = parser.add_argument_group("ablations; none: as in --variant").add_argument
     add("--variant", choices=list(VARIANTS), default="v2_stride2", help="revision of the source")
-    add("--depths", type=runs.positive_int, nargs=6, help="blocks of g_a's and h_a's stages")
-    add("--kernel_size", type=runs.positive_int, help="of depthwise convolutions")
-    add("--mlp_ratio", type=runs.positive_int)
-    add("--dw_groups", type=runs.count, help="groups of that convolution; 0: depthwise")
-    add("--drop_path_rate", type=runs.number, help="of the deepest block")
-    add("--layer_scale_init", type=runs.positive_float)
+    add("--depths", type=cli.positive_int, nargs=6, help="blocks of g_a's and h_a's stages")
+    add("--kernel_size", type=cli.positive_int, help="of depthwise convolutions")
+    add("--mlp_ratio", type=cli.positive_int)
+    add("--dw_groups", type=cli.count, help="groups of that convolution; 0: depthwise")
+    add("--drop_path_rate", type=cli.number, help="of the deepest block")
+    add("--layer_scale_init", type=cli.positive_float)
     for key in CHOICES:
         add(f"--{key}", choices=CHOICES[key])
     for key in ("variable_rate", "external_attention"):
         add(f"--{key}", action=argparse.BooleanOptionalAction, default=None)
     add("--optimizer", choices=["adam", "adamw", "muon"], default="adam")
-    add("--weight_decay", type=runs.number, default=0.05, help="of adamw")
+    add("--weight_decay", type=cli.number, default=0.05, help="of adamw")
     add("--wd_exclude_1d", action=argparse.BooleanOptionalAction, default=False,
         help="no weight decay of biases, norms, scales")
     add("--eb_group", choices=["main", "aux"], default="main",
         help="optimiser of p(z)'s network; the source: aux")
     add("--lr_schedule", choices=SCHEDULES, default="multistep", help="stepped once an epoch")
-    add("--gamma", type=runs.positive_float, default=0.1, help="of multistep")
-    add("--T_max", type=runs.positive_int, help="of the cosine; none: all epochs")
-    add("--eta_min", type=runs.number, default=0.0, help="of the cosine")
-    runs.add_flags(parser, lr_schedule="multistep", without=(
+    add("--gamma", type=cli.positive_float, default=0.1, help="of multistep")
+    add("--T_max", type=cli.positive_int, help="of the cosine; none: all epochs")
+    add("--eta_min", type=cli.number, default=0.0, help="of the cosine")
+    add_training_flags(parser, lr_schedule="multistep", without=(
         "--resume", "--metric", "--optimizer", "--aux-lr", "--lr-schedule", "--clip-max-norm",
         "--patch-size", "--seed", "--save-every"))
     parser.set_defaults(milestones=[250, 350])
-    parser.add_argument("--check_time", type=runs.minutes, default=10,
+    parser.add_argument("--check_time", type=cli.minutes, default=10,
                         help="minutes between saves within an epoch")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = flags()
-    args = runs.parse(parser, argv)
+    args = cli.parse(parser, argv)
     options = merged(args.variant, {key: getattr(args, key) for key in BASELINE})
     for key, value in options.items():
         setattr(args, key, list(value) if isinstance(value, tuple) else value)
     choose_lmbda(args)
     check(args)
-    runs.launch(args.gpu_id)
-    device = runs.start(args.device, args.seed, args.threads)
+    processes.launch(args.gpu_id)
+    device = processes.start(args.device, args.seed, args.threads)
     folder = Path("results", args.name, args.quality_level)
 
     # data
@@ -124,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     test_images = central_crops(data.list_images(
         test if args.trainset and test.is_dir() else data.KODAK), args.patchsize)
     check_size(args.metric, (args.patchsize, args.patchsize))
-    batch = runs.share(args.batchsize)
+    batch = processes.per_process_batch(args.batchsize)
 
     # model, optimisers, schedule
     model = build(args.variant, args.embed_dim, args.latent_dim, **options)
@@ -132,16 +140,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.patchsize % model.downsampling_factor:
         raise UserError(f"--patchsize {args.patchsize} is not a multiple of "
                         f"{model.downsampling_factor}")
-    net = runs.parallel(model, args.compile)
+    net = prepare_network(model, args.compile)
     optimizer, aux_optimizer = optimizers(model, args)
     scheduler = schedule(optimizer, args)
     criterion = RateDistortionLoss(args.lmbda, args.metric)
 
     # resume
-    log = runs.Log(folder / "logs", args.epochs * steps_per_epoch)
+    log = Log(folder / "logs", args.epochs * steps_per_epoch)
     parts = {"model": model, "optimizer": optimizer, "aux_optimizer": aux_optimizer,
              "scheduler": scheduler, "log": log}
-    checkpoints = runs.Checkpoints(folder / "snapshots", parts, vars(args), SAME_RUN,
+    checkpoints = Checkpoints(folder / "snapshots", parts, vars(args), SAME_RUN,
                                    "--resume FILE and another --name")
     step, best = 0, math.inf
     if args.resume == "" and (folder / "snapshots" / LATEST).exists():
@@ -156,18 +164,19 @@ def main(argv: list[str] | None = None) -> None:
         for _ in range(args.startepoch):
             scheduler.step()
     log.begin(step)
-    if runs.rank() == 0:
+    if processes.rank() == 0:
         text = yaml.safe_dump(vars(args), sort_keys=False)
-        runs.write_atomic(folder / "config.yaml", text.encode())
+        write_atomic(folder / "config.yaml", text.encode())
         print(text.strip())
         print(f"{len(items)} training images{'' if args.trainset else ' (bundled photographs)'}, "
-              f"{steps_per_epoch} steps an epoch, on {runs.describe(device)}", flush=True)
+              f"{steps_per_epoch} steps an epoch, on {processes.describe_hardware(device)}",
+              flush=True)
         if step >= args.epochs * steps_per_epoch:
             print(f"nothing to do: this run has its {args.epochs} epochs already (--epochs)")
 
     def train_step(x: Tensor, lmbda: Tensor | None) -> dict[str, Tensor]:
         """One optimisation step on a batch; returns the scalars to log."""
-        with runs.autocast(device, args.precision):
+        with autocast(device, args.precision):
             output = net(x, lmbda)
         # each sample's lmbda weighs its own distortion
         losses = criterion(output, x, lmbda)
@@ -177,29 +186,29 @@ def main(argv: list[str] | None = None) -> None:
         losses["loss"].backward()
         limit = args.clip_max_norm if args.clip_max_norm > 0 else math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(
-            runs.main_parameters(model).values(), limit)
-        runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
+            main_parameters(model).values(), limit)
+        check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
         optimizer.step()
         aux_loss = model.aux_loss()
         aux_loss.backward()
         aux_optimizer.step()
         return {**losses, "aux": aux_loss, "grad_norm": grad_norm}
 
-    recorded_step = graphs.Recorded(train_step, optimizer, aux_optimizer, enabled=args.graph)
+    recorded_step = cuda_graph.Recorded(train_step, optimizer, aux_optimizer, enabled=args.graph)
     saved = time.monotonic()
     for epoch in range(step // steps_per_epoch, args.epochs):
         model.train()
         last_step = (epoch + 1) * steps_per_epoch
-        for images in data.loader(crops, step, last_step, batch, runs.rank(), runs.world(),
-                                  args.worker_num):
+        for images in data.loader(crops, step, last_step, batch, processes.rank(),
+                                  processes.world(), args.worker_num):
             x = data.to_float(images.to(device, non_blocking=True))
             x = x.contiguous(memory_format=torch.channels_last)
             lmbda = draw_lmbda(args, step, len(x)).to(device) if args.variable_rate else None
             values = recorded_step(x, lmbda)
             step += 1
-            log.step(step, {**values, "lr": runs.learning_rate(optimizer)})
+            log.step(step, {**values, "lr": learning_rate(optimizer)})
             due = step % 20 == 0 and time.monotonic() - saved > 60 * args.check_time
-            if step < last_step and runs.agree(due):
+            if step < last_step and processes.broadcast_flag(due):
                 checkpoints.save(LATEST, epoch, step, best=best)
                 saved = time.monotonic()
 
@@ -257,7 +266,7 @@ def check(args: argparse.Namespace) -> None:
 def draw_lmbda(args: argparse.Namespace, step: int, count: int) -> Tensor:
     """(count,) multipliers, one for each sample: of 21 equally spaced ones, uniformly."""
     values = np.linspace(args.lambda_max, args.lambda_min, VARIABLE_RATES)
-    key = (args.seed + 2**33 + runs.rank()) % 2**64
+    key = (args.seed + 2**33 + processes.rank()) % 2**64
     rng = np.random.Generator(np.random.Philox(key=key, counter=step))
     return torch.from_numpy(rng.choice(values, count)).float()
 
@@ -265,7 +274,7 @@ def draw_lmbda(args: argparse.Namespace, step: int, count: int) -> Tensor:
 def optimizers(model: ConvNeXTIC, args: argparse.Namespace) -> tuple[Any, Any]:
     """(main, aux). The source puts all of p(z), not its quantiles alone, under aux (`eb_group`)."""
     if args.optimizer == "muon":
-        return runs.optimizers(model, "muon", args.lr, args.lr_aux)
+        return make_optimizers(model, "muon", args.lr, args.lr_aux)
     named = dict(model.named_parameters())
     aux = [n for n in named if n.endswith("quantiles")
            or (args.eb_group == "aux" and n.startswith("entropy_bottleneck"))]
@@ -296,12 +305,12 @@ def schedule(optimizer: Any, args: argparse.Namespace) -> Any:
 
 def load_weights(model: ConvNeXTIC, path: str) -> None:
     """Strictly; but a variable-rate model may start from a fixed-rate one, its nets being 1."""
-    state = runs.load_checkpoint(path)["model"]
+    state = load_checkpoint(path)["model"]
     weights = {n: t for n, t in model.state_dict().items() if n.startswith("scale_")} | state
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:
-        raise UserError(f"{path}: not weights of this model: {runs.reason(e)}") from None
+        raise UserError(f"{path}: not weights of this model: {load_error(e)}") from None
 
 
 # --------------------------------------------------------------------------------- validation
@@ -319,7 +328,7 @@ def central_crops(paths: list[Path], side: int) -> Tensor:
 
 @torch.no_grad()
 def validate(model: ConvNeXTIC, images: Tensor, args: argparse.Namespace,
-             criterion: RateDistortionLoss, device: torch.device, log: runs.Log, step: int
+             criterion: RateDistortionLoss, device: torch.device, log: Log, step: int
              ) -> dict[str, float]:
     """Mean losses over central crops, quantised as in files, rate estimated; v5 at lambda_max."""
     model.eval()
@@ -339,4 +348,4 @@ def validate(model: ConvNeXTIC, images: Tensor, args: argparse.Namespace,
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

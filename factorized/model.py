@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common import entropy, runs
-from common.tiles import tiled
+from common.coding import entropy
+from common.coding.model_file import load_model
+from common.coding.tiles import tiled
 
 import torch
 from compressai.layers import GDN
@@ -102,4 +103,4 @@ def build(N: int = 128, M: int = 192) -> Factorized:
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Factorized:
     """A model from a checkpoint or a bare state dict, ready to code."""
-    return runs.load_model(path, Factorized, device)
+    return load_model(path, Factorized, device)

@@ -14,7 +14,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common import compare, data, evaluate, metrics, runs
+from common import cli, data, processes
+from common.complexity import complexity
+from common.evaluation import compare, evaluate
+from common.evaluation.results import merge_points
 
 from hyperprior.model import TAG, build, load
 
@@ -25,7 +28,7 @@ SOURCE_STEPS = 200_000  # of the seminar: 200 epochs of about 1,010; CompressAI 
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = runs.Parser(description="Code images for real and measure rate and distortion.")
+    parser = cli.Parser(description="Code images for real and measure rate and distortion.")
     add = parser.add_argument_group("the source's flags").add_argument
     add("--model_name", default="Hyperprior", choices=MODEL_NAMES)
     add("--load_model_epoch", "--epoch_num", type=int,
@@ -37,10 +40,10 @@ def flags() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
-    device = runs.start(args.device, threads=args.threads)
-    entropy_device = runs.usable(args.entropy_device)
+    device = processes.start(args.device, threads=args.threads)
+    entropy_device = processes.parse_device(args.entropy_device)
     if args.complexity:
-        complexity()
+        print_complexity()
         return
     images = data.list_images(args.dataset_path or data.KODAK)
     curves = []
@@ -50,25 +53,25 @@ def main(argv: list[str] | None = None) -> None:
         for checkpoint in checkpoints:
             model = load(checkpoint, device)
             model.entropy_device = entropy_device
-            out = evaluate.folder_of(args.outdir, name, checkpoint)
+            out = evaluate.output_folder(args.outdir, name, checkpoint)
             points.append(evaluate.evaluate(model, images, TAG, name, str(checkpoint.name), out,
                                             args.test_batch_size, {"steps_source": SOURCE_STEPS}))
-        curves.append(evaluate.merge(points))
-    if runs.rank() == 0:
+        curves.append(merge_points(points))
+    if processes.rank() == 0:
         compare.report(curves, HERE / "results" / "published.json", images, Path(args.resultdir),
                        args.model_name)
 
 
-def complexity() -> None:
+def print_complexity() -> None:
     """Parameters and multiply-accumulates for one 768x512 image, by both counting rules."""
     print("one 768x512 image; 'thop' charges transposed convolutions by output pixels, 4x too much,"
           " and skips GDN and entropy models")
     for code_rate, (N, M) in WIDTHS.items():
-        counts = metrics.complexity(build(N, M))
+        counts = complexity(build(N, M))
         print(f"{code_rate:5s} N={N} M={M}  parameters {counts['params_total']:,} "
               f"(thop {counts['params_thop']:,})  MACs {counts['macs_true'] / 1e9:.3f} G + GDN "
               f"{counts['macs_gdn'] / 1e9:.3f} G (thop {counts['macs_thop'] / 1e9:.3f} G)")
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

@@ -2,8 +2,9 @@
 S. J. Hwang, N. Johnston, ICLR 2018 (arXiv:1802.01436).
 
 State-dict keys are those of CompressAI's ScaleHyperprior, so its published weights load.
-Coding differs from CompressAI in two points: h_s runs in exact arithmetic (common/exact.py), so
-that a file decodes on every machine, and of the 64 tables it takes the nearest, not the next.
+Coding differs from CompressAI in two points. h_s runs in exact arithmetic (common/coding/exact.py),
+so that a file decodes on every machine. Of the 64 CDF tables, a latent uses the one with the
+nearest scale; CompressAI uses the one with the next larger scale.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common import entropy, exact, runs
-from common.tiles import tiled
+from common.coding import entropy, exact
+from common.coding.model_file import load_model
+from common.coding.tiles import tiled
 
 import torch
 from compressai.entropy_models import GaussianConditional
@@ -146,4 +148,4 @@ def build(N: int = 128, M: int = 192) -> Hyperprior:
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Hyperprior:
     """A model from a checkpoint or a bare state dict, ready to code."""
-    return runs.load_model(path, Hyperprior, device)
+    return load_model(path, Hyperprior, device)

@@ -15,9 +15,21 @@ import argparse
 import time
 from pathlib import Path
 
-from common import UserError, data, graphs, runs
-from common.evaluate import crop, pad
+from common import UserError, cli, data, processes
+from common.coding.image_file import crop, pad
 from common.loss import RateDistortionLoss, check_size
+from common.training import cuda_graph
+from common.training.checkpoints import Checkpoints, load_weights
+from common.training.log import Log
+from common.training.network import autocast, prepare_network
+from common.training.optimizers import (
+    check_finite,
+    learning_rate,
+    main_parameters,
+    make_optimizers,
+    make_scheduler,
+)
+from common.training.run import add_training_flags
 
 import torch
 import yaml
@@ -32,15 +44,15 @@ LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18)  # --quali
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = runs.Parser(description="Train a scale hyperprior (Balle et al. 2018).")
+    parser = cli.Parser(description="Train a scale hyperprior (Balle et al. 2018).")
     add = parser.add_argument_group("the source's flags").add_argument
     add("--dataset", help="training images; none: the bundled photographs")
     add("--test_dataset", help="validation images; none: Kodak")
-    add("--lmbda", type=runs.positive_float, default=0.01, help="weight of 255^2 MSE")
-    add("--lr", type=runs.positive_float, default=1e-4, help="initial learning rate")
-    add("--batch_size", type=runs.positive_int, default=64, help="over all processes")
-    add("--test_batch_size", type=runs.positive_int, default=24, help="images of equal size")
-    add("--epoch", type=runs.positive_int, default=250, help="number of epochs")
+    add("--lmbda", type=cli.positive_float, default=0.01, help="weight of 255^2 MSE")
+    add("--lr", type=cli.positive_float, default=1e-4, help="initial learning rate")
+    add("--batch_size", type=cli.positive_int, default=64, help="over all processes")
+    add("--test_batch_size", type=cli.positive_int, default=24, help="images of equal size")
+    add("--epoch", type=cli.positive_int, default=250, help="number of epochs")
     add("--model_name", default="Hyperprior", choices=MODEL_NAMES)
     add("--prefix", default="Hyperprior", help="folder of the run under ./ckpts and ./logs")
     add("--exp_version", type=int, default=0, help="sub-folder of the run")
@@ -48,21 +60,21 @@ def flags() -> argparse.ArgumentParser:
     add("--code_rate", default="low", choices=sorted(WIDTHS), help="N, M = 128, 192 or 192, 320")
     add("--init_ckpt", default="", help="start from these weights")
     add("--load_model_epoch", type=int, help="continue this run from its epoch_<n>.pth")
-    add("--num_workers", type=runs.count, default=0, help="data loader processes")
-    add("--check_time", type=runs.minutes, default=10, help="minutes between saves of latest.pth")
-    runs.add_flags(parser, lr_schedule="multistep")
-    parser.add_argument("--N", type=runs.positive_int, help="overrides --code_rate")
-    parser.add_argument("--M", type=runs.positive_int, help="overrides --code_rate")
+    add("--num_workers", type=cli.count, default=0, help="data loader processes")
+    add("--check_time", type=cli.minutes, default=10, help="minutes between saves of latest.pth")
+    add_training_flags(parser, lr_schedule="multistep")
+    parser.add_argument("--N", type=cli.positive_int, help="overrides --code_rate")
+    parser.add_argument("--M", type=cli.positive_int, help="overrides --code_rate")
     parser.add_argument("--quality", type=int, choices=range(1, 9), help="overrides --lmbda")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = runs.parse(flags(), argv)
+    args = cli.parse(flags(), argv)
     args.N, args.M = args.N or WIDTHS[args.code_rate][0], args.M or WIDTHS[args.code_rate][1]
     args.lmbda = LMBDAS[args.quality - 1] if args.quality else args.lmbda
-    runs.launch(args.gpu_id)
-    device = runs.start(args.device, args.seed, args.threads)
+    processes.launch(args.gpu_id)
+    device = processes.start(args.device, args.seed, args.threads)
     folder = Path("ckpts", args.prefix, str(args.exp_version))
 
     # data
@@ -75,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     check_size(args.metric, (args.patch_size, args.patch_size))
     for path in test_images:  # what is wrong with one is said now, not after hours
         check_size(args.metric, data.read_image(path, notice=lambda _: None).shape[-2:], path)
-    batch = runs.share(args.batch_size)
+    batch = processes.per_process_batch(args.batch_size)
 
     # model, optimisers (Adam, and Adam for the quantiles of p(z)), schedule
     model = build(args.N, args.M).to(device, memory_format=torch.channels_last)
@@ -83,31 +95,32 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--patch-size {args.patch_size} is not a multiple of "
                         f"{model.downsampling_factor}")
     if args.init_ckpt:
-        runs.load_weights(model, args.init_ckpt)
-    net = runs.parallel(model, args.compile)
-    optimizer, aux_optimizer = runs.optimizers(model, args.optimizer, args.lr, args.aux_lr)
-    scheduler = runs.schedule(optimizer, args.lr_schedule, args.epoch, args.milestones)
+        load_weights(model, args.init_ckpt)
+    net = prepare_network(model, args.compile)
+    optimizer, aux_optimizer = make_optimizers(model, args.optimizer, args.lr, args.aux_lr)
+    scheduler = make_scheduler(optimizer, args.lr_schedule, args.epoch, args.milestones)
     criterion = RateDistortionLoss(args.lmbda, args.metric)
 
     # resume
-    log = runs.Log(Path("logs", args.prefix, str(args.exp_version)), args.epoch * steps_per_epoch)
+    log = Log(Path("logs", args.prefix, str(args.exp_version)), args.epoch * steps_per_epoch)
     parts = {"model": model, "optimizer": optimizer, "aux_optimizer": aux_optimizer,
              "scheduler": scheduler, "log": log}
-    checkpoints = runs.Checkpoints(folder, parts, vars(args))
+    checkpoints = Checkpoints(folder, parts, vars(args))
     state = checkpoints.begin(args.resume, args.load_model_epoch)
     step, best = state.get("step", 0), state.get("best", float("inf"))
     log.begin(step)
-    if runs.rank() == 0:
+    if processes.rank() == 0:
         print(yaml.safe_dump(vars(args), sort_keys=False).strip())
         print(f"{len(items)} training images{'' if args.dataset else ' (bundled photographs)'}, "
-              f"{steps_per_epoch} steps an epoch, on {runs.describe(device)}", flush=True)
+              f"{steps_per_epoch} steps an epoch, on {processes.describe_hardware(device)}",
+              flush=True)
 
-    if step >= args.epoch * steps_per_epoch and runs.rank() == 0:
+    if step >= args.epoch * steps_per_epoch and processes.rank() == 0:
         print(f"nothing to do: this run has its {args.epoch} epochs already (--epoch for more)")
 
     def train_step(x: Tensor) -> dict[str, Tensor]:
         """One optimisation step on a batch; returns the scalars to log."""
-        with runs.autocast(device, args.precision):
+        with autocast(device, args.precision):
             output = net(x)
         losses = criterion(output, x)
 
@@ -115,8 +128,8 @@ def main(argv: list[str] | None = None) -> None:
         aux_optimizer.zero_grad()
         losses["loss"].backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(
-            runs.main_parameters(model).values(), args.clip_max_norm)
-        runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
+            main_parameters(model).values(), args.clip_max_norm)
+        check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
         optimizer.step()
         # the quantiles follow p(z): their loss depends on no data and on no other parameter
         aux_loss = model.aux_loss()
@@ -124,20 +137,20 @@ def main(argv: list[str] | None = None) -> None:
         aux_optimizer.step()
         return {**losses, "aux": aux_loss, "grad_norm": grad_norm}
 
-    recorded_step = graphs.Recorded(train_step, optimizer, aux_optimizer, enabled=args.graph)
+    recorded_step = cuda_graph.Recorded(train_step, optimizer, aux_optimizer, enabled=args.graph)
     saved = time.monotonic()
     for epoch in range(step // steps_per_epoch, args.epoch):
         model.train()
         last_step = (epoch + 1) * steps_per_epoch
-        for images in data.loader(crops, step, last_step, batch, runs.rank(), runs.world(),
-                                  args.num_workers):
+        for images in data.loader(crops, step, last_step, batch, processes.rank(),
+                                  processes.world(), args.num_workers):
             x = data.to_float(images.to(device, non_blocking=True))
             x = x.contiguous(memory_format=torch.channels_last)
             values = recorded_step(x)
             step += 1
-            log.step(step, {**values, "lr": runs.learning_rate(optimizer)})
+            log.step(step, {**values, "lr": learning_rate(optimizer)})
             due = step % 20 == 0 and time.monotonic() - saved > 60 * args.check_time
-            if step < last_step and runs.agree(due):
+            if step < last_step and processes.broadcast_flag(due):
                 checkpoints.save("latest.pth", epoch, step, best=best)
                 saved = time.monotonic()
 
@@ -159,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @torch.no_grad()
 def validate(model: Hyperprior, paths: list[Path], batch_size: int, criterion: RateDistortionLoss,
-             device: torch.device, log: runs.Log, step: int) -> dict[str, float]:
+             device: torch.device, log: Log, step: int) -> dict[str, float]:
     """Mean losses over whole images, quantised as in coding, rate estimated; float32."""
     model.eval()
     sums: dict[str, float] = {}
@@ -178,4 +191,4 @@ def validate(model: Hyperprior, paths: list[Path], batch_size: int, criterion: R
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

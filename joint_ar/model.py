@@ -3,7 +3,7 @@ G. Toderici, NeurIPS 2018 (arXiv:1809.02736).
 
 State-dict keys are those of CompressAI's JointAutoregressiveHierarchicalPriors, so its published
 weights load. Coding differs from CompressAI in two points: it goes wave by wave instead of pixel by
-pixel, and all that the decoder must recompute is exact arithmetic (common/context.py).
+pixel, and all that the decoder must recompute is exact arithmetic (common/coding/context.py).
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common import entropy, exact, runs
-from common.context import CausalConv, Context, wavefront
-from common.tiles import tiled
+from common.coding import entropy, exact
+from common.coding.context import CausalConv, Context, wavefront
+from common.coding.model_file import load_model
+from common.coding.tiles import tiled
 
 import torch
 from compressai.entropy_models import GaussianConditional
@@ -212,4 +213,4 @@ def build(N: int = 192, M: int = 192, gdn_variant: str = "paper",
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> JointAutoregressive:
     """A model from a checkpoint or a bare state dict, ready to code."""
-    return runs.load_model(path, JointAutoregressive, device)
+    return load_model(path, JointAutoregressive, device)

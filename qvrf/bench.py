@@ -1,6 +1,6 @@
 """Speed beside CompressAI's classes, at the paper's widths: part of `make bench`.
 
-    python -m common.bench qvrf
+    python -m common.evaluation.bench qvrf
 
 Decoding is timed with and without g_s. Stage 3 of training rounds every latent around a mean that
 depends on latents already rounded; `Serial` does this as the paper's code does, one position after
@@ -12,7 +12,9 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from common import bench, data, runs
+from common import data
+from common.evaluation import bench
+from common.training.network import autocast
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +96,7 @@ def training(base: str, rounds: int) -> None:
     def rounding(model: QVRF, precision: str) -> bench.Step:
         def step() -> None:
             leaves = [t.clone().requires_grad_() for t in (y, params)]
-            with runs.autocast(y.device, precision):
+            with autocast(y.device, precision):
                 if model is theirs:
                     y_hat, likelihoods = serial.round(*leaves, model.gain(LEVEL))
                 else:

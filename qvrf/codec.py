@@ -16,7 +16,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from common import UserError, bitstream, codec, data, evaluate, metrics, runs
+from common import UserError, cli, data, metrics
+from common.coding import bitstream, codec_cli, image_file
 
 from torch import Tensor
 
@@ -30,14 +31,14 @@ STEPS = 20
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, encode, _ = codec.flags("Code one image file at any rate.", "balle", "base codec")
+    parser, encode, _ = codec_cli.flags("Code one image file at any rate.", "balle", "base codec")
     add = encode.add_mutually_exclusive_group().add_argument
     add("--level", type=int, help=f"discrete rate, 0 the lowest; {LEVEL} if none is given")
     add("--factor", type=factor, help="regulator, as 1.5 or 1/2.5: larger is better and costs more")
-    add("--bpp", type=runs.positive_float, help="bits per pixel of the whole file to reach")
-    add("--psnr", type=runs.positive_float, help="PSNR of the decoded image to reach, dB")
+    add("--bpp", type=cli.positive_float, help="bits per pixel of the whole file to reach")
+    add("--psnr", type=cli.positive_float, help="PSNR of the decoded image to reach, dB")
     args = parser.parse_args(argv)
-    codec.run(args, TAG, load, Path(__file__).parent / "weights", partial(encode_at, args=args))
+    codec_cli.run(args, TAG, load, Path(__file__).parent / "weights", partial(encode_at, args=args))
 
 
 def encode_at(model: QVRF, x: Tensor, args: argparse.Namespace) -> tuple[bytes, str]:
@@ -45,7 +46,7 @@ def encode_at(model: QVRF, x: Tensor, args: argparse.Namespace) -> tuple[bytes, 
     if args.bpp is None and args.psnr is None:
         rate = ({"factor": check_factor(args.factor)} if args.factor is not None
                 else {"s": LEVEL if args.level is None else args.level})
-        return evaluate.encode_image(model, x, TAG, **rate), ", " + describe(model, rate)
+        return image_file.encode_image(model, x, TAG, **rate), ", " + describe(model, rate)
     kind, target = ("bpp", args.bpp) if args.psnr is None else ("psnr", args.psnr)
     file, value, reached = search(model, x, kind, target)
     return file, f", {describe(model, {'factor': value})}, {reached}"
@@ -63,19 +64,19 @@ def search(model: QVRF, x: Tensor, kind: str, target: float) -> tuple[bytes, flo
     measures rise with the factor, so it is found by halving intervals of its logarithm.
     """
     size = x.shape[-2:]
-    latents = model.analyse(evaluate.pad(x[None], model.downsampling_factor))
+    latents = model.analyse(image_file.pad(x[None], model.downsampling_factor))
     fingerprint = bitstream.fingerprint(model)
     original = data.to_uint8(x).cpu()
 
     def file(value: float) -> bytes:
         coded = model.encode(latents, factor=value)
-        return evaluate.pack_images(coded, size, TAG, fingerprint)[0]
+        return image_file.pack_images(coded, size, TAG, fingerprint)[0]
 
     def bpp(value: float) -> float:
         return metrics.bpp(len(file(value)), *size)
 
     def psnr(value: float) -> float:
-        x_hat = evaluate.crop(model.reconstruct(latents, factor=value), size)[0]
+        x_hat = image_file.crop(model.reconstruct(latents, factor=value), size)[0]
         return metrics.psnr(original, data.to_uint8(x_hat).cpu())
 
     gains = [model.gain(s).item() for s in range(model.levels)]
@@ -108,4 +109,4 @@ def bisect(measure: Callable[[float], float], kind: str, target: float, low: flo
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

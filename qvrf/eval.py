@@ -19,7 +19,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from common import UserError, bitstream, compare, data, evaluate, metrics, runs
+from common import UserError, cli, data, metrics, processes
+from common.coding import bitstream
+from common.complexity import complexity
+from common.evaluation import compare, evaluate
+from common.evaluation.results import image_names, load_results, merge_points
+from common.files import read_file, write_atomic
 
 from qvrf.model import FACTORS, LMBDAS, QVRF, TAG, WIDTHS, build, load
 
@@ -33,7 +38,7 @@ COLUMNS = ("name", "bits", "pixels", "bpp", "y_bpp", "z_bpp", "mse", "psnr(dB)",
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = runs.Parser(description="Code images for real and measure rate and distortion.")
+    parser = cli.Parser(description="Code images for real and measure rate and distortion.")
     add = parser.add_argument_group("the source's flags").add_argument
     add("--dataset", help="folder of images; none: Kodak")
     add("--output_path", help="name of the folder, beside the dataset's, of decoded images; none: "
@@ -47,7 +52,7 @@ def flags() -> argparse.ArgumentParser:
     add("--factor", type=factor, default=1.5,
         help="regulator, as 1.5 or 1/2.5; "
         f"a decimal outside [{FACTORS[0]:g}, {FACTORS[1]:g}]: --sweep")
-    add("--patch", type=runs.positive_int, default=64, help="images are padded to multiples of it")
+    add("--patch", type=cli.positive_int, default=64, help="images are padded to multiples of it")
     add("--s", type=int, help="level; the number of levels or more: all of them. "
         "None: all, or with --path the source's 2")
     add = parser.add_argument_group("ours, of this paper").add_argument
@@ -60,10 +65,10 @@ def flags() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
     check(args)
-    device = runs.start("cuda" if args.cuda else args.device, threads=args.threads)
-    entropy_device = runs.usable(args.entropy_device)
+    device = processes.start("cuda" if args.cuda else args.device, threads=args.threads)
+    entropy_device = processes.parse_device(args.entropy_device)
     if args.complexity:
-        complexity()
+        print_complexity()
         return
     images = data.list_images(args.dataset or data.KODAK)
     curves = []
@@ -77,10 +82,10 @@ def main(argv: list[str] | None = None) -> None:
                     evaluate.in_half(part, device)
             for rate in rates(model, args):
                 points.append(evaluate_rate(model, images, rate, name, checkpoint, args))
-        curves.append(evaluate.merge(points))
+        curves.append(merge_points(points))
     if args.reproduce and (HERE / "results" / "fixed.json").exists():
-        curves.append(evaluate.load_json(HERE / "results" / "fixed.json"))
-    if runs.rank() == 0:
+        curves.append(load_results(HERE / "results" / "fixed.json"))
+    if processes.rank() == 0:
         compare.report(curves, HERE / "results" / "published.json", images, Path(args.resultdir),
                        "QVRF")
         if args.reproduce and curves[-1]["name"] == "fixed":
@@ -118,7 +123,7 @@ def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
     if args.reproduce:
         if not args.config:
             raise UserError("--reproduce needs --config, the file that the run was trained with")
-        out = Path(str(runs.read_yaml(args.config).get("out", ".")))
+        out = Path(str(cli.read_yaml(args.config).get("out", ".")))
         best = out / "checkpoint_best_loss.pth.tar"
         if not best.exists():
             raise UserError(f"{out}: holds no trained model; run train.py --config first")
@@ -177,25 +182,26 @@ def evaluate_rate(model: QVRF, images: list[Path], rate: dict[str, Any], name: s
             "steps": steps or None, "steps_source": SOURCE_STEPS}
     meta = {key: value for key, value in meta.items() if value is not None}
     if args.entropy_estimation:
-        point = evaluate.estimated(model, images, f"{name}-estimated", args.patch, meta, rate)
+        point = evaluate.evaluate_estimate(model, images, f"{name}-estimated", args.patch, meta,
+                                           rate)
     else:
         point = evaluate.evaluate(model, images, TAG, name, str(checkpoint.name), folder,
                                   args.test_batch_size, meta, rate=rate)
-    if runs.rank() == 0:
+    if processes.rank() == 0:
         sections = None if args.entropy_estimation else folder
         text = csv(point["per_image"][0], images, sections)
-        runs.write_atomic(folder / f"{folder.name}_result.csv", text.encode())
+        write_atomic(folder / f"{folder.name}_result.csv", text.encode())
     return point
 
 
 def csv(rows: list[dict[str, Any]], images: list[Path], folder: Path | None) -> str:
     """The source's table: a row for each image. mse on the 255 scale; y_bpp and z_bpp: payload."""
     lines = [",".join(COLUMNS)]
-    files = {name: path.name for path, name in evaluate.image_names(images).items()}
+    files = {name: path.name for path, name in image_names(images).items()}
     for row in rows:
         pixels = row["height"] * row["width"]
         if folder:
-            file = bitstream.unpack(bitstream.read(folder / f"{row['image']}.bin"), TAG)
+            file = bitstream.unpack(read_file(folder / f"{row['image']}.bin"), TAG)
             y_bits, z_bits = (8 * len(section) for section in file.sections)
         else:
             y_bits, z_bits = row["y_bits"], row["z_bits"]
@@ -217,12 +223,12 @@ def against_fixed(ours: dict[str, Any], fixed: dict[str, Any]) -> str:
             f"{len(curves[0][0])} models of a fixed rate, each trained as long: {text}")
 
 
-def complexity() -> None:
+def print_complexity() -> None:
     """Parameters and multiply-accumulates for one 768x512 image, by both counting rules."""
     print("one 768x512 image; 'thop' charges transposed convolutions by output pixels, 4x too much,"
           " and skips GDN, entropy models and the masked convolution")
     for base, (N, M) in WIDTHS.items():
-        counts = metrics.complexity(build(base))
+        counts = complexity(build(base))
         print(f"{base:6s} N={N} M={M}  parameters {counts['params_total']:,} "
               f"(thop {counts['params_thop']:,})  MACs {counts['macs_true'] / 1e9:.3f} G + GDN "
               f"{counts['macs_gdn'] / 1e9:.3f} G (thop {counts['macs_thop'] / 1e9:.3f} G)")
@@ -245,4 +251,4 @@ def factor(text: str) -> float:
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

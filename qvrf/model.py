@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import UserError, entropy, exact, runs
-from common.context import CausalConv, Context, wavefront
+from common import UserError
+from common.coding import entropy, exact
+from common.coding.context import CausalConv, Context, wavefront
+from common.coding.model_file import load_model
+from common.coding.tiles import tiled
 from common.layers import replace_shortcuts
-from common.tiles import tiled
 
 import torch
 from compressai.models import (
@@ -354,4 +356,4 @@ def build(model: str = "cheng", levels: int = 8, N: int | None = None, M: int | 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> QVRF:
     """A model from a checkpoint or a bare state dict, ready to code."""
-    return runs.load_model(path, QVRF, device)
+    return load_model(path, QVRF, device)

@@ -10,18 +10,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common import UserError, compare, evaluate, runs
+from common import UserError, cli
+from common.evaluation import compare
+from common.evaluation.results import load_results
 
 from qvrf.model import LMBDAS, initial_gain
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = runs.Parser(description="Plot gains, and rate and PSNR against the regulator.")
+    parser = cli.Parser(description="Plot gains, and rate and PSNR against the regulator.")
     parser.add_argument("levels", type=Path, help="results at a model's levels")
     parser.add_argument("sweep", type=Path, help="of the same model, with --factormode 1 --sweep")
     parser.add_argument("-o", "--output", type=Path, default=Path("rate.png"))
     args = parser.parse_args(argv)
-    levels, sweep = (evaluate.load_json(path) for path in (args.levels, args.sweep))
+    levels, sweep = (load_results(path) for path in (args.levels, args.sweep))
     for path, curve, key in ((args.levels, levels, "level"), (args.sweep, sweep, "factor")):
         points = (curve.get("meta") or {}).get(key)
         if not isinstance(points, list) or None in points or (
@@ -57,4 +59,4 @@ def draw(levels: dict[str, Any], sweep: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

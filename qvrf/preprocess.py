@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from common import UserError, data, runs
+from common import UserError, cli, data
 
 import numpy as np
 from PIL import Image
@@ -31,14 +31,14 @@ LARGEST_SHORT_SIDE = 512
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = runs.Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--imagenet", type=Path, help="folder, at any depth; the -n largest of it")
     parser.add_argument("--clic", type=Path, help="folder, at any depth; all of it")
     parser.add_argument("--out", type=Path, default=Path("dataset/train"), help="folder to write")
-    parser.add_argument("-n", type=runs.positive_int, default=8000, help="images from --imagenet")
+    parser.add_argument("-n", type=cli.positive_int, default=8000, help="images from --imagenet")
     parser.add_argument("--noise", choices=["source", "proper", "none"], default="source")
-    parser.add_argument("--seed", type=runs.count, default=0, help="of the noise")
-    parser.add_argument("--num-workers", type=runs.count, default=os.cpu_count(), help="processes")
+    parser.add_argument("--seed", type=cli.count, default=0, help="of the noise")
+    parser.add_argument("--num-workers", type=cli.count, default=os.cpu_count(), help="processes")
     return parser
 
 
@@ -133,4 +133,4 @@ def convert(job: tuple[Path, Path, int], noise: str) -> bool:
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

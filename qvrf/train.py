@@ -25,8 +25,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import UserError, data, graphs, runs
+from common import UserError, cli, data, processes
+from common.coding.model_file import load_checkpoint, load_error
+from common.files import write_atomic
 from common.loss import RateDistortionLoss
+from common.training import cuda_graph
+from common.training.checkpoints import Checkpoints
+from common.training.log import Log
+from common.training.network import autocast, prepare_network
+from common.training.optimizers import (
+    check_finite,
+    learning_rate,
+    main_parameters,
+    make_optimizers,
+    make_scheduler,
+)
+from common.training.run import add_training_flags
 
 import numpy as np
 import torch
@@ -45,23 +59,23 @@ SAME_RUN = ("model", "levels", "N", "M", "stage", "ste", "lmbda", "optimizer", "
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = runs.Parser(description="Train a variable-rate codec (Tong et al. 2023).")
+    parser = cli.Parser(description="Train a variable-rate codec (Tong et al. 2023).")
     add = parser.add_argument_group("the source's flags").add_argument
     add("-d", "--dataset", help="folder with train/ and test/; none: bundled photographs, Kodak")
-    add("-e", "--epochs", type=runs.positive_int, nargs="+", default=[100],
+    add("-e", "--epochs", type=cli.positive_int, nargs="+", default=[100],
         help="one number, or one for each stage")
-    add("-lr", "--learning-rate", type=runs.positive_float, nargs="+", default=[1e-4],
+    add("-lr", "--learning-rate", type=cli.positive_float, nargs="+", default=[1e-4],
         help="one number, or one for each stage")
-    add("-n", "--num-workers", type=runs.count, default=4, help="data loader processes")
-    add("--batch-size", type=runs.positive_int, default=16, help="over all processes")
-    add("--test-batch-size", type=runs.positive_int, default=64)
-    add("--aux-learning-rate", type=runs.positive_float, default=1e-3, help="of the quantiles")
-    add("--patch-size", type=runs.positive_int, nargs=2, default=[256, 256],
+    add("-n", "--num-workers", type=cli.count, default=4, help="data loader processes")
+    add("--batch-size", type=cli.positive_int, default=16, help="over all processes")
+    add("--test-batch-size", type=cli.positive_int, default=64)
+    add("--aux-learning-rate", type=cli.positive_float, default=1e-3, help="of the quantiles")
+    add("--patch-size", type=cli.positive_int, nargs=2, default=[256, 256],
         help="height and width of crops: random in training, central in validation")
     add("--cuda", action="store_true", help="a GPU must be there (it is used anyway if it is)")
     add("--save", action="store_true", default=True, help="checkpoints are always saved")
     add("--seed", type=seed, default=0, help="of weights, noise, crops, levels")
-    add("--clip_max_norm", type=runs.positive_float, default=1.0, help="gradient norm limit")
+    add("--clip_max_norm", type=cli.positive_float, default=1.0, help="gradient norm limit")
     add("--checkpoint", help="go on from this one; with --refresh 1, from its weights alone")
     add("--stage", type=int, nargs="+", choices=[0, 1, 2, 3], default=[0],
         help="0 is 1; several: one after the other")
@@ -70,34 +84,34 @@ def flags() -> argparse.ArgumentParser:
         help="1: --checkpoint is of the fixed-rate base, CompressAI's for example")
     add("--refresh", type=int, choices=[0, 1], default=0,
         help="1: learning rates, schedule, epoch and best loss begin anew")
-    runs.add_flags(parser, lr_schedule="plateau", without=(
+    add_training_flags(parser, lr_schedule="plateau", without=(
         "--metric", "--aux-lr", "--clip-max-norm", "--patch-size", "--seed", "--save-every"))
     add = parser.add_argument_group("ours, of this paper").add_argument
     add("--model", choices=list(BASES), default="cheng", help="the base codec")
     add("--levels", type=int, choices=LEVELS, default=8, help="discrete rates")
-    add("--N", type=runs.positive_int, help="channels; none: the paper's")
-    add("--M", type=runs.positive_int, help="latent channels; none: the paper's")
-    add("--start_gain", type=runs.positive_float,
+    add("--N", type=cli.positive_int, help="channels; none: the paper's")
+    add("--M", type=cli.positive_int, help="latent channels; none: the paper's")
+    add("--start_gain", type=cli.positive_float,
         help="stage 2 begins with gains from 1 to this, --start_level being the codec of stage 1; "
         "none, as in the source: the step of stage 1, the highest rate, becomes the lowest's")
-    add("--start_level", type=runs.count,
+    add("--start_level", type=cli.count,
         help="with --start_gain: the level whose multiplier stage 1 had; none: the last")
-    add("--lmbda", type=runs.positive_float,
+    add("--lmbda", type=cli.positive_float,
         help="a fixed-rate model for comparison: stage 1 with this multiplier")
     add("--out", default=".", help="folder of checkpoints and logs")
-    add("--check_time", type=runs.minutes, default=10, help="minutes between saves within an epoch")
+    add("--check_time", type=cli.minutes, default=10, help="minutes between saves within an epoch")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = runs.parse(flags(), argv)
+    args = cli.parse(flags(), argv)
     stages = [max(1, stage) for stage in args.stage]
     check(args, stages)
-    device = runs.start("cuda" if args.cuda else args.device, threads=args.threads)
+    device = processes.start("cuda" if args.cuda else args.device, threads=args.threads)
     out = Path(args.out)
     done = 0
     if args.resume and (out / NEWEST).exists():
-        config = runs.load_checkpoint(out / NEWEST).get("config", {})
+        config = load_checkpoint(out / NEWEST).get("config", {})
         if config.get("stage") not in stages:
             raise UserError(f"{out / NEWEST} is of stage {config.get('stage')}, not of --stage "
                             f"{' '.join(map(str, stages))}: leave --resume out")
@@ -144,10 +158,10 @@ def check(args: argparse.Namespace, stages: list[int]) -> None:
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """One stage."""
     out = Path(args.out)
-    torch.manual_seed(args.seed + 1000 * args.stage + runs.rank())
+    torch.manual_seed(args.seed + 1000 * args.stage + processes.rank())
     ste = args.stage > 2 or args.ste == 1
     args.steps_before = 0
-    runs.agree(True)  # nobody reads what another still writes
+    processes.broadcast_flag(True)  # nobody reads what another still writes
 
     # data
     crop = tuple(args.patch_size)
@@ -157,7 +171,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     args.steps_per_epoch = args.steps_per_epoch or (one_pass if args.dataset else SOURCE_EPOCH)
     args.images, steps_per_epoch = data.digest(items), args.steps_per_epoch
     test_images = central_crops(test_paths(args.dataset), crop)
-    batch = runs.share(args.batch_size)
+    batch = processes.per_process_batch(args.batch_size)
 
     # model and where it starts
     model = build(args.model, args.levels, args.N, args.M)
@@ -179,27 +193,27 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     if resumed != out / NEWEST:
         set_aside(out)
     model.to(device, memory_format=torch.channels_last)
-    net = runs.parallel(model, args.compile)
-    optimizer, aux_optimizer = runs.optimizers(model, args.optimizer, args.learning_rate,
+    net = prepare_network(model, args.compile)
+    optimizer, aux_optimizer = make_optimizers(model, args.optimizer, args.learning_rate,
                                                args.aux_learning_rate)
-    scheduler = runs.schedule(optimizer, args.lr_schedule, args.epochs, args.milestones,
+    scheduler = make_scheduler(optimizer, args.lr_schedule, args.epochs, args.milestones,
                               patience=20)
     last = model.levels - 1
     lmbdas = [args.lmbda] if args.lmbda else list(LMBDAS[: model.levels])
     criteria = [RateDistortionLoss(lmbda) for lmbda in lmbdas]
 
     # resume
-    log = runs.Log(out / "logs" / f"stage{args.stage}", args.epochs * steps_per_epoch)
+    log = Log(out / "logs" / f"stage{args.stage}", args.epochs * steps_per_epoch)
     parts = {"model": model, "optimizer": optimizer, "aux_optimizer": aux_optimizer,
              "scheduler": scheduler, "log": log}
-    checkpoints = runs.Checkpoints(out, parts, vars(args), SAME_RUN, ANEW)
+    checkpoints = Checkpoints(out, parts, vars(args), SAME_RUN, ANEW)
     state = checkpoints.resume(resumed) if resumed else {}
     step, best = state.get("step", 0), state.get("best_loss", float("inf"))
     log.begin(step)
-    if runs.rank() == 0:
+    if processes.rank() == 0:
         print(yaml.safe_dump(vars(args), sort_keys=False).strip())
         print(f"{len(items)} training images{'' if args.dataset else ' (bundled photographs)'}, "
-              f"{steps_per_epoch} steps an epoch, on {runs.describe(device)}")
+              f"{steps_per_epoch} steps an epoch, on {processes.describe_hardware(device)}")
         if step >= args.epochs * steps_per_epoch:
             print(f"stage {args.stage} has its {args.epochs} epochs already (-e for more)")
         else:
@@ -208,7 +222,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     def train_step(x: Tensor, s: int) -> dict[str, Tensor]:
         """One optimisation step on a batch; returns the scalars to log."""
-        with runs.autocast(device, args.precision):
+        with autocast(device, args.precision):
             output = net(x, s, 1.0 if args.stage == 1 else None, ste)
         losses = criteria[0 if args.lmbda else s](output, x)
 
@@ -216,31 +230,31 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         aux_optimizer.zero_grad()
         losses["loss"].backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(
-            runs.main_parameters(model).values(), args.clip_max_norm)
-        runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
+            main_parameters(model).values(), args.clip_max_norm)
+        check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
         optimizer.step()
         aux_loss = model.aux_loss()
         aux_loss.backward()
         aux_optimizer.step()
         return {**losses, "aux": aux_loss, "grad_norm": grad_norm}
 
-    recorded_step = graphs.Recorded(train_step, optimizer, aux_optimizer,
+    recorded_step = cuda_graph.Recorded(train_step, optimizer, aux_optimizer,
                                     enabled=args.graph and not ste)  # that reads the gain
     saved = time.monotonic()
     for epoch in range(step // steps_per_epoch, args.epochs):
         model.train()
         last_step = (epoch + 1) * steps_per_epoch
-        for images in data.loader(crops, step, last_step, batch, runs.rank(), runs.world(),
-                                  args.num_workers):
+        for images in data.loader(crops, step, last_step, batch, processes.rank(),
+                                  processes.world(), args.num_workers):
             x = data.to_float(images.to(device, non_blocking=True))
             x = x.contiguous(memory_format=torch.channels_last)
             # stage 1 is a codec of one rate, with step 1: later the step of the *lowest* rate
             s = last if args.stage == 1 else draw_level(args.seed, step, model.levels)
             values = recorded_step(x, s)
             step += 1
-            log.step(step, {**values, "level": s, "lr": runs.learning_rate(optimizer)})
+            log.step(step, {**values, "level": s, "lr": learning_rate(optimizer)})
             due = step % 20 == 0 and time.monotonic() - saved > 60 * args.check_time
-            if step < last_step and runs.agree(due):
+            if step < last_step and processes.broadcast_flag(due):
                 checkpoints.save(NEWEST, epoch, step, best_loss=best)
                 saved = time.monotonic()
 
@@ -294,7 +308,7 @@ def starting_point(args: argparse.Namespace, out: Path) -> tuple[Path | None, Pa
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    return runs.load_checkpoint(path).get("config", {})
+    return load_checkpoint(path).get("config", {})
 
 
 def load_weights(model: QVRF, path: Path, single: bool) -> tuple[int, int]:
@@ -302,7 +316,7 @@ def load_weights(model: QVRF, path: Path, single: bool) -> tuple[int, int]:
 
     Returns the steps they had and the stage that they come from (0: not one of ours).
     """
-    state = runs.load_checkpoint(path)
+    state = load_checkpoint(path)
     weights = dict(state["model"])
     if single:
         if "Gain" in weights:
@@ -313,7 +327,7 @@ def load_weights(model: QVRF, path: Path, single: bool) -> tuple[int, int]:
         model.load_state_dict(weights)
     except (RuntimeError, KeyError) as e:
         raise UserError(f"{path}: not weights of --model {model.model} --levels {model.levels} "
-                        f"--N {model.N} --M {model.M}: {runs.reason(e)}") from None
+                        f"--N {model.N} --M {model.M}: {load_error(e)}") from None
     config = state.get("config", {})
     return config.get("steps_before", 0) + state.get("step", 0), config.get("stage", 0)
 
@@ -342,13 +356,13 @@ def spread_gains(model: QVRF, last: float, level: int | None = None) -> None:
 
 def set_aside(out: Path) -> None:
     """Copy the checkpoints in `out` to names of their own, before they are written over."""
-    for path in filter(Path.exists, (out / NEWEST, out / BEST) if runs.rank() == 0 else ()):
+    for path in filter(Path.exists, (out / NEWEST, out / BEST) if processes.rank() == 0 else ()):
         stage, number = config_of(path).get("stage", 0), 1
         while (kept := aside(path, stage, number)).exists() and not filecmp.cmp(kept, path, False):
             number += 1
         if not kept.exists():
-            runs.write_atomic(kept, path.read_bytes())
-    runs.agree(True)  # the others wait
+            write_atomic(kept, path.read_bytes())
+    processes.broadcast_flag(True)  # the others wait
 
 
 def aside(path: Path, stage: int, number: int = 1) -> Path:
@@ -384,7 +398,7 @@ def central_crops(paths: list[Path], crop: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def validate(model: QVRF, images: Tensor, args: argparse.Namespace,
-             criteria: list[RateDistortionLoss], device: torch.device, log: runs.Log, step: int
+             criteria: list[RateDistortionLoss], device: torch.device, log: Log, step: int
              ) -> dict[str, float]:
     """Loss summed over the levels, bpp and PSNR averaged; quantised as in files, rate estimated.
 
@@ -420,8 +434,8 @@ def validate(model: QVRF, images: Tensor, args: argparse.Namespace,
 
 def seed(text: str) -> int:
     """The source's is a float: 1926.0 is 1926."""
-    return runs.seed_number(text.removesuffix(".0"))
+    return cli.seed_number(text.removesuffix(".0"))
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

@@ -13,7 +13,9 @@ import hashlib
 import io
 from pathlib import Path
 
-from common import UserError, runs
+from common import UserError, cli
+from common.coding.model_file import load_checkpoint, load_error
+from common.files import write_atomic
 
 import torch
 
@@ -21,7 +23,7 @@ from qvrf.model import QVRF
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = runs.Parser(description="Export a checkpoint as a bare state dict with CDF tables.")
+    parser = cli.Parser(description="Export a checkpoint as a bare state dict with CDF tables.")
     parser.add_argument("filepath", type=Path, help="checkpoint, or a state dict")
     parser.add_argument("-n", "--name", help="of the exported model; none: the checkpoint's")
     parser.add_argument("-d", "--dir", type=Path, help="folder to write to; none: this one")
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
     if args.name and Path(args.name).name != args.name:
         raise UserError(f"--name {args.name}: give a name, and the folder with --dir")
-    weights = runs.load_checkpoint(args.filepath)["model"]
+    weights = load_checkpoint(args.filepath)["model"]
     try:
         model = QVRF.from_state_dict(weights)
         if not args.no_update:
@@ -41,15 +43,15 @@ def main(argv: list[str] | None = None) -> None:
     except KeyError as e:
         raise UserError(f"{args.filepath}: not the weights of a QVRF: {e} is missing") from None
     except (RuntimeError, ValueError) as e:
-        raise UserError(f"{args.filepath}: not the weights of a QVRF: {runs.reason(e)}") from None
+        raise UserError(f"{args.filepath}: not the weights of a QVRF: {load_error(e)}") from None
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()[:8]
     stem, dot, suffixes = args.filepath.name.partition(".")
     output = (args.dir or Path()) / f"{args.name or stem}-{digest}{dot}{suffixes}"
-    runs.write_atomic(output, buffer.getvalue())
+    write_atomic(output, buffer.getvalue())
     print(output)
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

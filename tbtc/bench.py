@@ -1,6 +1,6 @@
 """Speed at the paper's size M: part of `make bench`.
 
-    python -m common.bench tbtc
+    python -m common.evaluation.bench tbtc
     python -m tbtc.bench SWINT_CHECKPOINT       what padding costs in bits
 
 Seconds of decoding by part; ChARM's part beside CompressAI's codec of channel groups, with the same
@@ -19,7 +19,9 @@ from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
-from common import bench, data, entropy, exact, runs
+from common import cli, data
+from common.coding import entropy, exact
+from common.evaluation import bench
 
 import torch
 import torch.nn.functional as F
@@ -284,6 +286,6 @@ def padding(checkpoint: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = runs.Parser(description="What padding costs a SwinT model in bits.")
+    parser = cli.Parser(description="What padding costs a SwinT model in bits.")
     parser.add_argument("checkpoint", type=Path)
-    runs.cli(lambda: padding(parser.parse_args().checkpoint))
+    cli.run(lambda: padding(parser.parse_args().checkpoint))

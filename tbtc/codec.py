@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common import codec, runs
+from common import cli
+from common.coding import codec_cli
 
 from tbtc.model import TAG, load
 
@@ -18,9 +19,9 @@ BUNDLED = "conv-charm-"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, _, _ = codec.flags("Code one image file.", BUNDLED, "model and lmbda")
-    codec.run(parser.parse_args(argv), TAG, load, Path(__file__).parent / "weights")
+    parser, _, _ = codec_cli.flags("Code one image file.", BUNDLED, "model and lmbda")
+    codec_cli.run(parser.parse_args(argv), TAG, load, Path(__file__).parent / "weights")
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

@@ -7,7 +7,7 @@
                            h_a -> z (Hd,8,12) -> Q -> z_hat -> h_s -> params
 
 A slice is coded all over the plane at once; what the next one knows of it is y_hat. A model without
-such a context has one slice. The decoder's part is exact arithmetic (common/exact.py).
+such a context has one slice. The decoder's part is exact arithmetic (common/coding/exact.py).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from common import entropy, exact
-from common.tiles import tiled
+from common.coding import entropy, exact
+from common.coding.tiles import tiled
 
 import torch
 from compressai.entropy_models import GaussianConditional

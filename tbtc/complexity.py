@@ -6,7 +6,7 @@ output pixel, four times its work at stride 2, and leave the products within att
 
 from __future__ import annotations
 
-from common import metrics
+from common.complexity import complexity_of_parts
 
 from tbtc.model import ZOO, build
 
@@ -18,7 +18,7 @@ PUBLISHED = {  # README of the PyTorch code, size M: parameters, GMACs of encode
 
 def parts(model: str, quality: str = "M") -> dict[str, dict[str, float]]:
     """Millions of parameters and GMACs of g_a, h_a, h_s, g_s and of the context model."""
-    found = metrics.complexity_of_parts(build(model, quality), SIZE)
+    found = complexity_of_parts(build(model, quality), SIZE)
     names = {"h_mean_s": "h_s", "h_scale_s": "h_s"}
     result: dict[str, dict[str, float]] = {}
     for child, counts in found.items():

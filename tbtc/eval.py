@@ -17,7 +17,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import UserError, compare, data, evaluate, runs
+from common import UserError, cli, data, processes
+from common.evaluation import compare, evaluate
+from common.evaluation.results import merge_points
+from common.files import write_atomic
 
 from tbtc.complexity import report
 from tbtc.model import MODELS, TAG, SliceCoder, load
@@ -28,7 +31,7 @@ SOURCE_STEPS = 1_020_000  # 5,000 epochs of 204 batches
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = runs.Parser(description="Code images for real and measure rate and distortion.")
+    parser = cli.Parser(description="Code images for real and measure rate and distortion.")
     add = parser.add_argument_group("the source's eval_model").add_argument
     add("source", nargs="?", choices=["pretrained", "checkpoint"],
         help="bundled weights, or those of -p")
@@ -53,8 +56,8 @@ def flags() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
-    device = runs.start("cuda" if args.cuda else args.device, threads=args.threads)
-    entropy_device = runs.usable(args.entropy_device)
+    device = processes.start("cuda" if args.cuda else args.device, threads=args.threads)
+    entropy_device = processes.parse_device(args.entropy_device)
     if args.complexity:
         print(report([args.architecture] if args.architecture else list(MODELS)))
         return
@@ -71,12 +74,12 @@ def main(argv: list[str] | None = None) -> None:
             if args.half:
                 for part in (model.g_a, model.g_s):
                     evaluate.in_half(part, device)
-            if args.verbose and runs.rank() == 0:
+            if args.verbose and processes.rank() == 0:
                 print(f"{checkpoint}: {model.name}, {sum(p.numel() for p in model.parameters()):,}"
                       f" parameters; {len(images)} images", flush=True)
             points.append(measure(model, images, name, checkpoint, args))
-        curves.append(evaluate.merge(points))
-    if runs.rank() == 0:
+        curves.append(merge_points(points))
+    if processes.rank() == 0:
         compare.report(curves, HERE / "results" / "published.json", images, Path(args.resultdir),
                        "TBTC")
         if args.per_image:
@@ -102,7 +105,7 @@ def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
     if args.reproduce:
         if not args.config:
             raise UserError("--reproduce needs --config, the file that the run was trained with")
-        folder = run_folder(runs.read_yaml(args.config))
+        folder = run_folder(cli.read_yaml(args.config))
         have = versions(folder)
         newest = newest_checkpoint(have[-1]) if have else None
         if newest is None:
@@ -120,9 +123,10 @@ def measure(model: SliceCoder, images: list[Path], name: str, checkpoint: Path,
     meta = {"model": model.name, "quality": config.get("quality"), "steps_source": SOURCE_STEPS}
     meta = {key: value for key, value in meta.items() if value is not None}
     if args.entropy_estimation:
-        return evaluate.estimated(model, images, f"{name}-estimated", model.downsampling_factor,
-                                  meta | {"lmbda": config.get("lmbda")})
-    out = evaluate.folder_of(args.outdir, name, checkpoint)
+        return evaluate.evaluate_estimate(
+            model, images, f"{name}-estimated", model.downsampling_factor,
+            meta | {"lmbda": config.get("lmbda")})
+    out = evaluate.output_folder(args.outdir, name, checkpoint)
     return evaluate.evaluate(model, images, TAG, name, str(checkpoint.name), out,
                              args.test_batch_size, meta)
 
@@ -137,8 +141,8 @@ def as_eval_model(curve: dict[str, Any], args: argparse.Namespace) -> None:
     print(text)
     if args.output_directory or args.output_file:
         file = args.output_file or f"{name}-{args.metric}-{args.entropy_coder}"
-        runs.write_atomic((args.output_directory or Path()) / f"{file}.json", f"{text}\n".encode())
+        write_atomic((args.output_directory or Path()) / f"{file}.json", f"{text}\n".encode())
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

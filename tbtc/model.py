@@ -11,7 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from common import UserError, runs
+from common import UserError
+from common.coding.model_file import load_checkpoint, load_model
 
 import torch
 from compressai.layers import GDN
@@ -202,7 +203,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SliceCoder:
     Averaged weights are taken where there are some: those of the source's fork are a list, in the
     order of its parameters.
     """
-    state = runs.load_checkpoint(path)
+    state = load_checkpoint(path)
     state["model"] = {re.sub(r"^((net|module|_orig_mod)\.)+", "", key): value
                       for key, value in state["model"].items()}
     if "ema_state_dict" in state:
@@ -211,7 +212,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SliceCoder:
             if key.endswith(TABLES):  # they are of the other weights: `load_model` makes new ones
                 state["model"][key] = torch.empty(0, dtype=torch.int32)
     try:
-        return runs.load_model(path, ZYC2022, device, state)
+        return load_model(path, ZYC2022, device, state)
     except (AttributeError, IndexError, TypeError):
         raise UserError(f"{path}: not the weights of one of these models") from None
 

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from common import UserError, exact
+from common import UserError
+from common.coding import exact, exact_tables
 
 import torch
 import torch.nn.functional as F
@@ -78,8 +79,9 @@ class WindowAttention(nn.Module):
 
     def attend_exactly(self, x: Tensor, mask: Tensor | None, run: Any) -> Tensor:
         q, k, v = self.split(run(self.qkv, x))
-        logits = exact.matmul(q * self.scale, k.transpose(2, 3)) + exact.values(self.bias(), x)
-        y = exact.matmul(exact.softmax(masked(logits, mask)), v, (20, 0))
+        logits = exact_tables.matmul(q * self.scale, k.transpose(2, 3))
+        logits = logits + exact.values(self.bias(), x)
+        y = exact_tables.matmul(exact_tables.softmax(masked(logits, mask)), v, (20, 0))
         return run(self.proj, y.transpose(1, 2).flatten(2))
 
     def product_macs(self, x: Tensor) -> int:

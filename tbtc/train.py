@@ -22,8 +22,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from common import UserError, data, graphs, runs
+from common import UserError, cli, data, processes
+from common.coding.model_file import coding_state, load_error
+from common.files import write_atomic
 from common.loss import RateDistortionLoss
+from common.training import cuda_graph
+from common.training.checkpoints import Checkpoints
+from common.training.log import Log
+from common.training.network import autocast, prepare_network
+from common.training.optimizers import check_finite, learning_rate, main_parameters, make_optimizers
+from common.training.run import add_training_flags
 
 import torch
 import yaml
@@ -41,45 +49,45 @@ SAME_RUN = ("model", "quality", "charm_widths", "split", "num_heads", "lmbda", "
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = runs.Parser(description="Train a transform coder with a hyperprior or ChARM, or TCM.")
+    parser = cli.Parser(description="Train a transform coder with a hyperprior or ChARM, or TCM.")
     add = parser.add_argument_group("the source's flag and settings").add_argument
     add("-c", "--comment", default="", help="free text, kept in hparams.yaml")
     add("--model", choices=MODELS, default="zyc2022-swint-charm")
     add("--quality", choices=list(SIZES), default="M", help="size of the network, not of the rate")
-    add("--lmbda", type=runs.positive_float, help="loss: lmbda * 255^2 * MSE + bpp; without --beta "
+    add("--lmbda", type=cli.positive_float, help="loss: lmbda * 255^2 * MSE + bpp; without --beta "
         "0.01")
-    add("--beta", type=runs.positive_float, help="in place of lmbda: 255^2 * MSE + beta * bits")
+    add("--beta", type=cli.positive_float, help="in place of lmbda: 255^2 * MSE + beta * bits")
     add("--dataset_directory", "--dataset", help="folder with train/ and valid/ or test/, folder "
         "of images, tar shards; none: bundled photographs, Kodak")
-    add("--train_batch_size", type=runs.positive_int, default=8, help="of each process")
-    add("--valid_batch_size", type=runs.positive_int, default=1)
-    add("--train_patch_size", type=runs.positive_int, nargs="+", default=[256], help="crops")
-    add("--valid_patch_size", type=runs.positive_int, nargs="+", default=[1024],
+    add("--train_batch_size", type=cli.positive_int, default=8, help="of each process")
+    add("--valid_batch_size", type=cli.positive_int, default=1)
+    add("--train_patch_size", type=cli.positive_int, nargs="+", default=[256], help="crops")
+    add("--valid_patch_size", type=cli.positive_int, nargs="+", default=[1024],
         help="central crops; of smaller images the whole")
-    add("--num_workers", type=runs.count, default=8, help="data loader processes")
+    add("--num_workers", type=cli.count, default=8, help="data loader processes")
     for name in ("pin_memory", "persistent_workers"):
         add(f"--{name}", action=argparse.BooleanOptionalAction, help="without effect: chosen here")
     add("--accelerator", choices=["auto", "gpu", "cpu"], default="auto")
-    add("--devices", type=runs.count, nargs="+", default=[0], help="GPUs; several: a process each")
+    add("--devices", type=cli.count, nargs="+", default=[0], help="GPUs; several: a process each")
     add("--strategy", default="auto", help="without effect: DDP if there are several processes")
-    add("--num_epochs", type=runs.positive_int, default=5000)
-    add("--seed", type=runs.seed_number, default=10, help="of weights, noise, crops")
-    add("--net_lr", type=runs.positive_float, default=1e-4)
-    add("--aux_lr", type=runs.positive_float, default=1e-4, help="of the quantiles")
-    add("--validation_cadence", type=runs.positive_int, default=10, help="epochs")
+    add("--num_epochs", type=cli.positive_int, default=5000)
+    add("--seed", type=cli.seed_number, default=10, help="of weights, noise, crops")
+    add("--net_lr", type=cli.positive_float, default=1e-4)
+    add("--aux_lr", type=cli.positive_float, default=1e-4, help="of the quantiles")
+    add("--validation_cadence", type=cli.positive_int, default=10, help="epochs")
     add("--gradient_clip_norm", type=float, default=10.0, help="0: none")
     add("--checkpoint_to_resume", "--ckpt_path", type=Path, help="continue it as a new version")
-    add("--log_cadence", type=runs.positive_int, default=25, help="steps")
+    add("--log_cadence", type=cli.positive_int, default=25, help="steps")
     add("--float32_matmul_precision", choices=["highest", "high", "medium"])
     add("--ema", action=argparse.BooleanOptionalAction, default=False,
         help="average the weights, validate and code with the average")
     add("--precision", choices=list(PRECISIONS), default="auto",
         help="of training; auto: bf16 where the hardware has it")
     add = parser.add_argument_group("the source's fork and other variants").add_argument
-    add("--ema_decay", type=runs.positive_float, default=0.999)
+    add("--ema_decay", type=cli.positive_float, default=0.999)
     add("--quantiles", choices=["optimizer", "periodic"], default="optimizer",
         help="periodic: solved for every --quantiles_every steps, as the fork does")
-    add("--quantiles_every", type=runs.positive_int, default=1800, help="steps")
+    add("--quantiles_every", type=cli.positive_int, default=1800, help="steps")
     add("--warmup", type=float, default=0.0, help="share of the steps; the fork: 0.01")
     add("--decay_at", type=float, default=0.9, help="share of the steps; then a tenth of the rate")
     add("--lr_schedule", choices=["step", "cosine", "constant"], default="step")
@@ -87,24 +95,24 @@ def flags() -> argparse.ArgumentParser:
         help="net_lr times processes * train_batch_size / 16, as the fork")
     add("--charm_widths", choices=CHARM_WIDTHS, default="src", help="of ChARM's networks")
     add("--split", choices=SPLITS, default="pre", help="norms of SwinT's decoders: PyTorch, paper")
-    add("--num_heads", type=runs.positive_int, help="none: channels / 32; first PyTorch code: 4")
+    add("--num_heads", type=cli.positive_int, help="none: channels / 32; first PyTorch code: 4")
     add("--init_ckpt", type=Path, help="start a new run from these weights")
     add("--ckpt_dir", type=Path, default=Path("ckpt"), help="where runs are kept")
-    runs.add_flags(parser, lr_schedule="step", without=(
+    add_training_flags(parser, lr_schedule="step", without=(
         "--aux-lr", "--lr-schedule", "--milestones", "--clip-max-norm", "--patch-size",
         "--test-every", "--save-every", "--seed", "--precision"))
     parser.set_defaults(flip=False)
-    parser.add_argument("--check_time", type=runs.minutes, default=10,
+    parser.add_argument("--check_time", type=cli.minutes, default=10,
                         help="minutes between saves within an epoch")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
-    args = check(runs.parse(flags(), argv), {word.split("=")[0] for word in words})
-    runs.launch(" ".join(map(str, args.devices)))
+    args = check(cli.parse(flags(), argv), {word.split("=")[0] for word in words})
+    processes.launch(" ".join(map(str, args.devices)))
     wanted = {"gpu": "cuda", "cpu": "cpu", "auto": args.device}[args.accelerator]
-    device = runs.start(wanted, args.seed, args.threads)
+    device = processes.start(wanted, args.seed, args.threads)
     if args.float32_matmul_precision:
         torch.set_float32_matmul_precision(args.float32_matmul_precision)
 
@@ -112,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     items = data.find_items(args.dataset_directory)
     crops = data.Crops(items, args.train_patch_size, args.seed, args.flip)
     batch = args.train_batch_size
-    args.steps_per_epoch = args.steps_per_epoch or max(1, len(items) // (batch * runs.world()))
+    args.steps_per_epoch = args.steps_per_epoch or max(1, len(items) // (batch * processes.world()))
     args.images, per_epoch = data.digest(items), args.steps_per_epoch
     test_images = validation_images(args)
 
@@ -121,16 +129,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.init_ckpt:
         start_from(model, args.init_ckpt)
     model = model.to(device, memory_format=torch.channels_last)
-    net = runs.parallel(model, args.compile)
+    net = prepare_network(model, args.compile)
     ema = EMA(model, args.ema_decay) if args.ema else None
-    lr = args.net_lr * (runs.world() * batch / 16 if args.scale_lr else 1)
-    optimizer, aux_optimizer = runs.optimizers(model, args.optimizer, lr, args.aux_lr)
+    lr = args.net_lr * (processes.world() * batch / 16 if args.scale_lr else 1)
+    optimizer, aux_optimizer = make_optimizers(model, args.optimizer, lr, args.aux_lr)
     scheduler = schedule(optimizer, args)
     criterion = RateDistortionLoss(args.lmbda, args.metric, args.beta)
 
     # resume
     folder, before = version(args)
-    log = runs.Log(folder, args.num_epochs * per_epoch)
+    log = Log(folder, args.num_epochs * per_epoch)
     parts = {"model": model, "optimizer": optimizer, "aux_optimizer": aux_optimizer,
              "scheduler": scheduler, "log": log} | ({"averaged": ema} if ema else {})
     whole = () if args.lr_schedule == "constant" and not args.warmup else ("num_epochs",)
@@ -143,20 +151,20 @@ def main(argv: list[str] | None = None) -> None:
         step, best, kept = state["step"], state["best"], state.get("kept", "")
         kept = kept if (checkpoints.folder / kept).is_file() else ""
     log.begin(step)
-    if runs.rank() == 0:
+    if processes.rank() == 0:
         text = yaml.safe_dump(config, sort_keys=False)
-        runs.write_atomic(folder / "hparams.yaml", text.encode())
-        runs.write_atomic(folder / "model.txt", f"{model}\n".encode())
+        write_atomic(folder / "hparams.yaml", text.encode())
+        write_atomic(folder / "model.txt", f"{model}\n".encode())
         print(text.strip())
         print(f"{len(items)} training images"
               f"{'' if args.dataset_directory else ' (bundled photographs)'}, {per_epoch} steps an "
-              f"epoch, on {runs.describe(device)}, to {folder}", flush=True)
+              f"epoch, on {processes.describe_hardware(device)}, to {folder}", flush=True)
         if step >= args.num_epochs * per_epoch:
             print(f"nothing to do: this run has its {args.num_epochs} epochs (--num_epochs)")
 
     def train_step(x: Tensor) -> dict[str, Tensor]:
         """One optimisation step on a batch; returns the scalars to log."""
-        with runs.autocast(device, PRECISIONS[args.precision]):
+        with autocast(device, PRECISIONS[args.precision]):
             output = net(x)
         losses = criterion(output, x)
 
@@ -164,8 +172,8 @@ def main(argv: list[str] | None = None) -> None:
         aux_optimizer.zero_grad()
         losses["loss"].backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(
-            runs.main_parameters(model).values(), args.gradient_clip_norm or math.inf)
-        runs.check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
+            main_parameters(model).values(), args.gradient_clip_norm or math.inf)
+        check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
         optimizer.step()
         aux_loss = model.aux_loss()
         if args.quantiles == "optimizer":
@@ -174,17 +182,17 @@ def main(argv: list[str] | None = None) -> None:
         psnr = 10 * torch.log10(255**2 / losses["mse"].clamp_min(1e-6))
         return {**losses, "psnr": psnr, "aux": aux_loss, "grad_norm": grad_norm}
 
-    recorded_step = graphs.Recorded(train_step, optimizer, aux_optimizer,
+    recorded_step = cuda_graph.Recorded(train_step, optimizer, aux_optimizer,
                                     enabled=args.graph and args.quantiles == "optimizer")
     saved = time.monotonic()
     for epoch in range(step // per_epoch, args.num_epochs):
         model.train()
         last_step = (epoch + 1) * per_epoch
-        for images in data.loader(crops, step, last_step, batch, runs.rank(), runs.world(),
-                                  args.num_workers):
+        for images in data.loader(crops, step, last_step, batch, processes.rank(),
+                                  processes.world(), args.num_workers):
             x = data.to_float(images.to(device, non_blocking=True))
             x = x.contiguous(memory_format=torch.channels_last)
-            rate = runs.learning_rate(optimizer)
+            rate = learning_rate(optimizer)
             values = recorded_step(x)
             scheduler.step()
             if args.quantiles != "optimizer" and step % args.quantiles_every == 0:
@@ -195,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
             step += 1
             log.step(step, {**values, "lr": rate}, args.log_cadence)
             due = step % 20 == 0 and time.monotonic() - saved > 60 * args.check_time
-            if step < last_step and runs.agree(due):
+            if step < last_step and processes.broadcast_flag(due):
                 checkpoints.save(LATEST, epoch, step, best=best, kept=kept)
                 saved = time.monotonic()
 
@@ -286,18 +294,18 @@ def version(args: argparse.Namespace) -> tuple[Path, Path | None]:
         if checkpoint := newest_checkpoint(folder):
             return folder, checkpoint
     number = int(have[-1].name.split("_")[1]) + 1 if have else 0
-    if runs.world() > 1:  # all processes write to the first one's
+    if processes.world() > 1:  # all processes write to the first one's
         numbers = [number]
         torch.distributed.broadcast_object_list(numbers)
         number = numbers[0]
     return root / f"version_{number}", args.checkpoint_to_resume
 
 
-class Checkpoints(runs.Checkpoints):
+class Checkpoints(Checkpoints):
     """Lightning's names; of each kind only the newest is kept."""
 
     def discard(self, names: list[str]) -> None:
-        for name in names if runs.rank() == 0 else ():
+        for name in names if processes.rank() == 0 else ():
             (self.folder / name).unlink(missing_ok=True)
 
 
@@ -324,7 +332,7 @@ class EMA:
         return model
 
     def state_dict(self) -> dict[str, Any]:
-        return {**runs.coding_state(self.settled()), "updates": self.updates,
+        return {**coding_state(self.settled()), "updates": self.updates,
                 "quantiles": self.model.entropy_bottleneck.quantiles.detach()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -341,7 +349,7 @@ def start_from(model: SliceCoder, path: Path) -> None:
         model.load_state_dict(trained.state_dict())
     except RuntimeError as e:
         raise UserError(f"{path}: holds weights of another {trained.name}, or of another model: "
-                        f"{runs.reason(e)}") from None
+                        f"{load_error(e)}") from None
 
 
 def schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> Any:
@@ -396,4 +404,4 @@ def validate(model: SliceCoder, images: list[Tensor], args: argparse.Namespace,
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

@@ -10,7 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import UserError, data, entropy, evaluate, exact, runs
+from common import UserError, cli, data
+from common.coding import entropy, exact, image_file
+from common.loss import RateDistortionLoss
 
 import compressai.models
 import pytest
@@ -352,11 +354,11 @@ def test_codes_what_forward_promises(experiment):
 def test_any_size(experiment, size):
     model = tiny(experiment)
     x = photograph(*size)[0]
-    x_hat = evaluate.decode_image(model, evaluate.encode_image(model, x, TAG), TAG)
+    x_hat = image_file.decode_image(model, image_file.encode_image(model, x, TAG), TAG)
     assert x_hat.shape == x.shape
     with torch.no_grad():
-        padded = evaluate.pad(x[None], 64)
-        assert torch.equal(x_hat, evaluate.crop(model(padded)["x_hat"], size)[0].clamp(0, 1))
+        padded = image_file.pad(x[None], 64)
+        assert torch.equal(x_hat, image_file.crop(model(padded)["x_hat"], size)[0].clamp(0, 1))
 
 
 @pytest.mark.parametrize("experiment", CONTEXTS)
@@ -373,12 +375,12 @@ def test_a_batch_is_its_images(experiment):
 def test_other_readings_code(options, tmp_path):
     model = tiny("variant3", **options)
     x = photograph(64, 128)[0]
-    file = evaluate.encode_image(model, x, TAG)
+    file = image_file.encode_image(model, x, TAG)
     torch.save({"model": model.state_dict(), "config": {
         name: getattr(model, name) for name in model.options}}, tmp_path / "a.pth")
     again = load(tmp_path / "a.pth")
-    torch.testing.assert_close(evaluate.decode_image(again, file, TAG),  # g_s is in floats
-                               evaluate.decode_image(model, file, TAG), atol=1e-5, rtol=0)
+    torch.testing.assert_close(image_file.decode_image(again, file, TAG),  # g_s is in floats
+                               image_file.decode_image(model, file, TAG), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -483,8 +485,8 @@ def test_trains_and_codes(experiment, fit, images):
     folder = fit(*more, experiment=experiment.split()[0])
     model = main.newest(folder, torch.device("cpu"))
     x = data.to_float(data.read_image(images / "0.png"))
-    file = evaluate.encode_image(model, x, TAG)
-    assert evaluate.decode_image(model, file, TAG).shape == x.shape
+    file = image_file.encode_image(model, x, TAG)
+    assert image_file.decode_image(model, file, TAG).shape == x.shape
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -608,7 +610,7 @@ def test_mistakes(flags, message, images, tmp_path, monkeypatch, capsys):
         flags = [*flags, "--train-data-dir", str(images)]
         flags += [] if "--patchsize" in flags else ["--patchsize", "64"]
     with pytest.raises(SystemExit) as stopped:
-        runs.cli(lambda: main.main(flags))
+        cli.run(lambda: main.main(flags))
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -769,7 +771,6 @@ def test_two_processes(images, tmp_path):
 
 
 def test_compiled_loss_is_the_loss():
-    from common.loss import RateDistortionLoss
 
     x = photograph(64, 64)
     losses = []

@@ -9,7 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import runs
+from common import cli
+from common.coding import image_file
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def refused(monkeypatch, capsys):
         script = importlib.import_module(f"{paper}.{command[0].removesuffix('.py')}")
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            runs.cli(lambda: script.main([str(word) for word in command[1:]]))
+            cli.run(lambda: script.main([str(word) for word in command[1:]]))
         lines = capsys.readouterr().err.strip().splitlines()
         assert stop.value.code == 2
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
@@ -211,7 +212,8 @@ def test_no_compiler_means_no_compilation(images, tmp_path):
 
 
 def test_export_makes_weights_that_code_alike(images, tmp_path, monkeypatch):
-    from common import data, evaluate, export
+    from common import data
+    from common.recipes import export
 
     from hyperprior import model, train
 
@@ -221,8 +223,8 @@ def test_export_makes_weights_that_code_alike(images, tmp_path, monkeypatch):
     weights = model.load("small.pth")
     assert weights.info["step"] == 7 and weights.info["config"]["lmbda"] == 0.01
     x = data.to_float(data.read_image(images / "photo.png"))
-    file = evaluate.encode_image(weights, x, model.TAG)
-    assert evaluate.decode_image(model.load("small.pth"), file, model.TAG).shape == x.shape
+    file = image_file.encode_image(weights, x, model.TAG)
+    assert image_file.decode_image(model.load("small.pth"), file, model.TAG).shape == x.shape
 
 
 def test_front_page(images, tmp_path, monkeypatch):
@@ -253,7 +255,7 @@ def test_pages_give_the_bundled_results(paper):
 
 
 def test_training_curves_of_two_runs(tmp_path, capsys, monkeypatch):
-    from common import curves
+    from common.evaluation import curves
 
     monkeypatch.chdir(tmp_path)
     line = "epoch {}  step {}  train loss {} bpp 0.5"

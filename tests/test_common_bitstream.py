@@ -4,7 +4,9 @@ import copy
 import struct
 import zlib
 
-from common import UserError, bitstream
+from common import UserError
+from common.coding import bitstream, exact
+from common.files import read_file
 
 import pytest
 import torch
@@ -115,9 +117,9 @@ def test_pack_refuses_what_unpack_would():
 
 def test_read_names_the_file(tmp_path):
     with pytest.raises(UserError, match="nothing.bin: No such file"):
-        bitstream.read(tmp_path / "nothing.bin")
+        read_file(tmp_path / "nothing.bin")
     with pytest.raises(UserError, match="cannot read"):
-        bitstream.read(tmp_path)
+        read_file(tmp_path)
 
 
 def test_fingerprint_follows_weights_and_tables():
@@ -157,7 +159,6 @@ def test_fingerprint_ignores_the_device():
 
 
 def test_fingerprint_follows_fixed_point_settings():
-    from common import exact
 
     model = ScaleHyperprior(8, 12).eval()
     model.exact_parts = ("h_s",)

@@ -8,7 +8,7 @@ import tarfile
 import zlib
 from pathlib import Path
 
-from common import UserError, data, runs
+from common import UserError, data, files
 
 import numpy as np
 import pytest
@@ -150,7 +150,7 @@ def test_an_image_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(UserError, match="No space left on device; the file that was there is kept"):
         data.write_image(torch.zeros(3, 2, 2), path)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["x.png"]

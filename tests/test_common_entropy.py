@@ -1,7 +1,8 @@
 """Symbols to bytes and back."""
 
-from common import UserError, entropy
-from common.entropy import Tables, decode, encode
+from common import UserError
+from common.coding import entropy
+from common.coding.entropy import Tables, decode, encode
 
 import numpy as np
 import pytest

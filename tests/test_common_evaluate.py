@@ -3,7 +3,16 @@
 import json
 import math
 
-from common import UserError, bitstream, classical, compare, data, evaluate, metrics
+from common import UserError, data, metrics
+from common.coding import bitstream, image_file
+from common.evaluation import classical, compare, evaluate
+from common.evaluation.results import (
+    load_published,
+    load_results,
+    merge_points,
+    operating_point,
+    save_results,
+)
 
 import pytest
 import torch
@@ -35,10 +44,10 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("size", [(1, 1), (1, 33), (16, 32), (17, 15), (50, 70)])
 def test_pad_and_crop(size):
     x = torch.rand(2, 3, *size)
-    padded = evaluate.pad(x, 16)
+    padded = image_file.pad(x, 16)
     assert [s % 16 for s in padded.shape[-2:]] == [0, 0]
     assert all(0 <= p - s < 16 for p, s in zip(padded.shape[-2:], size, strict=True))
-    assert torch.equal(evaluate.crop(padded, size), x)
+    assert torch.equal(image_file.crop(padded, size), x)
     assert torch.equal(padded[..., -1, -1], x[..., -1, -1])  # the border is repeated
 
 
@@ -50,25 +59,25 @@ def test_round_trip_of_any_size(kind, size):
     net = kind(8, 12).eval()
     net.update()
     x = torch.rand(3, *size)
-    file = evaluate.encode_image(net, x, TAG)
-    out = net.compress(evaluate.pad(x[None], net.downsampling_factor))
+    file = image_file.encode_image(net, x, TAG)
+    out = net.compress(image_file.pad(x[None], net.downsampling_factor))
     expected = net.decompress(out["strings"], out["shape"])["x_hat"][0, :, : size[0], : size[1]]
-    assert torch.equal(evaluate.decode_image(net, file, TAG), expected)
+    assert torch.equal(image_file.decode_image(net, file, TAG), expected)
     assert len(file) - sum(len(s[0]) for s in out["strings"]) <= 32
 
 
 def test_images_of_a_batch_are_coded_as_if_alone(model):
     x = torch.rand(3, 3, 40, 50)
-    files = evaluate.encode_images(model, x, TAG)
-    assert files == [evaluate.encode_image(model, one, TAG) for one in x]
-    x_hat = evaluate.decode_images(model, files, TAG)
-    assert torch.allclose(x_hat[1], evaluate.decode_image(model, files[1], TAG), atol=1e-6)
+    files = image_file.encode_images(model, x, TAG)
+    assert files == [image_file.encode_image(model, one, TAG) for one in x]
+    x_hat = image_file.decode_images(model, files, TAG)
+    assert torch.allclose(x_hat[1], image_file.decode_image(model, files[1], TAG), atol=1e-6)
 
 
 def test_decoding_errors_are_user_errors(model):
-    file = evaluate.encode_image(model, torch.rand(3, 20, 20), TAG)
+    file = image_file.encode_image(model, torch.rand(3, 20, 20), TAG)
     with pytest.raises(UserError, match="--checkpoint"):
-        evaluate.decode_image(FactorizedPrior(8, 12).eval(), file, TAG)
+        image_file.decode_image(FactorizedPrior(8, 12).eval(), file, TAG)
     own = bitstream.fingerprint(model)
     three = bitstream.pack(TAG, own, 20, 20, [b"x", b"y", b"z"])
 
@@ -79,10 +88,10 @@ def test_decoding_errors_are_user_errors(model):
             (y_strings,) = strings
 
     with pytest.raises(UserError, match="does not decode"):
-        evaluate.decode_image(Strict(), three, TAG, own)
+        image_file.decode_image(Strict(), three, TAG, own)
     not_updated = FactorizedPrior(8, 12).eval()
     with pytest.raises(UserError, match="cannot code"):
-        evaluate.encode_image(not_updated, torch.rand(3, 20, 20), TAG)
+        image_file.encode_image(not_updated, torch.rand(3, 20, 20), TAG)
 
 
 def test_model_of_finds_the_weights(model):
@@ -90,14 +99,14 @@ def test_model_of_finds_the_weights(model):
     other = FactorizedPrior(8, 12).eval()
     other.update()
     stored = {"other.pth": other, "right.pth": model}
-    file = evaluate.encode_image(model, torch.rand(3, 20, 20), TAG)
+    file = image_file.encode_image(model, torch.rand(3, 20, 20), TAG)
 
     def load(path, device):
         return stored[path]
 
-    assert evaluate.model_of(file, TAG, stored, load, torch.device("cpu")) is model
+    assert image_file.find_model(file, TAG, stored, load, torch.device("cpu")) is model
     with pytest.raises(UserError, match=bitstream.fingerprint(other).hex()):
-        evaluate.model_of(file, TAG, ["other.pth"], load, torch.device("cpu"))
+        image_file.find_model(file, TAG, ["other.pth"], load, torch.device("cpu"))
 
 
 def test_evaluate_counts_bytes_on_disk(model, folder, tmp_path):
@@ -134,7 +143,7 @@ def test_evaluate_in_batches_gives_the_same_files(model, folder):
 def test_estimate_is_close_to_the_file(model):
     """Untrained weights, many symbols: coded bits and -log2 likelihoods agree."""
     x = torch.rand(1, 3, 256, 256)
-    bits = 8 * (len(evaluate.encode_image(model, x, TAG)) - 26)
+    bits = 8 * (len(image_file.encode_image(model, x, TAG)) - 26)
     assert bits == pytest.approx(evaluate._estimate(model, x)[0] * 256 * 256, rel=0.02)
 
 
@@ -145,21 +154,21 @@ def test_evaluate_without_images(model):
 
 def test_merge_sorts_by_rate_and_keeps_points_together():
     rows = {rate: [{"image": "a", "bpp": rate, "psnr-rgb": 30 + rate}] for rate in (0.5, 0.2, 0.9)}
-    points = [evaluate.point("x", "", rows[rate], {"lmbda": rate / 10}) for rate in rows]
+    points = [operating_point("x", "", rows[rate], {"lmbda": rate / 10}) for rate in rows]
     points[0]["meta"]["steps"] = [7]
-    merged = evaluate.merge(points)
+    merged = merge_points(points)
     assert merged["results"]["bpp"] == [0.2, 0.5, 0.9]
     assert merged["results"]["psnr-rgb"] == [30.2, 30.5, 30.9]
     assert merged["meta"]["lmbda"] == [0.02, 0.05, 0.09]
     assert merged["meta"]["steps"] == [None, 7, None]
     assert merged["per_image"] == [rows[0.2], rows[0.5], rows[0.9]]
-    assert evaluate.merge([merged])["results"] == merged["results"]
+    assert merge_points([merged])["results"] == merged["results"]
 
 
 def test_save_json_is_strict_and_has_a_line_per_image(tmp_path):
     rows = [{"image": n, "bpp": 1 / 3, "psnr-rgb": 30.0, "ms-ssim-rgb": math.nan} for n in "ab"]
     path = tmp_path / "new" / "results.json"
-    evaluate.save_json(path, evaluate.point("x", "a \"name\"", rows, {"steps": 20_000_000}))
+    save_results(path, operating_point("x", "a \"name\"", rows, {"steps": 20_000_000}))
 
     def refuse(constant):
         raise AssertionError(constant)
@@ -169,10 +178,10 @@ def test_save_json_is_strict_and_has_a_line_per_image(tmp_path):
     assert read["results"]["ms-ssim-rgb"] == [None]
     assert read["meta"]["steps"] == [20_000_000]
     assert sum('"image"' in line for line in path.read_text().splitlines()) == 2
-    assert evaluate.load_json(path) == read
+    assert load_results(path) == read
     with pytest.raises(UserError, match="not a results JSON"):
         path.write_text("{")
-        evaluate.load_json(path)
+        load_results(path)
 
 
 def test_jpeg_through_the_same_measures(folder):
@@ -225,8 +234,8 @@ def test_table_without_common_range(curves):
 
 def test_compare_command(curves, folder, tmp_path, capsys):
     results, published, _ = curves
-    evaluate.save_json(tmp_path / "ours.json", results[0])
-    evaluate.save_json(tmp_path / "published.json", {"dataset": "two", "curves": published})
+    save_results(tmp_path / "ours.json", results[0])
+    save_results(tmp_path / "published.json", {"dataset": "two", "curves": published})
     compare.main(["--results", str(tmp_path / "ours.json"),
                   "--published", str(tmp_path / "published.json"),
                   "--dataset", str(folder), "--plot", str(tmp_path / "rd.png")])
@@ -237,7 +246,7 @@ def test_compare_command(curves, folder, tmp_path, capsys):
 def test_compare_tells_papers_with_equal_names_apart(curves, folder, tmp_path, capsys):
     ours = curves[0][0]
     for paper in ("one", "two"):
-        evaluate.save_json(tmp_path / paper / "results" / "small.json", ours)
+        save_results(tmp_path / paper / "results" / "small.json", ours)
     files = [str(path) for path in sorted(tmp_path.glob("*/results/small.json"))]
     compare.main(["--results", *files, "--dataset", str(folder)])
     table = capsys.readouterr().out
@@ -249,7 +258,7 @@ def test_compare_tells_papers_with_equal_names_apart(curves, folder, tmp_path, c
     '{"name": "a", "results": {"bpp": ["1"], "psnr-rgb": [2]}}', '{"curves": [{}]}', "not JSON"])
 def test_other_json_is_refused(content, tmp_path):
     (tmp_path / "a.json").write_text(content)
-    for read in (evaluate.load_json, evaluate.load_published):
+    for read in (load_results, load_published):
         with pytest.raises(UserError, match="a.json: not"):
             read(tmp_path / "a.json")
 

@@ -4,7 +4,8 @@ import copy
 import io
 import math
 
-from common import UserError, exact
+from common import UserError
+from common.coding import exact, exact_int8, exact_tables
 
 import pytest
 import torch
@@ -328,7 +329,7 @@ def test_a_gpu_gives_the_same_bits():
 
 
 # ------------------------------------------------------------------------------- products of int8
-@pytest.mark.skipif(not exact._int8_is_exact(), reason="this CPU has no exact int8 products")
+@pytest.mark.skipif(not exact_int8._int8_is_exact(), reason="this CPU has no exact int8 products")
 @pytest.mark.parametrize("layer, shape", [
     (nn.Conv2d(24, 16, 5, padding=2), (1, 24, 13, 10)), (nn.Conv2d(24, 16, 1), (2, 24, 7, 9)),
     (nn.Conv2d(9, 8, 3, stride=2, padding=1), (2, 9, 15, 12)),
@@ -348,7 +349,7 @@ def test_digits_give_the_bits_of_float64(layer, shape, strip, monkeypatch):
         x = scale * torch.randn(shape)
         found = []
         for work in (0, 2**60):
-            monkeypatch.setattr(exact, "DIGITS_WORK", work)
+            monkeypatch.setattr(exact_int8, "DIGITS_WORK", work)
             found.append(exact.run(layer, x))
         assert torch.equal(*found)
     prepared = exact._prepare(layer, "", x.device)
@@ -359,7 +360,7 @@ def test_digits_give_the_bits_of_float64(layer, shape, strip, monkeypatch):
 @pytest.mark.parametrize("value", [-(2**23), -32_896, -129, -128, -1, 0, 127, 128, 32_639,
                                    8_355_711])
 def test_digits_of_an_integer(value):
-    digits = exact._digits(torch.tensor([value], dtype=torch.int32), 3)
+    digits = exact_int8._digits(torch.tensor([value], dtype=torch.int32), 3)
     assert sum(256**i * int(d) for i, d in enumerate(digits)) == value
 
 
@@ -368,14 +369,14 @@ def test_softmax_and_products_are_close_to_floats():
     torch.manual_seed(0)
     logits = 5 * torch.randn(3, 7, 7, dtype=torch.float64)
     logits[:, 0, 3:] = -100
-    weights = exact.softmax(logits)
+    weights = exact_tables.softmax(logits)
     assert torch.allclose(weights, logits.softmax(-1), atol=1e-3)
     assert (weights[:, 0, 3:] == 0).all() and torch.allclose(weights.sum(-1), torch.tensor(1.0,
                                                              dtype=torch.float64))
     v = torch.randn(3, 7, 5, dtype=torch.float64)
-    assert torch.allclose(exact.matmul(weights, v, (20, 0)), weights @ v, atol=1e-3)
+    assert torch.allclose(exact_tables.matmul(weights, v, (20, 0)), weights @ v, atol=1e-3)
     order = torch.randperm(7)
-    assert torch.equal(exact.matmul(weights[..., order], v[:, order], (20, 0)),
-                       exact.matmul(weights, v, (20, 0)))
+    assert torch.equal(exact_tables.matmul(weights[..., order], v[:, order], (20, 0)),
+                       exact_tables.matmul(weights, v, (20, 0)))
     with pytest.raises(UserError, match="cannot be computed exactly"):
-        exact.matmul(torch.zeros(2, 2**14), torch.zeros(2**14, 2))
+        exact_tables.matmul(torch.zeros(2, 2**14), torch.zeros(2**14, 2))

@@ -3,6 +3,7 @@
 import math
 
 from common import metrics
+from common.complexity import complexity
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_bd_rate_without_common_range():
 def test_complexity(kind, N, M, total, thop, giga):
     """Published parameter counts and MACs of one 512x768 image, to the printed digits."""
     model = kind(N, M)
-    found = metrics.complexity(model)
+    found = complexity(model)
     assert found["params_total"] == total
     assert thop is None or found["params_thop"] == thop
     keys = ("macs_true", "macs_thop", "macs_gdn", "macs_masked")
@@ -106,12 +107,12 @@ def test_complexity(kind, N, M, total, thop, giga):
 def test_complexity_counts_the_model_s_own_parameters():
     model = ScaleHyperprior(4, 6)
     model.gain = torch.nn.Parameter(torch.ones(8))  # belongs to no child
-    total = metrics.complexity(model, (64, 64))["params_total"]
+    total = complexity(model, (64, 64))["params_total"]
     assert total == sum(p.numel() for p in model.parameters())
 
 
 def test_complexity_grows_with_the_image():
     model = FactorizedPrior(8, 12)
-    small, large = metrics.complexity(model, (64, 64)), metrics.complexity(model, (128, 192))
+    small, large = complexity(model, (64, 64)), complexity(model, (128, 192))
     assert large["macs_true"] == 6 * small["macs_true"]
     assert large["params_total"] == small["params_total"]

@@ -7,7 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import UserError, exact, export, runs
+from common import UserError, cli, processes
+from common.coding import exact
+from common.coding.model_file import coding_state, load_checkpoint, load_model, save_checkpoint
+from common.files import write_atomic
+from common.recipes import export
+from common.training.checkpoints import Checkpoints, epoch_checkpoints
+from common.training.optimizers import check_finite, make_optimizers, make_scheduler
 
 import pytest
 import torch
@@ -25,7 +31,7 @@ def test_priority_is_default_yaml_command_line(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("lr: 0.5\nbatch_size: 3\nsteps-per-epoch: 7\nlr_schedule: cosine\n"
                       "flip: true\nmilestones: [1, 2]\n")
-    args = runs.parse(flags(), ["--config", str(config), "--batch_size", "5", "--no-flip"])
+    args = cli.parse(flags(), ["--config", str(config), "--batch_size", "5", "--no-flip"])
     assert (args.lr, args.batch_size, args.epoch) == (0.5, 5, 250)
     assert (args.steps_per_epoch, args.lr_schedule, args.flip) == (7, "cosine", False)
     assert args.milestones == [1, 2]
@@ -39,7 +45,7 @@ def test_priority_is_default_yaml_command_line(tmp_path):
 def test_yaml_mistakes_name_the_key(text, word, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UserError, match=word) as error:
-        runs.parse(flags(), ["--config", str(tmp_path / "c.yaml")])
+        cli.parse(flags(), ["--config", str(tmp_path / "c.yaml")])
     assert "\n" not in str(error.value)
 
 
@@ -50,7 +56,7 @@ def test_yaml_mistakes_name_the_key(text, word, tmp_path):
 def test_command_line_mistakes_are_one_line(argv, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        runs.cli(lambda: runs.parse(flags(), argv))
+        cli.run(lambda: cli.parse(flags(), argv))
     assert end.value.code == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: ") and errors.count("\n") == 1
@@ -59,9 +65,9 @@ def test_command_line_mistakes_are_one_line(argv, capsys, tmp_path, monkeypatch)
 
 def test_keys_with_dashes_or_underscores_and_empty_values(tmp_path):
     (tmp_path / "c.yaml").write_text("aux-lr: 0.5\nclip_max_norm: 2\nbatch-size: 3\ndataset:\n")
-    args = runs.parse(flags(), ["--config", str(tmp_path / "c.yaml")])
+    args = cli.parse(flags(), ["--config", str(tmp_path / "c.yaml")])
     assert (args.aux_lr, args.clip_max_norm, args.batch_size, args.dataset) == (0.5, 2.0, 3, None)
-    assert runs.parse(flags(), ["--model_name", "FactorizedPrior"]).model_name == "FactorizedPrior"
+    assert cli.parse(flags(), ["--model_name", "FactorizedPrior"]).model_name == "FactorizedPrior"
 
 
 @pytest.mark.parametrize("config", ["config.yaml", "small.yaml", "quick.yaml"])
@@ -70,13 +76,13 @@ def test_shipped_configurations_are_valid(paper, config):
     import importlib
 
     parser = importlib.import_module(f"{paper}.train").flags()
-    args = runs.parse(parser, ["--config", str(ROOT / paper / config)])
+    args = cli.parse(parser, ["--config", str(ROOT / paper / config)])
     assert args.epoch * (args.steps_per_epoch or 1_010) >= 5_000
 
 
 def test_source_defaults():
     """seminar.md 3.1; the paths of its machine are the exceptions."""
-    args = runs.parse(flags(), [])
+    args = cli.parse(flags(), [])
     assert (args.lmbda, args.lr, args.batch_size, args.test_batch_size) == (0.01, 1e-4, 64, 24)
     assert (args.epoch, args.check_time, args.exp_version) == (250, 10, 0)
     assert (args.gpu_id, args.code_rate, args.num_workers, args.init_ckpt) == ("0", "low", 0, "")
@@ -88,14 +94,14 @@ def test_source_defaults():
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_failed_write_keeps_the_old_file(call, tmp_path, monkeypatch):
     path = tmp_path / "a.pth"
-    runs.write_atomic(path, b"old")
+    write_atomic(path, b"old")
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, call, full)
     with pytest.raises(UserError, match="No space left on device; the file that was there is kept"):
-        runs.write_atomic(path, b"new")
+        write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -122,25 +128,25 @@ def test_full_disk_while_saving(tmp_path):
 def test_unreadable_checkpoint_is_named(content, tmp_path):
     (tmp_path / "bad.pth").write_bytes(content)
     with pytest.raises(UserError, match="bad.pth"):
-        runs.load_checkpoint(tmp_path / "bad.pth")
+        load_checkpoint(tmp_path / "bad.pth")
 
 
 def test_cut_checkpoint_folder_and_other_objects_are_named(tmp_path):
     path = tmp_path / "bad.pth"
-    runs.save_checkpoint(path, {"model": Factorized(4, 6).state_dict()})
+    save_checkpoint(path, {"model": Factorized(4, 6).state_dict()})
     content = path.read_bytes()
     for part in (0.1, 0.9, 0.999):
         path.write_bytes(content[: int(part * len(content))])
         with pytest.raises(UserError, match="bad.pth"):
-            runs.load_checkpoint(path)
+            load_checkpoint(path)
     for other in ([1, 2], {}, {"model": 3}, {"state": {}, "param_groups": []},
                   {0: torch.zeros(1)}, torch.zeros(2)):
         torch.save(other, path)
         with pytest.raises(UserError, match="bad.pth: holds no state dict"):
-            runs.load_checkpoint(path)
+            load_checkpoint(path)
     for missing in (tmp_path, tmp_path / "absent.pth"):
         with pytest.raises(UserError, match=missing.name):
-            runs.load_checkpoint(missing)
+            load_checkpoint(missing)
 
 
 def test_old_spelling_of_compressai_loads(tmp_path):
@@ -160,14 +166,14 @@ def test_old_spelling_of_compressai_loads(tmp_path):
 def test_checkpoint_with_code_in_it_is_refused(tmp_path):
     torch.save({"model": {"x": torch.zeros(1)}, "hook": subprocess.run}, tmp_path / "bad.pth")
     with pytest.raises(UserError, match="bad.pth"):
-        runs.load_checkpoint(tmp_path / "bad.pth")
+        load_checkpoint(tmp_path / "bad.pth")
 
 
 def test_prefixes_of_wrappers_are_dropped(tmp_path):
     state = Factorized(4, 6).state_dict()
     for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
         torch.save({"state_dict": {prefix + k: v for k, v in state.items()}}, tmp_path / "a.pth")
-        assert runs.load_checkpoint(tmp_path / "a.pth")["model"].keys() == state.keys()
+        assert load_checkpoint(tmp_path / "a.pth")["model"].keys() == state.keys()
 
 
 def test_loading_is_strict_and_names_the_weights(tmp_path):
@@ -177,7 +183,7 @@ def test_loading_is_strict_and_names_the_weights(tmp_path):
     torch.save(Hyperprior(4, 6).state_dict(), tmp_path / "other.pth")
     for name, key in (("less", "g_s.2.bias"), ("more", "extra.weight"), ("other", "h_a.0.weight")):
         with pytest.raises(UserError, match=key):
-            runs.load_model(tmp_path / f"{name}.pth", Factorized)
+            load_model(tmp_path / f"{name}.pth", Factorized)
 
 
 def test_tables_come_from_the_checkpoint(tmp_path):
@@ -185,10 +191,10 @@ def test_tables_come_from_the_checkpoint(tmp_path):
     torch.manual_seed(0)
     model = Hyperprior(4, 6)
     model.update()
-    state = runs.coding_state(model)
+    state = coding_state(model)
     state["model"]["entropy_bottleneck._quantized_cdf"][0, 1] += 1
     state["exact"]["h_s"]["shifts"][0] -= 3
-    runs.save_checkpoint(tmp_path / "a.pth", state)
+    save_checkpoint(tmp_path / "a.pth", state)
     loaded = load_hyperprior(tmp_path / "a.pth")
     table = loaded.entropy_bottleneck._quantized_cdf
     assert torch.equal(table, state["model"]["entropy_bottleneck._quantized_cdf"])
@@ -235,7 +241,7 @@ def test_eight_bit_kernels_are_close(out):
 @pytest.mark.parametrize("name", ["adam", "muon"])
 def test_each_parameter_has_one_optimiser(name):
     model = Hyperprior(4, 6)
-    main, aux = runs.optimizers(model, name, 1e-3)
+    main, aux = make_optimizers(model, name, 1e-3)
     owned = [[id(p) for g in o.param_groups for p in g["params"]] for o in (main, aux)]
     assert sorted(owned[0] + owned[1]) == sorted(id(p) for p in model.parameters())
     assert owned[1] == [id(model.entropy_bottleneck.quantiles)]
@@ -243,7 +249,7 @@ def test_each_parameter_has_one_optimiser(name):
 
 def rates(name, losses, epochs=200, milestones=(40, 90, 140)):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
-    scheduler = runs.schedule(optimizer, name, epochs, milestones)
+    scheduler = make_scheduler(optimizer, name, epochs, milestones)
     result = []
     for loss in losses:
         result.append(optimizer.param_groups[0]["lr"])
@@ -271,15 +277,15 @@ def test_cosine_ends_near_zero():
 def test_non_finite_loss_names_term_step_and_checkpoint():
     losses = {"loss": torch.tensor(float("nan")), "bpp": torch.tensor(1.0)}
     with pytest.raises(UserError, match="loss not finite in the batch of step 7; .*epoch_3.pth"):
-        runs.check_finite(losses, 7, Path("ckpts/epoch_3.pth"))
-    runs.check_finite({"bpp": torch.tensor(1.0)}, 7, None)
+        check_finite(losses, 7, Path("ckpts/epoch_3.pth"))
+    check_finite({"bpp": torch.tensor(1.0)}, 7, None)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e30])
 def test_diverged_weights_are_not_saved(value, tmp_path):
     model = Hyperprior(4, 6)
     density = model.entropy_bottleneck
-    checkpoints = runs.Checkpoints(tmp_path, {"model": model}, {})
+    checkpoints = Checkpoints(tmp_path, {"model": model}, {})
     checkpoints.save("epoch_0.pth", 0, 5)
     with torch.no_grad():
         for matrix, bias in zip(density.matrices, density.biases, strict=True):
@@ -292,7 +298,7 @@ def test_diverged_weights_are_not_saved(value, tmp_path):
 
 def test_newest_checkpoint_is_the_last_written(tmp_path):
     """Not the one of most steps: --load_model_epoch goes back and leaves later epochs behind."""
-    checkpoints = runs.Checkpoints(tmp_path, {"model": Factorized(4, 6)}, {})
+    checkpoints = Checkpoints(tmp_path, {"model": Factorized(4, 6)}, {})
     for age, (name, step) in enumerate([("epoch_0.pth", 9), ("epoch_1.pth", 19),
                                         ("latest.pth", 14)]):
         checkpoints.save(name, 0, step)
@@ -306,7 +312,7 @@ def test_newest_checkpoint_is_the_last_written(tmp_path):
 @pytest.mark.parametrize("ids", ["", "a", "0 -1", "0;1"])
 def test_gpu_id_must_be_numbers(ids):
     with pytest.raises(UserError, match="gpu_id"):
-        runs.launch(ids)
+        processes.launch(ids)
 
 
 def test_a_damaged_checkpoint_is_not_loaded(tmp_path):
@@ -319,11 +325,11 @@ def test_a_damaged_checkpoint_is_not_loaded(tmp_path):
         damaged[position] ^= 4
         path.write_bytes(bytes(damaged))
         try:
-            state = runs.load_checkpoint(path)["model"]
+            state = load_checkpoint(path)["model"]
         except UserError:
             continue
         path.write_bytes(whole)  # a flip that changed no content, as in a time stamp
-        good = runs.load_checkpoint(path)["model"]
+        good = load_checkpoint(path)["model"]
         assert all(torch.equal(v, good[k]) for k, v in state.items())
 
 
@@ -333,25 +339,25 @@ def test_a_damaged_checkpoint_is_not_loaded(tmp_path):
 def test_what_is_no_checkpoint(content, words, tmp_path):
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(UserError, match=words) as caught:
-        runs.load_checkpoint(tmp_path / "a.pth")
+        load_checkpoint(tmp_path / "a.pth")
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
 
 
 def test_kernels_without_steps_are_refused(tmp_path):
     torch.save({"model": {"a": torch.ones(2, dtype=torch.int8)}}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="8-bit kernels are missing"):
-        runs.load_checkpoint(tmp_path / "a.pth")
+        load_checkpoint(tmp_path / "a.pth")
 
 
 def test_epochs_are_numbers(tmp_path):
     for name in ("epoch_10.pth", "epoch_9.pth", "epoch_best.pth", "latest.pth"):
         (tmp_path / name).touch()
-    assert [p.name for p in runs.epochs(tmp_path)] == ["epoch_9.pth", "epoch_10.pth"]
+    assert [p.name for p in epoch_checkpoints(tmp_path)] == ["epoch_9.pth", "epoch_10.pth"]
 
 
 @pytest.mark.parametrize("kind, text", [
-    (runs.positive_float, "1e31"), (runs.positive_float, "nan"), (runs.threads, "100000"),
-    (runs.minutes, "nan"), (runs.minutes, "-1")])
+    (cli.positive_float, "1e31"), (cli.positive_float, "nan"), (cli.threads, "100000"),
+    (cli.minutes, "nan"), (cli.minutes, "-1")])
 def test_values_out_of_range(kind, text):
     with pytest.raises(ValueError):
         kind(text)

@@ -1,6 +1,6 @@
 """Tiles give what the whole image gives."""
 
-from common.tiles import tiled
+from common.coding.tiles import tiled
 
 import pytest
 import torch

@@ -2,7 +2,9 @@
 
 import importlib
 
-from common import context, entropy, exact
+from common.coding import bitstream, context, entropy, exact
+from common.coding.model_file import coding_state, save_checkpoint
+from common.training.checkpoints import load_weights
 
 import pytest
 import torch
@@ -370,7 +372,7 @@ def test_checkerboard_starts_from_joint_ar():
 @pytest.mark.parametrize("paper, option, value", [
     ("joint_ar", "gdn_variant", "seminar"), ("checkerboard", "anchor_parity", "odd")])
 def test_checkpoint_remembers_what_its_weights_do_not_tell(paper, option, value, tmp_path):
-    from common import export
+    from common.recipes import export
 
     model = build(paper, **{option: value})
     export.write(tmp_path / "a.pth", model, config={option: value, "lmbda": 0.01})
@@ -383,12 +385,11 @@ def test_checkpoint_remembers_what_its_weights_do_not_tell(paper, option, value,
 @pytest.mark.parametrize("paper", PAPERS)
 def test_model_in_memory_is_that_of_its_checkpoint(paper, tmp_path):
     """Dead taps too: a file coded during training decodes with the checkpoint saved then."""
-    from common import bitstream, runs
 
     torch.manual_seed(0)
     model = MODELS[paper].build(8, 12)
     model.update(force=True)
-    runs.save_checkpoint(tmp_path / "a.pth", runs.coding_state(model))
+    save_checkpoint(tmp_path / "a.pth", coding_state(model))
     assert bitstream.fingerprint(MODELS[paper].load(tmp_path / "a.pth")) == bitstream.fingerprint(
         model)
 
@@ -396,7 +397,6 @@ def test_model_in_memory_is_that_of_its_checkpoint(paper, tmp_path):
 @pytest.mark.parametrize("paper, option, value", [
     ("joint_ar", "gdn_variant", "seminar"), ("checkerboard", "anchor_parity", "odd")])
 def test_fingerprint_tells_variants_of_equal_weights_apart(paper, option, value):
-    from common import bitstream
 
     model = build(paper)
     before = bitstream.fingerprint(model)
@@ -406,14 +406,15 @@ def test_fingerprint_tells_variants_of_equal_weights_apart(paper, option, value)
 
 @pytest.mark.parametrize("paper, other", [PAPERS, PAPERS[::-1]])
 def test_weights_of_the_other_mask_are_refused(paper, other, tmp_path):
-    from common import UserError, export, runs
+    from common import UserError
+    from common.recipes import export
 
     export.write(tmp_path / "a.pth", build(other))
     with pytest.raises(UserError, match="a.pth: not .*context_prediction.mask"):
         MODELS[paper].load(tmp_path / "a.pth")
     if paper == "joint_ar":
         with pytest.raises(UserError, match="a.pth: not .*context_prediction.mask"):
-            runs.load_weights(build(paper), tmp_path / "a.pth")
+            load_weights(build(paper), tmp_path / "a.pth")
 
 
 def test_bottlenecks_are_compressai_s():

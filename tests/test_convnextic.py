@@ -7,7 +7,11 @@ import shlex
 import struct
 from pathlib import Path
 
-from common import UserError, bitstream, data, evaluate, exact, metrics
+from common import UserError, data
+from common.coding import bitstream, exact, image_file
+from common.complexity import complexity
+from common.loss import RateDistortionLoss
+from common.training.checkpoints import Checkpoints
 
 import pytest
 import torch
@@ -82,7 +86,7 @@ def test_parameter_count(variant, options, counts):
 def test_multiply_accumulates(variant, giga):
     for widths, expected in zip(((128, 192), (192, 320)), giga, strict=True):
         model = build(variant, *widths)
-        counts = metrics.complexity(model, **rate_of(model))
+        counts = complexity(model, **rate_of(model))
         assert (counts["macs_true"] + counts["macs_masked"]) / 1e9 == pytest.approx(expected,
                                                                                   abs=0.006)
 
@@ -196,8 +200,8 @@ def test_trains_codes_and_decodes(variant, options, x):
     model.eval()
     with torch.no_grad():
         expected = model(x, **rate)["x_hat"].clamp(0, 1)[0]
-    file = evaluate.encode_image(model, x[0], TAG, **rate)
-    assert torch.equal(evaluate.decode_image(model, file, TAG), expected)
+    file = image_file.encode_image(model, x[0], TAG, **rate)
+    assert torch.equal(image_file.decode_image(model, file, TAG), expected)
 
 
 @pytest.mark.parametrize("variant, options", CASES)
@@ -284,7 +288,6 @@ def test_scaling_nets_begin_at_one(lambda_input, x):
 
 
 def test_variable_rate_loss_weighs_each_sample():
-    from common.loss import RateDistortionLoss
 
     x, x_hat = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
     output = {"x_hat": x_hat, "likelihoods": {"y": torch.full((2, 1, 8, 8), 0.5)}}
@@ -538,10 +541,9 @@ def test_folders_of_a_run(run):
 
 
 def test_resumed_run_is_the_run(run, monkeypatch):
-    from common import runs
 
     straight = run("--name", "straight")
-    save, count = runs.Checkpoints.save, []
+    save, count = Checkpoints.save, []
 
     def dies(self, *arguments, **more):
         save(self, *arguments, **more)
@@ -549,10 +551,10 @@ def test_resumed_run_is_the_run(run, monkeypatch):
         if len(count) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs.Checkpoints, "save", dies)
+    monkeypatch.setattr(Checkpoints, "save", dies)
     with pytest.raises(KeyboardInterrupt):
         run("--name", "killed")
-    monkeypatch.setattr(runs.Checkpoints, "save", save)
+    monkeypatch.setattr(Checkpoints, "save", save)
     run("--name", "killed", "--resume")
     a, b = (read(straight / name / "3" / "snapshots" / "latest.pt")
             for name in ("straight", "killed"))

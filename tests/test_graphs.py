@@ -2,9 +2,9 @@
 
 import importlib
 
-from common import runs
-from common.graphs import WARM_UP, Recorded
 from common.loss import RateDistortionLoss
+from common.training.cuda_graph import WARM_UP, Recorded
+from common.training.optimizers import check_finite, load_optimizer, make_optimizers, make_scheduler
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def training(device, enabled=True, look=False, lr=0.05):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     model.quantiles = nn.Parameter(torch.ones(4))
     model.to(device)
-    optimizer, aux_optimizer = runs.optimizers(model, "muon", lr)
+    optimizer, aux_optimizer = make_optimizers(model, "muon", lr)
 
     def step(x, scale):
         noisy = x + torch.empty_like(x).uniform_(-0.01, 0.01)
@@ -43,7 +43,7 @@ def training(device, enabled=True, look=False, lr=0.05):
         loss.backward()
         if look and loss.item() < 0:
             raise AssertionError
-        runs.check_finite({"loss": loss}, 0, None)
+        check_finite({"loss": loss}, 0, None)
         optimizer.step()
         aux_optimizer.step()
         return {"loss": loss}
@@ -117,7 +117,7 @@ def test_replayed_steps_are_the_ordinary_ones():
 @pytest.mark.gpu
 def test_schedules_reach_a_recorded_step():
     model, (optimizer, _), step = training("cuda")
-    schedule = runs.schedule(optimizer, "cosine", 2, [])
+    schedule = make_scheduler(optimizer, "cosine", 2, [])
     losses(step, "cuda", [1.0], WARM_UP + 2)
     schedule.step()
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.025)
@@ -144,7 +144,7 @@ def test_optimisers_move_between_devices(source):
     losses(step, source, [1.0])
     _, restored, step = training(target, lr=0.5)
     for before, after in zip(saved, restored, strict=True):
-        runs.load_optimizer(after, before.state_dict())
+        load_optimizer(after, before.state_dict())
         rates = [float(o.param_groups[0]["lr"]) for o in (before, after)]
         assert rates[0] == pytest.approx(rates[1])  # a tensor holds it in float32
     losses(step, target, [1.0])

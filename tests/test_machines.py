@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from common.coding import image_file
+
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -117,7 +119,8 @@ def _main():
     import importlib
 
     import common  # noqa: F401  (first)
-    from common import data, entropy, evaluate
+    from common import data
+    from common.coding import entropy
 
     import torch
 
@@ -150,8 +153,8 @@ def _main():
             if args.job == "encode":
                 x = data.to_float(data.read_image(data.KODAK / f"{image}.png"))
                 x = x[:, :200, :300] if name in VARIANTS else x
-                path.write_bytes(evaluate.encode_image(model, x, paper.TAG, **rate))
-            evaluate.decode_image(model, path.read_bytes(), paper.TAG)
+                path.write_bytes(image_file.encode_image(model, x, paper.TAG, **rate))
+            image_file.decode_image(model, path.read_bytes(), paper.TAG)
             symbols[path.name] = _digest(seen.pop())
         if name == "hyperprior":
             for seed in range(4):  # the same z_hat in all settings

@@ -3,7 +3,8 @@
 import importlib
 from pathlib import Path
 
-from common import UserError, data, entropy, evaluate, exact
+from common import UserError, data
+from common.coding import entropy, exact, image_file
 from common.loss import bits
 
 import pytest
@@ -150,8 +151,8 @@ def test_scale_table_and_gaussian():
 def test_any_size_decodes_to_the_encoder_s_reconstruction(paper, height, width):
     model, tag = tiny(paper), MODELS[paper].TAG
     x = torch.rand(3, height, width)
-    x_hat = evaluate.decode_image(model, evaluate.encode_image(model, x, tag), tag)
-    padded = evaluate.pad(x[None], model.downsampling_factor)
+    x_hat = image_file.decode_image(model, image_file.encode_image(model, x, tag), tag)
+    padded = image_file.pad(x[None], model.downsampling_factor)
     with torch.no_grad():
         expected = model(padded)["x_hat"].clamp(0, 1)[0, :, :height, :width]
     assert x_hat.shape == x.shape
@@ -200,7 +201,7 @@ def test_file_bits_against_estimate(paper, trained):
     tag, estimated, real = MODELS[paper].TAG, 0.0, 0
     for path in data.list_images(data.KODAK)[::6]:
         x = data.to_float(data.read_image(path))[None]
-        real += 8 * len(evaluate.encode_image(trained, x, tag))
+        real += 8 * len(image_file.encode_image(trained, x, tag))
         with torch.no_grad():
             estimated += sum(float(bits(p)) for p in trained(x)["likelihoods"].values())
     assert real == pytest.approx(estimated, rel=0.01)
@@ -233,11 +234,11 @@ def test_files_cross_devices(paper):
     models = {device: module.load(path, device) for device in ("cpu", "cuda")}
     x = data.to_float(data.read_image(data.KODAK / "kodim08.png"))
     for source in models:
-        file = evaluate.encode_image(models[source], x.to(source), module.TAG)
+        file = image_file.encode_image(models[source], x.to(source), module.TAG)
         latents = []
         for model in models.values():
             hook = model.g_s.register_forward_pre_hook(
                 lambda _, inputs, seen=latents: seen.append(inputs[0].cpu()))
-            evaluate.decode_image(model, file, module.TAG)
+            image_file.decode_image(model, file, module.TAG)
             hook.remove()
         assert torch.equal(*latents)

@@ -12,6 +12,7 @@ import common
 import pytest
 from packaging.requirements import Requirement
 from PIL import Image
+from setuptools import find_packages
 
 try:
     import tomllib
@@ -110,10 +111,11 @@ def test_imported_packages_are_declared():
 
 
 def test_packages_are_installed_by_setup():
-    listed = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
-    assert {"common", *PAPERS} <= set(listed)
-    for name in ("common", *PAPERS):
-        assert (ROOT / name / "__init__.py").is_file()
+    rule = PROJECT["tool"]["setuptools"]["packages"]["find"]
+    assert rule["namespaces"] is False
+    found = set(find_packages(str(ROOT), exclude=rule["exclude"]))
+    assert {name.split(".")[0] for name in found} == {"common", *PAPERS}
+    assert {"common.training", "common.coding", "common.evaluation", "common.recipes"} <= found
 
 
 # ------------------------------------------------------------------------------------ imports

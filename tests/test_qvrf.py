@@ -17,7 +17,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import UserError, bitstream, data, entropy, evaluate, runs
+from common import UserError, data, metrics
+from common.coding import bitstream, entropy, image_file
+from common.training.checkpoints import Checkpoints
+from common.training.optimizers import make_optimizers
 
 import pytest
 import torch
@@ -252,8 +255,8 @@ def test_decoded_is_the_encoder_s_reconstruction(model, x):
     for rate in [{"s": s} for s in range(8)] + [{"factor": f} for f in factors]:
         with torch.no_grad():
             expected = model(x, **rate)["x_hat"].clamp(0, 1)
-        file = evaluate.encode_image(model, x, TAG, **rate)
-        assert torch.equal(evaluate.decode_image(model, file, TAG), expected[0])
+        file = image_file.encode_image(model, x, TAG, **rate)
+        assert torch.equal(image_file.decode_image(model, file, TAG), expected[0])
 
 
 def test_rate_rises_with_the_level_and_z_stays(model, x):
@@ -271,16 +274,16 @@ def test_batch_gives_the_files_of_single_images(model, x):
         one = Latents(*(t[i : i + 1] for t in (latents.y, latents.z, latents.z_hat,
                                                latents.params)))
         assert model.encode(one, factor=2.5)["strings"] == [[s[i]] for s in strings]
-    files = evaluate.encode_images(model, batch, TAG, factor=2.5)
+    files = image_file.encode_images(model, batch, TAG, factor=2.5)
     seen = []
     hook = model.g_s.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    evaluate.decode_images(model, files, TAG)
-    evaluate.decode_image(model, files[1], TAG)
+    image_file.decode_images(model, files, TAG)
+    image_file.decode_image(model, files[1], TAG)
     hook.remove()
     assert torch.equal(seen[0][1:2], seen[1])
-    other = evaluate.encode_image(model, x, TAG, factor=2.6)
+    other = image_file.encode_image(model, x, TAG, factor=2.6)
     with pytest.raises(UserError, match="several sizes or rates"):
-        evaluate.decode_images(model, [files[0], other], TAG)
+        image_file.decode_images(model, [files[0], other], TAG)
 
 
 @pytest.mark.gpu
@@ -288,12 +291,12 @@ def test_files_cross_devices(base, x):
     """A file made on the CPU decodes on a GPU, and the reverse: the same latents on both."""
     models = {"cpu": tiny(base), "cuda": tiny(base).cuda()}
     for source, rate in itertools.product(models, ({"s": 6}, {"factor": 3.7})):
-        file = evaluate.encode_image(models[source], x.to(source), TAG, **rate)
+        file = image_file.encode_image(models[source], x.to(source), TAG, **rate)
         latents = []
         for model in models.values():
             hook = model.g_s.register_forward_pre_hook(
                 lambda _, inputs, seen=latents: seen.append(inputs[0].cpu()))
-            evaluate.decode_image(model, file, TAG)
+            image_file.decode_image(model, file, TAG)
             hook.remove()
         assert torch.equal(*latents)
     models["cuda"].entropy_device = torch.device("cpu")  # eval.py's default
@@ -304,13 +307,13 @@ def test_files_cross_devices(base, x):
 @pytest.mark.parametrize("size", [(1, 1), (65, 130)])
 def test_odd_sizes(model, size):
     x = torch.rand(3, *size)
-    file = evaluate.encode_image(model, x, TAG, s=7)
-    assert evaluate.decode_image(model, file, TAG).shape == x.shape
+    file = image_file.encode_image(model, x, TAG, s=7)
+    assert image_file.decode_image(model, file, TAG).shape == x.shape
 
 
 def test_header_holds_the_rate(model, x):
     for rate, length in (({"s": 5}, 1), ({"factor": 1 / 3}, 4)):
-        file = bitstream.unpack(evaluate.encode_image(model, x, TAG, **rate), TAG)
+        file = bitstream.unpack(image_file.encode_image(model, x, TAG, **rate), TAG)
         assert len(file.parameters) == length
         assert model.read_parameters(file.parameters) == pytest.approx(rate)
     with pytest.raises(UserError, match="holds no rate"):
@@ -371,7 +374,7 @@ def test_trained_points_between_the_levels_lie_on_their_curve(trained, crops):
             latents = trained.analyse(x)
             bits = 8 * sum(len(s[0]) for s in trained.encode(latents, **rate)["strings"])
             x_hat = trained.estimate(latents, **rate)["x_hat"]
-            psnr = evaluate.metrics.psnr(data.to_uint8(x), data.to_uint8(x_hat))
+            psnr = metrics.psnr(data.to_uint8(x), data.to_uint8(x_hat))
             rows.append((bits / 256**2, psnr))
         return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
@@ -566,16 +569,16 @@ def test_plateau_with_rare_validation(run):
 def test_a_stage_that_was_never_validated(run, monkeypatch):
     """Its newest weights are the start of the next, not the best ones of the stage before it."""
     folder = run("--stage", 1)
-    save = runs.Checkpoints.save
+    save = Checkpoints.save
 
     def dies(self, *arguments, **more):
         save(self, *arguments, **more)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs.Checkpoints, "save", dies)
+    monkeypatch.setattr(Checkpoints, "save", dies)
     with pytest.raises(KeyboardInterrupt):
         run("--stage", 2, "-e", 3, "--test-every", 3)
-    monkeypatch.setattr(runs.Checkpoints, "save", save)
+    monkeypatch.setattr(Checkpoints, "save", save)
     run("--stage", 3)
     assert read(folder / "checkpoint.pth.tar")["config"]["steps_before"] == 8
 
@@ -646,7 +649,7 @@ def test_several_stages_at_once_and_resumed(when, run, monkeypatch):
     flags = ("--stage", 1, 2, 3, "-e", 1, 2, 1, "-lr", 0.001, 0.002, 0.001, "--optimizer", "muon",
              "--lr-schedule", "cosine")
     folder = run(*flags, "--out", "straight")
-    save, saves = runs.Checkpoints.save, []
+    save, saves = Checkpoints.save, []
 
     def dies(self, name, *arguments, **more):
         save(self, name, *arguments, **more)
@@ -654,11 +657,11 @@ def test_several_stages_at_once_and_resumed(when, run, monkeypatch):
         if len(saves) == when + 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs.Checkpoints, "save", dies)
+    monkeypatch.setattr(Checkpoints, "save", dies)
     with contextlib.suppress(KeyboardInterrupt):
         run(*flags, "--out", "killed")
     assert len(saves) >= min(when + 1, 6)
-    monkeypatch.setattr(runs.Checkpoints, "save", save)
+    monkeypatch.setattr(Checkpoints, "save", save)
     run(*flags, "--out", "killed", "--resume")
     straight, killed = (read(folder / name / "checkpoint.pth.tar") for name in
                         ("straight", "killed"))
@@ -672,17 +675,17 @@ def test_several_stages_at_once_and_resumed(when, run, monkeypatch):
 def test_stopped_between_two_stages(run, monkeypatch):
     """Before stage 2 has saved anything: stage 1 is not lost, and not trained again."""
     flags = ("--stage", 1, 2, "--out", "out")
-    save = runs.Checkpoints.save
+    save = Checkpoints.save
 
     def dies(self, *arguments, **more):
         if self.config["stage"] == 2:
             raise KeyboardInterrupt
         save(self, *arguments, **more)
 
-    monkeypatch.setattr(runs.Checkpoints, "save", dies)
+    monkeypatch.setattr(Checkpoints, "save", dies)
     with pytest.raises(KeyboardInterrupt):
         run(*flags)
-    monkeypatch.setattr(runs.Checkpoints, "save", save)
+    monkeypatch.setattr(Checkpoints, "save", save)
     folder = run(*flags, "--resume") / "out"
     assert read(folder / "checkpoint.pth.tar")["config"]["stage"] == 2
     assert sorted(p.name for p in folder.glob("*_stage*")) == [
@@ -725,7 +728,7 @@ def test_killed_stage_two_resumes_bit_for_bit(images, run, tmp_path):
 def test_two_hundred_steps_of_stage_two_lower_the_loss(base, x):
     torch.manual_seed(0)
     model = build(base, N=8, M=12).train()
-    optimizer, _ = runs.optimizers(model, "adam", 1e-3)
+    optimizer, _ = make_optimizers(model, "adam", 1e-3)
     losses = []
     for step in range(200):
         s = train.draw_level(0, step, 8)
@@ -873,19 +876,19 @@ def test_codec_finds_the_rate(kind, trained, images, tmp_path, capsys):
     x = data.to_float(data.read_image(image))
     reach = []
     for s in (1, 6):
-        coded = evaluate.encode_image(model, x, TAG, s=s)
-        decoded = data.to_uint8(evaluate.decode_image(model, coded, TAG))
+        coded = image_file.encode_image(model, x, TAG, s=s)
+        decoded = data.to_uint8(image_file.decode_image(model, coded, TAG))
         reach.append(8 * len(coded) / x[0].numel() if kind == "bpp"
-                     else evaluate.metrics.psnr(data.to_uint8(x), decoded))
+                     else metrics.psnr(data.to_uint8(x), decoded))
     target = sum(reach) / 2
     encode = ["encode", str(image), "-o", str(file), "--weights", model.model]
     codec.main([*encode, f"--{kind}={target}"])
     assert "factor" in capsys.readouterr().out
-    decoded = data.to_uint8(evaluate.decode_image(model, file.read_bytes(), TAG))
+    decoded = data.to_uint8(image_file.decode_image(model, file.read_bytes(), TAG))
     if kind == "bpp":
         assert 0.97 * target < 8 * file.stat().st_size / x[0].numel() <= target
     else:
-        assert target <= evaluate.metrics.psnr(data.to_uint8(x), decoded) < target + 0.1
+        assert target <= metrics.psnr(data.to_uint8(x), decoded) < target + 0.1
     with pytest.raises(UserError, match=f"--{kind} 1000: this model reaches"):
         codec.main([*encode, f"--{kind}=1000"])
 

@@ -8,8 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import UserError, data, entropy, evaluate, exact, metrics, runs
-from common.tiles import tiled
+from common import UserError, cli, data, metrics
+from common.coding import entropy, exact, image_file
+from common.coding.tiles import tiled
+from common.complexity import complexity_of_parts
+from common.loss import RateDistortionLoss
+from common.training.network import can_compile
 
 import pytest
 import torch
@@ -137,7 +141,7 @@ def test_multiply_accumulates():
                           ("swint-charm", "encoder 110.3, decoder 110.3 ")):
         assert numbers in complexity.report([f"zyc2022-{name}"])
     assert "by output pixels 368.2" in complexity.report(["zyc2022-conv-charm"])
-    paper = metrics.complexity_of_parts(build("zyc2022-conv-charm", charm_widths="paper"))
+    paper = complexity_of_parts(build("zyc2022-conv-charm", charm_widths="paper"))
     assert sum(paper[f"charm_{kind}_transforms"]["macs_true"] for kind in ("mean", "scale")) / (
         1e9) == pytest.approx(12.12, abs=0.005)
 
@@ -280,11 +284,11 @@ def test_codes_what_forward_promises(name):
 def test_any_size(name, size):
     model = tiny(name)
     x = photograph(*size)[0]
-    file = evaluate.encode_image(model, x, TAG)
-    found = evaluate.decode_image(model, file, TAG)
+    file = image_file.encode_image(model, x, TAG)
+    found = image_file.decode_image(model, file, TAG)
     with torch.no_grad():
-        output = model(evaluate.pad(x[None], 64))["x_hat"]
-    assert torch.equal(found, evaluate.crop(output, x.shape[1:])[0].clamp(0, 1))
+        output = model(image_file.pad(x[None], 64))["x_hat"]
+    assert torch.equal(found, image_file.crop(output, x.shape[1:])[0].clamp(0, 1))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -494,8 +498,8 @@ def test_trains_and_codes(name, run):
     version = run("--num_epochs", 1, "--steps-per-epoch", 2, model=name) / "version_0"
     model = load(last(version))
     assert model.name == name and model.info["step"] == 2
-    file = evaluate.encode_image(model, photograph(64, 80)[0], TAG)
-    assert evaluate.decode_image(model, file, TAG).shape == (3, 64, 80)
+    file = image_file.encode_image(model, photograph(64, 80)[0], TAG)
+    assert image_file.decode_image(model, file, TAG).shape == (3, 64, 80)
 
 
 def test_names_of_a_run(run):
@@ -573,9 +577,8 @@ def test_average_is_that_of_torch():
 
 
 def test_compiled_loss_is_the_loss():
-    if not runs.can_compile(torch.device("cpu")):
+    if not can_compile(torch.device("cpu")):
         pytest.skip("torch.compile finds no compiler here")
-    from common.loss import RateDistortionLoss
 
     import torch._inductor.config as inductor
 
@@ -634,7 +637,7 @@ def test_defaults_are_the_source_s():
 def test_the_command_line_chooses_between_lmbda_and_beta(tmp_path):
     (tmp_path / "a.yaml").write_text("lmbda: 0.01\nckpt_path: a.ckpt\n")  # the fork's key
     words = ["--config", str(tmp_path / "a.yaml"), "--beta", "0.001"]
-    args = train.check(runs.parse(train.flags(), words), words)
+    args = train.check(cli.parse(train.flags(), words), words)
     assert (args.lmbda, args.beta, str(args.checkpoint_to_resume)) == (None, 0.001, "a.ckpt")
 
 
@@ -689,11 +692,11 @@ def test_bundled_weights_code(path):
     model, x = load(path), photograph(256, 320)
     with torch.no_grad():
         output = model(x)
-    file = evaluate.encode_image(model, x, TAG)
+    file = image_file.encode_image(model, x, TAG)
     bits = -sum(p.log2().sum() for p in output["likelihoods"].values())
     assert 8 * (len(file) - 29) == pytest.approx(float(bits), rel=0.01)
     assert 8 * len(file) < 256 * 320
-    assert metrics.psnr(data.to_uint8(evaluate.decode_image(model, file, TAG)),
+    assert metrics.psnr(data.to_uint8(image_file.decode_image(model, file, TAG)),
                         data.to_uint8(x)[0]) > 25
 
 

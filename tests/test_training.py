@@ -7,8 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-from common import UserError, data, runs
+from common import UserError, data, processes
 from common.loss import RateDistortionLoss, check_size
+from common.training.network import prepare_network
+from common.training.optimizers import make_optimizers
 
 import pytest
 import torch
@@ -251,7 +253,7 @@ def test_weights_of_another_variant_do_not_start_a_training(train):
 def test_overfits_one_batch(kind):
     torch.manual_seed(0)
     model = kind(8, 12).train()
-    optimizer, _ = runs.optimizers(model, "muon", 5e-3)
+    optimizer, _ = make_optimizers(model, "muon", 5e-3)
     criterion = RateDistortionLoss(0.01)
     tiles = data.Crops(data.find_items(None), 64)
     x = torch.stack([data.to_float(tiles[k]) for k in range(4)])
@@ -354,8 +356,8 @@ def _gradients(rank, world):
     model = Hyperprior(4, 6).eval()  # rounds instead of drawing noise; gradients flow through g_s
     model.gaussian_conditional.training = model.entropy_bottleneck.training = False
     x = torch.rand(4, 3, 64, 64)[rank::world]
-    net = runs.parallel(model)
-    _, aux_optimizer = runs.optimizers(model, "adam", 1e-3)
+    net = prepare_network(model)
+    _, aux_optimizer = make_optimizers(model, "adam", 1e-3)
     RateDistortionLoss(0.01)(net(x), x)["loss"].backward()
     result = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     for _ in range(2):
@@ -369,8 +371,8 @@ def _gradients(rank, world):
 def _trained():
     """The parameters after three steps; this process draws its own weights, crops and noise."""
     model = Hyperprior(4, 6)
-    net = runs.parallel(model)
-    optimizers = runs.optimizers(model, "adam", 1e-2)
+    net = prepare_network(model)
+    optimizers = make_optimizers(model, "adam", 1e-2)
     for _ in range(3):
         x = torch.rand(2, 3, 64, 64)
         for optimizer in optimizers:
@@ -383,6 +385,7 @@ def _trained():
 
 
 if __name__ == "__main__":
-    runs.start("cpu", seed=1)
-    torch.save(_trained(), Path(sys.argv[1], f"trained-{runs.rank()}.pt"))
-    torch.save(_gradients(runs.rank(), runs.world()), Path(sys.argv[1], f"{runs.rank()}.pt"))
+    processes.start("cpu", seed=1)
+    torch.save(_trained(), Path(sys.argv[1], f"trained-{processes.rank()}.pt"))
+    rank = processes.rank()
+    torch.save(_gradients(rank, processes.world()), Path(sys.argv[1], f"{rank}.pt"))

@@ -14,7 +14,9 @@ import tarfile
 import time
 from pathlib import Path
 
-from common import UserError, data, pages, runs, stages, weights
+from common import UserError, cli, data
+from common.recipes import jobs, pages, stages, weights
+from common.recipes.recipe_file import words
 
 import pytest
 import yaml
@@ -105,7 +107,7 @@ def root(tmp_path, monkeypatch):
     """A repository of one paper whose scripts do what ours do, without networks."""
     monkeypatch.setattr(weights.os, "nice", lambda _: 0)
     for name, text in {"fake/weights.yaml": WEIGHTS, "fake/train.py": TRAIN, "fake/eval.py": EVAL,
-                       "common/export.py": EXPORT, "common/pages.py": PAGES,
+                       "common/recipes/export.py": EXPORT, "common/recipes/pages.py": PAGES,
                        "common/__init__.py": ""}.items():
         path = tmp_path / "root" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +122,7 @@ def make(root, capfd):
         capfd.readouterr()
         code = 0
         try:
-            runs.cli(lambda: weights.main(["--threads", "1", *map(str, argv)], root))
+            cli.run(lambda: weights.main(["--threads", "1", *map(str, argv)], root))
         except SystemExit as e:
             code = e.code
         out, err = capfd.readouterr()
@@ -414,7 +416,7 @@ def test_full_disk(root, make, monkeypatch):
 
 
 def test_stage_of_another_process(root, make, monkeypatch):
-    monkeypatch.setattr(stages.Job.lock, "__defaults__", (0.1,))
+    monkeypatch.setattr(jobs.Job.lock, "__defaults__", (0.1,))
     folder = root / "fake" / "ckpts" / "weights" / "13"
     folder.mkdir(parents=True)
     with open(folder / "lock", "w") as file:
@@ -557,14 +559,14 @@ def test_hyperprior_interrupted_at_ten_moments(tmp_path):
 def test_every_file_of_the_tree(paper, short, monkeypatch):
     """It is accepted, and so are all flags by train.py; configurations exist."""
     monkeypatch.chdir(ROOT / paper)
-    settings = stages.Settings(ROOT, "short" if short else "weights", "tiles.tar", "", 1, "cpu",
+    settings = jobs.Settings(ROOT, "short" if short else "weights", "tiles.tar", "", 1, "cpu",
                                 str(data.KODAK) if short else None)
     module = importlib.import_module(f"{paper}.train")
     for job in weights.Plan(settings, [paper]).jobs:
         if job.paper == paper and isinstance(job, stages.Stage):
             job.definition()
             flags = {key: job.fill(value, settings) for key, value in job.flags.items()}
-            runs.parse(module.flags(), stages.words(flags))
+            cli.parse(module.flags(), words(flags))
 
 
 # ------------------------------------------------------------------------------------------- pages

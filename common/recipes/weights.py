@@ -1,12 +1,12 @@
 """Make the weights that a paper's folder ships: train, export and evaluate what weights.yaml says.
 
-    python -m common.weights                         all papers, the one with the least work first
-    python -m common.weights hyperprior --list       what is done and what is left
-    python -m common.weights hyperprior/small joint_ar --jobs 2 --dataset '/data/*_free.tar'
-    python -m common.weights hyperprior --short      the same chain in a minute, under ckpts/short/
+    python -m common.recipes.weights                     all papers, the one with least work first
+    python -m common.recipes.weights hyperprior --list   print what is done and what is left
+    python -m common.recipes.weights hyperprior/small joint_ar --jobs 2 --dataset '/data/*.tar'
+    python -m common.recipes.weights hyperprior --short  the same chain in a minute (ckpts/short/)
 
-An interrupted call goes on where it was, with the same result. What is done is not done again. A
-stage whose definition has changed is trained again; the folders of its old run are renamed.
+The same command continues an interrupted call, with the same result. Finished work is not repeated.
+A stage whose definition has changed is trained again; the folders of its old run are renamed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import UserError, data, runs
-from common.stages import Curve, Job, Settings, Stage, read, say
+from common import UserError, cli, data
+from common.files import write_atomic
+from common.recipes.jobs import Job, Settings, say
+from common.recipes.recipe_file import read_recipe
+from common.recipes.stages import Curve, Stage
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 # ------------------------------------------------------------------------------------------- plan
@@ -49,7 +52,7 @@ class Plan:
 
     def content(self, paper: str) -> dict[str, Any]:
         if paper not in self.files:
-            self.files[paper] = read(self.settings.root / paper / "weights.yaml")
+            self.files[paper] = read_recipe(self.settings.root / paper / "weights.yaml")
         return self.files[paper]
 
     def curves(self, target: str) -> list[Job]:
@@ -208,7 +211,7 @@ def settings_of(args: argparse.Namespace, root: Path) -> Settings:
         images = root / "ckpts" / "short" / "images"
         for path in data.list_images(data.KODAK)[:2]:
             if not (images / path.name).exists():
-                runs.write_atomic(images / path.name, path.read_bytes())
+                write_atomic(images / path.name, path.read_bytes())
     if images:
         data.list_images(images)
     return Settings(root, "short" if args.short else "weights", dataset,
@@ -218,14 +221,14 @@ def settings_of(args: argparse.Namespace, root: Path) -> Settings:
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
-    parser = runs.Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("targets", nargs="*", metavar="PAPER[/CURVE]", help="none: all, the least work first")
     add("--list", action="store_true", help="print what is done and what is left, do nothing")
     add("--dataset", help="training images: folder, .tar or quoted glob of them; none: the bundled "
         "photographs")
-    add("--jobs", type=runs.positive_int, default=1, help="stages at once")
-    add("--threads", type=runs.threads, default=0, help="CPU threads of each; 0: all / jobs")
+    add("--jobs", type=cli.positive_int, default=1, help="stages at once")
+    add("--threads", type=cli.threads, default=0, help="CPU threads of each; 0: all / jobs")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--short", action="store_true", help="a few steps of each stage, under ckpts/short/")
     add("--images", type=Path, help="folder that --short evaluates; none: two Kodak images")
@@ -247,4 +250,4 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    runs.cli(main)
+    cli.run(main)

@@ -1,6 +1,6 @@
 """Results JSONs side by side: one table (Markdown) and one rate-distortion plot.
 
-    python -m common.compare --published P.json --results A.json B.json [--plot rd.png]
+    python -m common.evaluation.compare --published P.json --results A.json B.json [--plot rd.png]
 
 `published.json` of a paper folder holds {"dataset", "units", "curves": [...]}, each curve in the
 form of a results JSON; the first curve is the reference that the others are measured against.
@@ -14,7 +14,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from common import UserError, classical, data, evaluate, metrics, runs
+from common import UserError, cli, data, metrics
+from common.evaluation import classical
+from common.evaluation.results import MEASURES, load_published, load_results, save_results
+from common.files import refuse_folder, write_atomic
 
 Results = dict[str, Any]
 
@@ -44,7 +47,7 @@ def _points(results: list[Results], published: list[Results], jpeg: Results) -> 
                 continue
             psnr = values["psnr-rgb"][i]
             above = [_minus(psnr, _psnr_at(other, rate)) for other in (jpeg, reference)]
-            get = {key: _at(values, key, i) for key in evaluate.MEASURES}
+            get = {key: _at(values, key, i) for key in MEASURES}
             lines.append([_label(curve, i), f"{rate:.4f}", _number(psnr, ".2f"),
                           _number(get["ms-ssim-rgb"], ".4f"), *(_number(a, "+.2f") for a in above),
                           _number(get["encoding_time"], ".3f"),
@@ -106,14 +109,14 @@ def save_figure(figure: Any, path: str | Path) -> None:
     """Write a matplotlib figure in the format of the file's name, and close it."""
     from matplotlib import pyplot as plt
 
-    runs.refuse_folder(path)
+    refuse_folder(path)
     kind = Path(path).suffix.removeprefix(".").lower()
     if kind not in figure.canvas.get_supported_filetypes():
         raise UserError(f"cannot write {path}: name a plot .png, .pdf or .svg")
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150, format=kind)
     plt.close(figure)
-    runs.write_atomic(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue())
 
 
 def distinct(*choices: list[str]) -> list[str]:
@@ -127,12 +130,12 @@ def report(results: list[Results], published: Path, paths: list[Path], folder: P
 
     published: a paper's published.json; paths: the images that were coded.
     """
-    curves = evaluate.load_published(published)
+    curves = load_published(published)
     jpeg = classical.jpeg(paths, ms_ssim=False)
     for curve in results:
         stem = f"{name}-{curve['name']}".replace(" ", "-")
-        evaluate.save_json(folder / f"{stem}.json", curve)
-        runs.write_atomic(folder / f"{stem}.csv", _csv(curve).encode())
+        save_results(folder / f"{stem}.json", curve)
+        write_atomic(folder / f"{stem}.csv", _csv(curve).encode())
     plot(results, curves, jpeg, folder / "rd.png")
     print(table(results, curves, jpeg), end="")
     print(f"\nresults: {folder / name}-*; plot: {folder / 'rd.png'}")
@@ -145,7 +148,7 @@ def _csv(curve: Results) -> str:
     for i, rows in enumerate(curve["per_image"]):
         bits = sum(8 * row["bytes"] for row in rows) / len(rows)
         values = [_at(curve["meta"], "lmbda", i), bits,
-                  *(curve["results"][key][i] for key in evaluate.MEASURES[:5])]
+                  *(curve["results"][key][i] for key in MEASURES[:5])]
         lines.append(",".join("" if v is None else f"{v:.8g}" for v in values))
     return "\n".join(lines) + "\n"
 
@@ -208,21 +211,21 @@ def _markdown(lines: list[list[str]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = runs.Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, nargs="+", required=True, help="our results JSONs")
     parser.add_argument("--published", type=Path, help="published.json of a paper folder")
     parser.add_argument("--plot", type=Path, help="PNG to write")
     parser.add_argument("--dataset", type=Path, default=data.KODAK,
                         help="images of the results; JPEG is measured on them")
     args = parser.parse_args(argv)
-    results = [evaluate.load_json(path) for path in args.results]
+    results = [load_results(path) for path in args.results]
     pairs = list(zip(args.results, results, strict=True))
     names = distinct([r["name"] for r in results],
                      [f"{p.resolve().parents[1].name} {r['name']}" for p, r in pairs],
                      [str(p) for p in args.results])
     for result, name in zip(results, names, strict=True):
         result["name"] = name
-    published = evaluate.load_published(args.published) if args.published else []
+    published = load_published(args.published) if args.published else []
     jpeg = classical.jpeg(data.list_images(args.dataset), ms_ssim=False)
     print(table(results, published, jpeg), end="")
     if args.plot:
@@ -231,4 +234,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

@@ -14,13 +14,13 @@ end of a truncated string.
 import weakref
 from array import array
 
+from common import UserError
+
 import numpy as np
 import torch
 from compressai import entropy_models
 from compressai.ans import BufferedRansEncoder, RansDecoder
 from torch import Tensor, nn
-
-from . import UserError
 
 PRECISION = 16  # probabilities are multiples of 2^-16
 CHUNK = 2**20  # symbols that exist as Python integers at a time

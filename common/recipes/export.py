@@ -1,6 +1,6 @@
 """Make a small weights file for coding from a training checkpoint.
 
-    python -m common.export hyperprior hyperprior/ckpts/weights/13/epoch_29.pth \\
+    python -m common.recipes.export hyperprior hyperprior/ckpts/weights/13/epoch_29.pth \\
         -o hyperprior/weights/small-0.013.pth --steps 15000
 
 Kernels are kept in 8 bits, with CDF tables and fixed-point exponents; no optimizer state.
@@ -14,12 +14,15 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from common import UserError, exact, runs
+from common import UserError, cli
+from common.coding import exact
+from common.coding.model_file import coding_state
+from common.files import write_atomic
 
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL_KERNEL = 20_000  # those next to the image: 8 bits there cost most and save nothing
 SHARES = (1.0, 0.9, 0.8, 0.7)  # of the largest weight, that 127 steps may reach
 
@@ -45,7 +48,7 @@ def write(path: Path, model: nn.Module, **info: Any) -> None:
                 weight.copy_(kernels[name] * steps[name])
     for name in model.exact_parts:
         exact.restore(model.get_submodule(name), None)  # exponents that fit the rounded weights
-    state = runs.coding_state(model)
+    state = coding_state(model)
     state["model"] = {**state["model"], **kernels}
     buffer, packed = io.BytesIO(), io.BytesIO()
     torch.save({**state, "int8_steps": steps, **info}, buffer)
@@ -53,7 +56,7 @@ def write(path: Path, model: nn.Module, **info: Any) -> None:
             zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as small:
         for name in plain.namelist():  # the CDF tables are mostly zeros; torch.load reads deflate
             small.writestr(zipfile.ZipInfo(name), plain.read(name), zipfile.ZIP_DEFLATED)
-    runs.write_atomic(path, packed.getvalue())
+    write_atomic(path, packed.getvalue())
 
 
 def _to_int8(weight: Tensor, out: int) -> tuple[Tensor, Tensor]:
@@ -76,11 +79,11 @@ def _to_int8(weight: Tensor, out: int) -> tuple[Tensor, Tensor]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = runs.Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("paper", choices=sorted(p.parent.name for p in ROOT.glob("*/model.py")))
     parser.add_argument("checkpoint", type=Path, help="epoch_<n>.pth of train.py")
     parser.add_argument("-o", "--output", type=Path, required=True, help="weights file to write")
-    parser.add_argument("--steps", type=runs.count,
+    parser.add_argument("--steps", type=cli.count,
                         help="trained in all, where runs started from others; none: as the "
                         "checkpoint tells")
     args = parser.parse_args(argv)
@@ -102,4 +105,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

@@ -15,10 +15,14 @@ smooth activations (GELU, sigmoid, ...) are read from a table indexed by the qua
 Where a decoder meets positions a few at a time, `Rows` applies a layer to just these.
 """
 
-import functools
+from __future__ import annotations
+
 import math
 import weakref
 from dataclasses import dataclass
+
+from common import UserError
+from common.coding import exact_int8, exact_tables
 
 import torch
 import torch.nn.functional as F
@@ -26,20 +30,13 @@ from compressai.layers import GDN
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from . import UserError
-
 VERSION = 1  # of the arithmetic; streams are decodable only with the one they were written with
 WEIGHT_BITS = 16  # |q| <= 2^15
 GRID_BITS = 12  # activations are multiples of 2^-12 ...
 CLAMP_BITS = 12  # ... and lie in [-2^12, 2^12]
 MAX_SHIFT = 30  # no weight is finer than 2^-30, so that biases fit beside them
-EXACT_BITS = 53  # float64 holds every integer up to 2^53
 STRIP_ELEMENTS = 2**23  # at most this many float64 (64 MiB) of unfolded input at a time
-DIGITS_MAX = 127 * 257  # two digits of base 256 reach from -128 * 257 to this
-DIGITS_WORK = 2**24  # multiplications from which int8 digits are worth their preparation
 NORM_BITS, NORM_CLAMP_BITS = 12, 9  # LayerNorm squares its inputs: +-512 in steps of 2^-12
-TABLE_RANGE, TABLE_BITS = 16, 12  # smooth activations: tabulated on [-16, 16], steps of 2^-12
-
 LINEAR = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 SMOOTH = (nn.GELU, nn.SiLU, nn.ELU, nn.Softplus, nn.Mish, nn.Sigmoid, nn.Tanh)
 
@@ -60,8 +57,7 @@ class _Layer:
     digits: tuple | None = None  # weight as int8, for `_by_digits`; empty: has none
 
 
-_prepared: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary()
-_tables: dict[tuple, Tensor] = {}
+_prepared: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -103,7 +99,7 @@ def activate(layer: nn.Module, name: str, x: Tensor) -> Tensor:
     if isinstance(layer, nn.LeakyReLU):
         return F.leaky_relu(x, layer.negative_slope)
     if isinstance(layer, SMOOTH):
-        return _smooth(layer, name, x)
+        return exact_tables.smooth(layer, name, x)
     if isinstance(layer, nn.PixelShuffle):
         return layer(x)  # moves numbers, computes none
     if isinstance(layer, (nn.Identity, nn.Dropout)):
@@ -140,7 +136,7 @@ class Rows:
         """Products of inputs `first` and following, added to `begun` (the bias): integers, in any
         order, to be completed later.
         """
-        x = _quantise(x, self.grid_bits, self.clamp_bits)
+        x = exact_tables.quantise(x, self.grid_bits, self.clamp_bits)
         weight = self.weight[:, first : first + x.shape[1]]
         return torch.mm(x, weight.t()).add_(self.bias if begun is None else begun)
 
@@ -303,10 +299,10 @@ def _prepare(layer: nn.Module, name: str, device: torch.device) -> _Layer:
     b = torch.zeros_like(unit) if bias is None else bias.detach().double().repeat_interleave(phases)
     b = torch.round(b * unit * 2.0**grid_bits)
     bound = q.abs().sum(dim=(1, 2, 3)) * 2.0 ** (grid_bits + clamp_bits) + b.abs()
-    if (worst := float(bound.max())) >= 2.0**EXACT_BITS:
+    if (worst := float(bound.max())) >= 2.0**exact_tables.EXACT_BITS:
         raise UserError(
             f"layer {name} cannot be computed exactly: sums reach {worst:.3g}, the limit is"
-            f" 2^{EXACT_BITS}; its weights or biases are too large"
+            f" 2^{exact_tables.EXACT_BITS}; its weights or biases are too large"
         )
     known = _Layer(
         weight=q.to(device).contiguous(),
@@ -323,14 +319,9 @@ def _prepare(layer: nn.Module, name: str, device: torch.device) -> _Layer:
     return known
 
 
-def _quantise(x: Tensor, grid_bits: int, clamp_bits: int) -> Tensor:
-    limit = 2.0 ** (grid_bits + clamp_bits)
-    return (x * 2.0**grid_bits).round_().clamp_(-limit, limit)
-
-
 def _apply(layer: nn.Module, prepared: _Layer, x: Tensor) -> Tensor:
     """One linear layer on real-valued x; the result is real-valued and exact."""
-    x = _quantise(x, prepared.grid_bits, prepared.clamp_bits)
+    x = exact_tables.quantise(x, prepared.grid_bits, prepared.clamp_bits)
     if isinstance(layer, nn.Linear):  # acts on the last dimension
         flat = x.reshape(-1, x.shape[-1]).t()[None, :, :, None]
         return _convolve(prepared, flat)[0, :, :, 0].t().reshape(*x.shape[:-1], -1)
@@ -354,7 +345,7 @@ def _convolve(layer: _Layer, x: Tensor) -> Tensor:
     """
     weight = layer.weight.view(layer.groups, len(layer.weight) // layer.groups, -1)
     (kh, kw), (sh, sw), (dh, dw) = layer.weight.shape[-2:], layer.stride, layer.dilation
-    digits = _digits_of(layer, x)
+    digits = exact_int8.digits_of(layer, x)
     rows = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1
     columns = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
     out = x.new_empty(x.shape[0], len(layer.weight), rows, columns)
@@ -362,7 +353,7 @@ def _convolve(layer: _Layer, x: Tensor) -> Tensor:
     for top in range(0, rows, strip):
         n = min(strip, rows - top)
         if digits is not None:
-            sums = _by_digits(digits, x, top * sh, n, columns, layer)
+            sums = exact_int8.sums_by_digits(digits, x, top * sh, n, columns, layer)
             torch.mul(sums.add_(layer.bias), layer.scale, out=out[:, :, top : top + n])
             continue
         patches = x[:, :, top * sh : (top + n - 1) * sh + dh * (kh - 1) + 1]
@@ -374,75 +365,6 @@ def _convolve(layer: _Layer, x: Tensor) -> Tensor:
     return out
 
 
-def _digits_of(layer: _Layer, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The weights as int8 (kh, kw * in, digits * out), and signs of the output channels; or None.
-
-    Integers of 16 bits are two digits of base 256, those of 24 bits three, and int8 products with
-    int32 sums are several times faster than float64's, on CPUs that have them: the same integers
-    come out. Not worth it for small layers.
-    """
-    out, inputs, kh, kw = layer.weight.shape
-    work = out * inputs * kh * kw * x.shape[0] * x.shape[2] * x.shape[3]
-    if (layer.groups > 1 or work < DIGITS_WORK or x.device.type != "cpu"
-            or inputs * kw == 1  # its rows are contiguous whatever their stride: _int_mm errs
-            or inputs * kh * kw * 2**14 >= 2**31 or not _int8_is_exact()):
-        return None
-    if layer.digits is None:
-        flat = layer.weight.reshape(out, -1)
-        # 2^15 has no second digit in int8, -2^15 has: turn the channels around where it stands
-        signs = torch.where(flat.amax(1) > DIGITS_MAX, -1.0, 1.0)
-        flat = flat * signs[:, None]
-        if flat.amax() > DIGITS_MAX or flat.amin() < -(2**15):
-            layer.digits = ()
-        else:
-            lines = flat.view(out, inputs, kh, kw).permute(2, 3, 1, 0).reshape(kh, -1, out)
-            layer.digits = torch.cat(_digits(lines.int(), 2), 2), signs.view(-1, 1, 1)
-    return layer.digits or None
-
-
-def _digits(q: Tensor, count: int) -> list[Tensor]:
-    """int32 -> its digits of base 256, from -128 to 127, the lowest first, as int8."""
-    found = []
-    for _ in range(count):
-        found.append(q.to(torch.int8))  # the lowest byte, which wraps around
-        q = (q - found[-1]) >> 8
-    return found
-
-
-def _by_digits(digits: tuple[Tensor, Tensor], x: Tensor, top: int, n: int, columns: int,
-               layer: _Layer) -> Tensor:
-    """Sums of `n` rows of output, from row `top` of the quantised x on: (B, out, n, columns)."""
-    weight, signs = digits
-    (kh, kw), (sh, sw), (dh, dw) = layer.weight.shape[-2:], layer.stride, layer.dilation
-    part = x[:, :, top : top + (n - 1) * sh + dh * (kh - 1) + 1].permute(0, 2, 3, 1)
-    peak = part.abs().amax()
-    count = 2 if peak <= DIGITS_MAX else 3 if peak <= 127 * 65_793 else 4
-    batch, height, _, inputs = part.shape
-    sums = x.new_zeros(batch * n * columns, len(layer.weight))
-    for i, digit in enumerate(_digits(part.int().contiguous(), count)):
-        b, h, w, c = digit.stride()
-        lines = digit.as_strided((batch, height, columns, kw, inputs),
-                                 (b, h, w * sw, w * dw, c)).flatten(3).contiguous()
-        product = 0
-        for k in range(kh):
-            rows = lines[:, k * dh : k * dh + (n - 1) * sh + 1 : sh]
-            product = product + torch._int_mm(rows.reshape(-1, kw * inputs), weight[k])
-        for j, part_of_sum in enumerate(product.chunk(2, 1)):
-            sums.add_(part_of_sum, alpha=256 ** (i + j))
-    return sums.view(batch, n, columns, -1).permute(0, 3, 1, 2) * signs
-
-
-@functools.cache
-def _int8_is_exact() -> bool:
-    """Whether int8 products are fast and exact: some CPUs saturate sums of two at 2^15."""
-    if not torch.cpu._is_vnni_supported():
-        return False
-    a, b = (torch.full(shape, value, dtype=torch.int8)
-            for shape, value in (((64, 256), 127), ((256, 64), 127)))
-    a[1::2] = b[:, 2::3] = -128
-    return torch.equal(torch._int_mm(a, b).double(), a.double() @ b.double())
-
-
 def _normalise(layer: nn.LayerNorm, name: str, x: Tensor) -> Tensor:
     """LayerNorm over the last dimension, or over channels in timm's LayerNorm2d.
 
@@ -450,10 +372,10 @@ def _normalise(layer: nn.LayerNorm, name: str, x: Tensor) -> Tensor:
     else is elementwise. x is rounded to 2^-NORM_BITS and clamped to +-2^NORM_CLAMP_BITS.
     """
     size, = layer.normalized_shape
-    if size * 4 ** (NORM_BITS + NORM_CLAMP_BITS) >= 2**EXACT_BITS:
+    if size * 4 ** (NORM_BITS + NORM_CLAMP_BITS) >= 2**exact_tables.EXACT_BITS:
         raise UserError(f"layer {name}: LayerNorm over {size} channels has no exact form")
     dim = 1 if isinstance(layer, LayerNorm2d) else -1
-    q = _quantise(x, NORM_BITS, NORM_CLAMP_BITS)
+    q = exact_tables.quantise(x, NORM_BITS, NORM_CLAMP_BITS)
     mean = q.sum(dim, keepdim=True) / size
     variance = (q.square().sum(dim, keepdim=True) / size - mean.square()).clamp_min_(0)
     eps = layer.eps * 4.0**NORM_BITS  # of x in units of its grid
@@ -474,65 +396,3 @@ def _divide(layer: GDN, x: Tensor) -> Tensor:
     squares = round_to_grid(x.clamp(-256, 256).square(), 8)
     norm = torch.sqrt(torch.matmul(gamma, squares.flatten(2)).view_as(squares) + beta)
     return x * norm if layer.inverse else x / norm
-
-
-def _smooth(layer: nn.Module, name: str, x: Tensor) -> Tensor:
-    """A smooth activation by table, on the grid; constant or the identity beyond the table."""
-    limit = TABLE_RANGE << TABLE_BITS
-    table = _tables.get(key := (repr(layer), x.device))
-    if table is None:
-        table = _tables[key] = _tabulate(layer, name).to(x.device)
-    index = _quantise(x, TABLE_BITS, 40)
-    inside = index.clamp(-limit, limit)
-    y = table[(inside + limit).long()]
-    if table[-1] == TABLE_RANGE:  # GELU, SiLU, ...: the identity from here on
-        y += (index - inside).clamp_min_(0) * 2.0**-TABLE_BITS
-    return y
-
-
-def exp(x: Tensor) -> Tensor:
-    """exp of x <= 0, in multiples of 2^-24, x in multiples of 2^-12; 0 below -16."""
-    limit = TABLE_RANGE << TABLE_BITS
-    table = _tables.get(key := ("exp", x.device))
-    if table is None:
-        units = torch.arange(-limit, 1, dtype=torch.float64) * 2.0**-TABLE_BITS
-        values = torch.exp(units) * 2.0**24
-        if not (values - values.floor() - 0.5).abs().min() > 2.0**-26:
-            raise UserError("exp has no exact table")
-        table = torch.round(values) * 2.0**-24
-        table[0] = 0.0
-        _tables[key] = table = table.to(x.device)
-    index = _quantise(x, TABLE_BITS, 40).clamp_(-limit, 0)
-    return table[(index + limit).long()]
-
-
-def softmax(x: Tensor) -> Tensor:
-    """softmax over the last dimension of float64 x: `exp` by table, the sum over integers."""
-    peak = x.amax(-1, keepdim=True)
-    if not math.isfinite(peak.sum().item()):
-        raise UserError("NaN or infinity in attention: the model's weights are broken")
-    weight = exp(x - peak)
-    return weight / weight.sum(-1, keepdim=True)
-
-
-def matmul(a: Tensor, b: Tensor, a_range: tuple[int, int] = (12, 11),
-           b_range: tuple[int, int] = (12, 11)) -> Tensor:
-    """a @ b of float64 activations. Ranges (p, c): multiples of 2^-p within [-2^c, 2^c]."""
-    if a.shape[-1] * 2.0 ** sum(a_range + b_range) >= 2.0**EXACT_BITS:
-        raise UserError(f"a product over {a.shape[-1]} terms cannot be computed exactly")
-    unit = 2.0 ** -(a_range[0] + b_range[0])
-    return torch.matmul(_quantise(a, *a_range), _quantise(b, *b_range)) * unit
-
-
-def _tabulate(layer: nn.Module, name: str) -> Tensor:
-    """Values on the grid, rounded to it; refused if another machine's exp could round otherwise."""
-    limit = TABLE_RANGE << TABLE_BITS
-    units = torch.arange(-limit, limit + 1, dtype=torch.float64)
-    exact = layer(units * 2.0**-TABLE_BITS) * 2.0**TABLE_BITS
-    tie_distance = (exact - exact.floor() - 0.5).abs().min()
-    ends = torch.tensor([-2.0, -1.0, 1.0, 2.0], dtype=torch.float64) * TABLE_RANGE
-    left, _, right = (layer(ends) * 2.0**TABLE_BITS).diff().tolist()
-    flat = min(abs(right), abs(right - limit))
-    if not (tie_distance > 2.0**-30 and abs(left) < 0.5 and flat < 0.5):
-        raise UserError(f"layer {name} ({layer}) has no exact table")
-    return torch.round(exact) * 2.0**-TABLE_BITS

@@ -17,11 +17,11 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
+from common.coding import exact
+
 import torch
 from compressai.layers import MaskedConv2d
 from torch import Tensor, nn
-
-from . import exact
 
 MEAN_BITS = 8  # means are multiples of 2^-8, of 2^-9 for a gain above 1, 2^-10 above 2, ...
 HYPER_BYTES = 2**28  # hyper parameters go through their first layer at once up to this size

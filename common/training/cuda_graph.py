@@ -23,7 +23,7 @@ class Recorded:
     have other values in each call; for other shapes, or other values of arguments that are no
     tensors, another graph is recorded. Scalars of a replayed step are overwritten by the next one.
 
-    optimizers: those that `step` uses. All must be capturable, as `runs.optimizers` makes them on a
+    optimizers: those that `step` uses. All must be capturable, as `make_optimizers` makes them on a
     GPU; otherwise, and with `enabled` false, every call is an ordinary one. So it is when recording
     fails because the network asks the GPU for a value in the middle of a step; one line says so.
     """

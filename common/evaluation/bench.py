@@ -1,6 +1,6 @@
 """Speed beside CompressAI: the same weights, symbols and images, printed as ratios.
 
-    python -m common.bench hyperprior factorized        or  make bench
+    python -m common.evaluation.bench hyperprior factorized        or  make bench
 
 Times on a shared machine drift, so the two sides take turns and the median of the ratios is what
 counts. CompressAI runs as it comes: float32, contiguous tensors, its own coder calls. Coding and
@@ -20,14 +20,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import UserError, data, entropy, runs
+from common import UserError, cli, data, processes
+from common.coding import entropy
 from common.loss import RateDistortionLoss
+from common.training.network import autocast, prepare_network
+from common.training.optimizers import make_optimizers
 
 import torch
 from compressai.layers import GDN
 from torch import nn
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 Step = Callable[[], object]
 
 
@@ -218,7 +221,7 @@ def training_step(paper: str, side: str) -> Step:
     model.train()
     layout = torch.channels_last if ours else torch.contiguous_format
     model = model.to(memory_format=layout)
-    net = runs.parallel(model, compile=side == "compiled")
+    net = prepare_network(model, compile=side == "compiled")
     return descent(model, net, tiles().contiguous(memory_format=layout), 0.013,
                    "auto" if ours else "fp32")
 
@@ -232,11 +235,11 @@ def tiles() -> torch.Tensor:
 def descent(model: nn.Module, net: Callable[[torch.Tensor], dict], x: torch.Tensor, lmbda: float,
             precision: str) -> Step:
     """One step of both optimisers of `model`, whose forward pass is net(x)."""
-    optimizer, aux_optimizer = runs.optimizers(model, "adam", 1e-4)
+    optimizer, aux_optimizer = make_optimizers(model, "adam", 1e-4)
     criterion = RateDistortionLoss(lmbda)
 
     def step() -> None:
-        with runs.autocast(x.device, precision):
+        with autocast(x.device, precision):
             output = net(x)
         optimizer.zero_grad()
         aux_optimizer.zero_grad()
@@ -249,12 +252,12 @@ def descent(model: nn.Module, net: Callable[[torch.Tensor], dict], x: torch.Tens
     return step
 
 
-def processes(job: str, paper: str, side: str, rounds: int) -> None:
+def separate_processes(job: str, paper: str, side: str, rounds: int) -> None:
     """Both sides of a job in turns, each time in a new process, the baseline without mallopt."""
 
     def once(which: str) -> float:
         env = dict(os.environ, **({"LIC_DEFAULT_MALLOC": "1"} if which == "baseline" else {}))
-        command = [sys.executable, "-m", "common.bench", "--worker", job, paper, which]
+        command = [sys.executable, "-m", "common.evaluation.bench", "--worker", job, paper, which]
         out = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
         return float(out.stdout.split()[-1])
 
@@ -264,7 +267,7 @@ def processes(job: str, paper: str, side: str, rounds: int) -> None:
 
 
 def main() -> None:
-    parser = runs.Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(description=__doc__.splitlines()[0])
     known = sorted(path.parent.name for path in ROOT.glob("*/model.py"))
     parser.add_argument("papers", nargs="*", help=f"of {', '.join(known)}; none: all")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each comparison")
@@ -276,7 +279,8 @@ def main() -> None:
     if args.worker:
         worker(*args.worker)
         return
-    print(f"{runs.describe(torch.device('cpu'))}, torch {torch.__version__}; the papers' widths")
+    hardware = processes.describe_hardware(torch.device("cpu"))
+    print(f"{hardware}, torch {torch.__version__}; the papers' widths")
     print(f"{'':58s} {'CompressAI':>12s} {'ours':>12s}   ratio")
     own = [paper for paper in args.papers if (ROOT / paper / "bench.py").exists()]
     for paper in own:
@@ -287,12 +291,12 @@ def main() -> None:
                           "context_prediction")
         coding(paper, args.rounds if context else 3 * args.rounds)
         if not context:
-            processes("codec", paper, "ours", args.rounds)
+            separate_processes("codec", paper, "ours", args.rounds)
             for side in ("bf16", "compiled"):
-                processes("train", paper, side, args.rounds)
+                separate_processes("train", paper, side, args.rounds)
     if len(args.papers) > 1:
         among_papers(args.papers, 3 * args.rounds)
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

@@ -1,6 +1,6 @@
 """Publish a results JSON of eval.py: as results/<curve>.json and .png, and as rows of the pages.
 
-    python -m common.pages hyperprior small hyperprior/ckpts/weights/small/results/FILE.json
+    python -m common.recipes.pages hyperprior small hyperprior/ckpts/weights/small/results/FILE.json
 
 The rows of the curve are replaced in the table between `<!-- results: small -->` and `<!-- end of
 results -->` of the paper's README, and those of the paper (of the curve "small" only) in the table
@@ -15,9 +15,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from common import classical, compare, data, evaluate, runs
+from common import cli, data
+from common.evaluation import classical, compare
+from common.evaluation.results import MEASURES, load_published, load_results, save_results
+from common.files import write_atomic
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 END = "<!-- end of results -->"
 
 
@@ -26,7 +29,7 @@ def cells(results: dict[str, Any], reference: dict[str, Any], jpeg: dict[str, An
     """Of each operating point, the cells of a row by the words that a column's head begins with."""
     points = []
     for i, rate in enumerate(results["results"]["bpp"]):
-        values = {key: compare._at(results["results"], key, i) for key in evaluate.MEASURES}
+        values = {key: compare._at(results["results"], key, i) for key in MEASURES}
         meta = {key: compare._at(results["meta"], key, i) for key in ("N", "M", "steps", "lmbda")}
         psnr = values["psnr-rgb"]
         above = compare._minus(psnr, compare._psnr_at(jpeg, rate))
@@ -73,9 +76,9 @@ def publish(root: Path, paper: str, results: dict[str, Any], into: Path, images:
             pages: bool) -> None:
     """Write results and plot into a folder, and the rows to the pages."""
     curve = results["name"]
-    published = evaluate.load_published(root / paper / "results" / "published.json")
+    published = load_published(root / paper / "results" / "published.json")
     jpeg = classical.jpeg(images, ms_ssim=False)
-    evaluate.save_json(into / f"{curve}.json", results)
+    save_results(into / f"{curve}.json", results)
     compare.plot([results], published, jpeg, into / f"{curve}.png")
     if not pages:
         return
@@ -91,7 +94,7 @@ def publish(root: Path, paper: str, results: dict[str, Any], into: Path, images:
         page = path.read_text()
         new, rows = replace(page, begin, name, labels, points)
         if new != page:
-            runs.write_atomic(path, new.encode())
+            write_atomic(path, new.encode())
         if any(row not in new for row in rows):
             print(f"{path.relative_to(root)} has no table after {begin}; its rows would be:",
                   *rows, sep="\n")
@@ -99,7 +102,7 @@ def publish(root: Path, paper: str, results: dict[str, Any], into: Path, images:
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
-    parser = runs.Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("paper")
     parser.add_argument("curve")
     parser.add_argument("results", type=Path, help="results JSON of eval.py")
@@ -109,10 +112,10 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
     args = parser.parse_args(argv)
     official = root / args.paper / "results"
     into = args.into or official
-    results = evaluate.load_json(args.results) | {"name": args.curve}
+    results = load_results(args.results) | {"name": args.curve}
     publish(root, args.paper, results, into, data.list_images(args.dataset),
             into.resolve() == official.resolve())
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

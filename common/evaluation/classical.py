@@ -1,6 +1,6 @@
 """Classical codecs through the same evaluation as the learned ones: now JPEG.
 
-    python -m common.classical jpeg [--dataset DIR] [-o FILE]
+    python -m common.evaluation.classical jpeg [--dataset DIR] [-o FILE]
 
 A further codec is one more function `(image, quality) -> (bytes, decoded image)` in CODECS, with
 the qualities it is measured at.
@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import data, evaluate, runs
+from common import cli, data, processes
+from common.evaluation.results import image_record, merge_points, operating_point, save_results
 
 import PIL
 import torch
@@ -43,7 +44,7 @@ CODECS: dict[str, tuple[str, Coder, Sequence[int]]] = {
 
 def measure(codec: str, paths: list[Path], qualities: Sequence[int] | None = None,
             ms_ssim: bool = True) -> dict[str, Any]:
-    """Results (see `common.evaluate`) of a codec in CODECS at several qualities.
+    """Results (see `common.evaluation.evaluate`) of a codec in CODECS at several qualities.
 
     MS-SSIM takes most of the time; without it 24 images at 19 qualities take about ten seconds.
     """
@@ -53,11 +54,11 @@ def measure(codec: str, paths: list[Path], qualities: Sequence[int] | None = Non
         x = data.read_image(path)
         for quality, point in rows.items():
             file, decoded, encoding, decoding = coder(x, quality)
-            point.append(evaluate.row(path.stem, x, decoded, len(file), ms_ssim)
+            point.append(image_record(path.stem, x, decoded, len(file), ms_ssim)
                          | {"encoding_time": encoding, "decoding_time": decoding})
-    meta = {"device": "cpu", "hardware": runs.describe(torch.device("cpu"))}
-    return evaluate.merge([
-        evaluate.point(name, f"{name} by Pillow {PIL.__version__}, default settings", r,
+    meta = {"device": "cpu", "hardware": processes.describe_hardware(torch.device("cpu"))}
+    return merge_points([
+        operating_point(name, f"{name} by Pillow {PIL.__version__}, default settings", r,
                        {"quality": q, **meta})
         for q, r in rows.items()])
 
@@ -69,7 +70,7 @@ def jpeg(paths: list[Path], qualities: Sequence[int] | None = None,
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = runs.Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("codec", choices=sorted(CODECS))
     parser.add_argument("--dataset", type=Path, default=data.KODAK, help="folder of images")
     parser.add_argument("-o", "--output", type=Path, default=argparse.SUPPRESS,
@@ -77,10 +78,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     results = measure(args.codec, data.list_images(args.dataset))
     output = getattr(args, "output", Path(f"{args.codec}.json"))
-    evaluate.save_json(output, results)
+    save_results(output, results)
     rates = results["results"]["bpp"]
     print(f"{output}: {len(rates)} points, {rates[0]:.3f} to {rates[-1]:.3f} bpp")
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

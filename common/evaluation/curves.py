@@ -1,9 +1,10 @@
 """Training curves of several runs in one plot, and their last epochs in one table.
 
-    python -m common.curves hyperprior/logs/quick/0 joint_ar/logs/quick/0 --plot curves.png
+    python -m common.evaluation.curves hyperprior/logs/quick/0 joint_ar/logs/quick/0
 
-Reads the log.txt of each run folder: the mean loss over all steps of an epoch. Runs compare when
-lmbda, steps and batches are the same; runs of equal --seed even see the same crops.
+It reads the log.txt of each run folder and plots the mean loss over all steps of an epoch. Two runs
+are comparable when lmbda, the number of steps and the batches are the same; runs with the same
+--seed even see the same crops.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from common import UserError, bitstream, compare, runs
+from common import UserError, cli
+from common.evaluation import compare
+from common.files import read_file
 
 LINE = re.compile(r"epoch (\d+)  step (\d+)  train loss ([\d.]+) bpp ([\d.]+)"
                   r"(?:  test loss ([\d.]+) bpp ([\d.]+) psnr ([\d.]+))?")
@@ -19,7 +22,7 @@ LINE = re.compile(r"epoch (\d+)  step (\d+)  train loss ([\d.]+) bpp ([\d.]+)"
 
 def read(folder: Path) -> list[dict[str, float]]:
     """A row per epoch of a run: step, loss, bpp; test_loss, test_bpp, test_psnr when validated."""
-    text = bitstream.read(folder / "log.txt").decode(errors="replace")
+    text = read_file(folder / "log.txt").decode(errors="replace")
     keys = ("step", "loss", "bpp", "test_loss", "test_bpp", "test_psnr")
     epochs = {}  # a run that went back writes an epoch again: the last line counts
     for match in LINE.finditer(text):
@@ -31,7 +34,7 @@ def read(folder: Path) -> list[dict[str, float]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = runs.Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", type=Path, nargs="+", help="<paper>/logs/<prefix>/<exp_version>")
     parser.add_argument("--plot", type=Path, default=Path("curves.png"), help="PNG to write")
     args = parser.parse_args(argv)
@@ -65,4 +68,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.run(main)

@@ -9,7 +9,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from common import UserError, bitstream, data, evaluate, runs
+from common import UserError, cli, data, processes
+from common.coding import image_file
+from common.files import read_file, write_atomic
 
 from torch import Tensor, nn
 
@@ -17,13 +19,13 @@ DECODED = ".decoded.png"  # not .png: the original may lie beside its .bin
 
 
 def flags(description: str, weights: str = "", which: str = "lmbda"
-          ) -> tuple[runs.Parser, argparse.ArgumentParser, argparse.ArgumentParser]:
+          ) -> tuple[cli.Parser, argparse.ArgumentParser, argparse.ArgumentParser]:
     """The parser, and those of its commands `encode` and `decode`.
 
     weights: how the names of the bundled weights begin of which the last, that of the highest
     rate, encodes by default; which: what their names say.
     """
-    parser = runs.Parser(description=description)
+    parser = cli.Parser(description=description)
     commands = parser.add_subparsers(dest="command", required=True)
     encode = commands.add_parser("encode", help="image -> .bin")
     encode.add_argument("input", type=Path, help="any image that Pillow reads")
@@ -36,7 +38,7 @@ def flags(description: str, weights: str = "", which: str = "lmbda"
         command.add_argument("-o", "--output", type=Path, help=f"default: INPUT with {suffix}")
         command.add_argument("--checkpoint", type=Path, help="weights other than the bundled ones")
         command.add_argument("--device", default="auto", help="auto, cpu or cuda")
-        command.add_argument("--threads", type=runs.threads, default=0, help="CPU threads; 0: all")
+        command.add_argument("--threads", type=cli.threads, default=0, help="CPU threads; 0: all")
     return parser, encode, decode
 
 
@@ -49,16 +51,16 @@ def run(args: argparse.Namespace, tag: bytes, load: Callable[..., nn.Module], we
     fingerprint in the file names. encode(model, x): in place of `evaluate.encode_image`, the file
     and what else to print; decode(model, file): in place of `evaluate.decode_image`, x_hat.
     """
-    device = runs.start(args.device, threads=args.threads)
+    device = processes.start(args.device, threads=args.threads)
     bundled = sorted(weights.glob("small-*.pth"))
     if args.command == "decode":
-        file = bitstream.read(args.input)
+        file = read_file(args.input)
         checkpoints = [args.checkpoint] if args.checkpoint else bundled
-        model = evaluate.model_of(file, tag, checkpoints, load, device)
+        model = image_file.find_model(file, tag, checkpoints, load, device)
         output = args.output or args.input.with_suffix(DECODED)
         refuse_same(args.input, output)
-        data.write_image(decode(model, file) if decode else evaluate.decode_image(model, file, tag),
-                         output)
+        x_hat = decode(model, file) if decode else image_file.decode_image(model, file, tag)
+        data.write_image(x_hat, output)
         print(f"{output}: decoded from {args.input}")
         return
     names = {path.stem.removeprefix("small-"): path for path in bundled}
@@ -74,8 +76,8 @@ def run(args: argparse.Namespace, tag: bytes, load: Callable[..., nn.Module], we
     image = data.read_image(args.input)
     height, width = image.shape[-2:]
     model, x = load(checkpoint, device), data.to_float(image.to(device))
-    file, note = encode(model, x) if encode else (evaluate.encode_image(model, x, tag), "")
-    runs.write_atomic(output, file)
+    file, note = encode(model, x) if encode else (image_file.encode_image(model, x, tag), "")
+    write_atomic(output, file)
     print(f"{output}: {len(file)} bytes, {8 * len(file) / (height * width):.4f} bpp{note}")
 
 

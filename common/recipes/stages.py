@@ -1,252 +1,29 @@
-"""What a weights.yaml says: stages, each a run of train.py, and curves, weights evaluated together.
+"""Stages and curves of a weights.yaml.
 
-`common.weights` runs them. A stage's folder holds a record of the definition that it was trained
-with; a lock keeps two processes from the same work.
+A stage is one run of train.py; a curve is a set of weights that are exported and evaluated
+together. `common.recipes.weights` runs them. The folder of a stage holds a record of the definition
+that it was trained with.
 """
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import functools
-import hashlib
 import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from common import UserError, runs
+from common import UserError, cli
+from common.files import write_atomic
+from common.recipes.jobs import Job, Settings, before, digest, file_digest, holds_files, say, show
+from common.recipes.recipe_file import as_list, words
 
-import yaml
-from tqdm import tqdm
-
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 STEP = re.compile(r"^epoch \d+ +step (\d+).*", re.M)  # a line of log.txt
-NUMBER, WORDS = (int, float), (str, list)
-FILE = {"images": str, "train": dict, "eval": dict, "stages": dict, "curves": dict}, {"short": dict}
-TRAIN = {"dataset": WORDS, "start": WORDS, "resume": WORDS}
-STAGE = ({"steps": int, "hours": NUMBER, "folders": list, "checkpoint": str, "flags": dict},
-         {"from": str, "train": dict})
-CURVE = {"files": dict}, {"bundle": bool, "evaluate": list}
-SHORT = {"steps": int, "flags": dict}
-
-
-@dataclass
-class Settings:
-    """What holds for all stages and curves of one call."""
-
-    root: Path
-    run: str  # "weights"; "short" in the short form
-    dataset: str | None
-    digest: str  # of the training images
-    threads: int
-    device: str
-    images: str | None  # folder that the short form evaluates and validates with
-
-    @property
-    def short(self) -> bool:
-        return self.run == "short"
-
-
-# ------------------------------------------------------------------------------- weights.yaml
-def read(path: Path) -> dict[str, Any]:
-    """The checked content of a weights.yaml; UserError names the file and the key."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror or e}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not YAML ({' '.join(str(e).split())})") from None
-    check(content, path, *FILE)
-    check(content["train"], f"{path}: train", TRAIN)
-    check(content["eval"], f"{path}: eval", {"dataset": WORDS})
-    if "short" in content:
-        check(content["short"], f"{path}: short", SHORT)
-    for name, stage in content["stages"].items():
-        check(stage, where := f"{path}: stages: {name}", *STAGE)
-        check(stage.get("train", {}), f"{where}: train", {}, TRAIN)
-        if not isinstance(name, str) or "/" in name:
-            raise UserError(f'{where}: a name is a text without "/": write it in quotes')
-        paths = [*stage["folders"], stage["checkpoint"]]
-        if not stage["folders"] or not all(isinstance(f, str) for f in paths):
-            raise UserError(f"{where}: folders: name at least one folder")
-        if any(Path(path).is_absolute() or ".." in Path(path).parts for path in paths):
-            raise UserError(f"{where}: folders and checkpoint lie below the paper's folder")
-        if stage["steps"] < 1:
-            raise UserError(f"{where}: steps: give 1 or more")
-    for name, curve in content["curves"].items():
-        check(curve, where := f"{path}: curves: {name}", *CURVE)
-        if not curve["files"]:
-            raise UserError(f"{where}: files: name at least one")
-        for file, stage in curve["files"].items():
-            if not isinstance(stage, str) or stage not in content["stages"]:
-                raise UserError(f"{where}: files: {file}: there is no stage {stage}")
-            if Path(file).name != file:
-                raise UserError(f"{where}: files: {file}: give the name of a file in weights/")
-    return content
-
-
-def check(values: Any, where: Any, required: dict[str, Any], optional: dict[str, Any] | None = None
-          ) -> None:
-    """Refuse what is not a mapping with these keys and types of values."""
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: must hold 'key: value' lines")
-    known = required | (optional or {})
-    for key, value in values.items():
-        if key not in known:
-            raise UserError(f"{where}: there is no key {key} (known: {', '.join(known)})")
-        if not isinstance(value, known[key]):
-            raise UserError(f"{where}: {key}: {value!r} is not a value for this key")
-    for key in required:
-        if key not in values:
-            raise UserError(f"{where}: {key} is missing")
-
-
-def words(flags: dict[str, Any]) -> list[str]:
-    """Flags as a command line: lists are spread, true is --flag, false is --no-flag."""
-    result: list[str] = []
-    for key, value in flags.items():
-        if isinstance(value, bool):
-            result.append(f"--{key}" if value else f"--no-{key}")
-        else:
-            result += [f"--{key}", *map(str, as_list(value))]
-    return result
-
-
-def as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-# ------------------------------------------------------------------------------- stages and curves
-class Job:
-    """A stage or a curve: a folder with the record, the lock and the output of its commands."""
-
-    kind, file = "", ""  # what an error message calls the work; the record's name
-
-    def __init__(self, settings: Settings, paper: str, name: str, folder: str, needs: list[Stage]):
-        self.settings, self.paper, self.name, self.needs = settings, paper, name, needs
-        self.home = settings.root / paper
-        self.folder, self.label = self.home / folder, f"{paper} {name}"
-        self.process: subprocess.Popen | None = None
-        self.descriptor: int | None = None  # of the lock
-
-    def definition(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def steps_of_work(self) -> Iterator[list[Any]]:
-        """Command lines, run one after the other in the paper's folder."""
-        raise NotImplementedError
-
-    def record(self) -> dict[str, Any]:
-        path = self.folder / self.file
-        try:
-            record = json.loads(path.read_text()) if path.exists() else {}
-            if record != {} and not isinstance(record["definition"], dict):
-                raise TypeError
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: not a record of {self.label}: remove it") from None
-        return record
-
-    def write(self, **values: Any) -> None:
-        text = json.dumps(self.record() | values, indent=1, ensure_ascii=False)
-        runs.write_atomic(self.folder / self.file, f"{text}\n".encode())
-
-    def done(self) -> bool:
-        record = self.record()
-        return bool(record.get("done")) and record["definition"] == self.definition()
-
-    def lock(self, wait: float = 5.0) -> int:
-        """The descriptor of the locked file, which the job's processes inherit.
-
-        A killed runner's training may take a moment to end, hence `wait` seconds.
-        """
-        path, deadline = self.folder / "lock", time.monotonic() + wait
-        while True:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(descriptor), os.stat(path)):  # not renamed meanwhile
-                    return descriptor
-            except (BlockingIOError, FileNotFoundError):
-                pass
-            os.close(descriptor)
-            if time.monotonic() > deadline:
-                raise UserError(f"another process is {self.kind} {self.label}")
-            time.sleep(0.1)
-
-    def begin(self) -> bool:
-        """Start the work; False when another process has done it in the meantime."""
-        self.descriptor = self.lock()
-        if self.done():
-            return self.end()
-        self.clock = time.monotonic()
-        self.work = self.steps_of_work()
-        return not self.poll()
-
-    def poll(self) -> bool:
-        """Go on to the next command; True at the end of the last. UserError when one fails."""
-        if self.process:
-            code = self.process.poll()
-            if code is None:
-                self.tick()
-                return False
-            if code:
-                raise UserError(self.reason(code))
-        command = next(self.work, None)
-        if command is None:
-            self.end()
-            return True
-        log = self.folder / "output.txt"
-        self.offset = log.stat().st_size if log.exists() else 0
-        parent = os.getpid()
-        paths = [str(self.settings.root), *filter(None, [os.environ.get("PYTHONPATH")])]
-        with open(log, "ab") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, *map(str, command)], cwd=self.home, stdin=subprocess.DEVNULL,
-                stdout=output, stderr=output, pass_fds=[self.descriptor],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
-                preexec_fn=lambda: end_with(parent))
-        return False
-
-    def tick(self) -> None:
-        """What is to be done now and then while a command runs."""
-
-    def output(self) -> str:
-        """What the newest command has printed."""
-        return (self.folder / "output.txt").read_bytes()[self.offset:].decode(errors="replace")
-
-    def reason(self, code: int) -> str:
-        """The last error line of a command that failed, or how it ended."""
-        lines = [line for line in re.split(r"[\r\n]+", self.output()) if line.strip()]
-        errors = [line for line in lines if line.startswith("error: ")]
-        if errors:
-            return errors[-1].removeprefix("error: ")
-        if shutil.disk_usage(self.folder).free < 2**20:  # not even the reason could be written
-            return f"the disk of {self.folder} is full"
-        how = f"was ended by signal {-code}" if code < 0 else f"exit status {code}"
-        return f"{how}, see {self.folder / 'output.txt'}" + (f": {lines[-1]}" if lines else "")
-
-    def end(self) -> bool:
-        """End the process, if there is one, and give the lock back."""
-        if self.process:
-            self.process.kill()
-            self.process.wait()
-        self.process = None
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-        self.descriptor = None
-        return False
 
 
 class Stage(Job):
@@ -281,7 +58,7 @@ class Stage(Job):
     def definition(self) -> dict[str, Any]:
         """All that the result depends on; of the stage it starts from, too."""
         flags = {k: v for k, v in self.flags.items() if k not in ("threads", "device")}
-        config = runs.read_yaml(self.home / flags["config"]) if "config" in flags else None
+        config = cli.read_yaml(self.home / flags["config"]) if "config" in flags else None
         parent = None
         if self.parent:
             parent = {"stage": f"{self.parent.paper}/{self.parent.name}",
@@ -383,7 +160,7 @@ class Stage(Job):
         dataset = self.settings.dataset
         self.ask_for_images()
         config = self.flags.get("config")
-        if config and digest(runs.read_yaml(self.home / config)) != self.definition()["config"]:
+        if config and digest(cli.read_yaml(self.home / config)) != self.definition()["config"]:
             raise UserError(f"{config} was changed while this call runs: call again")
         flags = {key: self.fill(value, self.settings) for key, value in self.flags.items()}
         self.seconds = self.seconds_written = self.record().get("seconds", 0)
@@ -465,7 +242,7 @@ class Curve(Job):
         say(f"{self.label}: export and evaluate {', '.join(self.files)}")
         for file, stage in self.files.items():
             checkpoint = stage.result(f"the curve {self.label} needs it")
-            yield ["-m", "common.export", self.paper, checkpoint, "-o", self.folder / file,
+            yield ["-m", "common.recipes.export", self.paper, checkpoint, "-o", self.folder / file,
                    "--steps", stage.trained()]
         results, images = self.folder / "results", self.settings.images
         shutil.rmtree(results, ignore_errors=True)  # of an evaluation that was interrupted
@@ -480,9 +257,9 @@ class Curve(Job):
         if self.bundle:
             for file in self.files:
                 content = (self.folder / file).read_bytes()
-                runs.write_atomic(self.home / "weights" / file, content)
+                write_atomic(self.home / "weights" / file, content)
         into = self.outputs()[-1].parent
-        yield ["-m", "common.pages", self.paper, self.name, found[0], "--into", into,
+        yield ["-m", "common.recipes.pages", self.paper, self.name, found[0], "--into", into,
                *(["--dataset", images] if images else [])]
         print(self.output(), end="", flush=True)
         for file in self.files if self.bundle else ():
@@ -493,39 +270,3 @@ class Curve(Job):
 
     def state(self) -> str:
         return "done" if self.done() else "to do"
-
-
-# --------------------------------------------------------------------------------------- helpers
-def say(text: str) -> None:
-    tqdm.write(text, file=sys.stdout)  # above a bar, if there is one
-    sys.stdout.flush()
-
-
-def show(path: Path, job: Job) -> str:
-    """A path as seen from the paper's folder's parent."""
-    return str(path.relative_to(job.settings.root))
-
-
-def before(folder: Path, n: int) -> Path:
-    return folder.with_name(f"{folder.name}.before-{n}")
-
-
-def holds_files(folder: Path) -> bool:
-    return folder.is_dir() and any(
-        path.name != "lock" and not path.name.startswith(".") for path in folder.iterdir())
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def end_with(parent: int) -> None:
-    """In a new process: ask Linux to end it when the runner ends, however that happens."""
-    if LIBC:
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it has ended already
-            os._exit(1)

@@ -22,9 +22,9 @@ import json
 import struct
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
-from common import UserError, exact
+from common import UserError
+from common.coding import exact
 
 import numpy as np
 from torch import Tensor, nn
@@ -111,14 +111,6 @@ def unpack(data: bytes, tag: bytes, fingerprint: bytes | None = None) -> File:
     sections = [reader.take(n) for n in lengths]
     return File(data[4:8], data[8:16], height, width, parameters,
                 [*sections, reader.take(reader.left())])
-
-
-def read(path: str | Path) -> bytes:
-    """The bytes of a file; UserError when it cannot be read."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror or e}") from None
 
 
 class _Reader:

@@ -1,0 +1,144 @@
+"""Command lines: flags with defaults from a YAML file, and errors as one line with status 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import UserError, processes
+
+import torch.distributed as dist
+import yaml
+from tqdm import tqdm
+
+SWITCHES = (argparse._StoreTrueAction, argparse.BooleanOptionalAction)  # flags without a value
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main(): a UserError becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as e:
+        # a loader process sends its whole traceback; the message is the last line of it
+        _fail(str(e).strip().splitlines()[-1].removeprefix("common.UserError: "), 2)
+    except OSError as e:
+        _fail(f"{e.filename}: {e.strerror or e}" if e.filename else str(e.strerror or e), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted (a training goes on with --resume)", 130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _fail(message: str, status: int) -> None:
+    """One line on stderr, once for all processes of `launch`, and the exit status."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # ends its line
+    first = True
+    if told := os.environ.get(processes.TOLD):
+        try:
+            os.close(os.open(told, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            first = False
+    if first:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    if told:
+        sys.stdout.flush()
+        os._exit(status)  # the others may wait for this process: `launch` ends them
+    sys.exit(status)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with our manners: one line on errors, defaults shown in --help."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                         allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> None:
+        print(f"error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse flags with the priority: defaults < YAML file of --config < command line.
+
+    The keys of the YAML file are the flags' names; an unknown key or a wrong value is an error.
+    """
+    first = Parser(add_help=False)
+    first.add_argument("--config")
+    path = first.parse_known_args(argv)[0].config
+    if path:
+        parser.set_defaults(**_read_config(Path(path), parser))
+    return parser.parse_args(argv)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The 'flag: value' lines of a configuration file."""
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as e:
+        raise UserError(f"--config {path}: {e.strerror or e}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"--config {path}: not YAML ({' '.join(str(e).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: must hold 'flag: value' lines")
+    return values
+
+
+def _read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    values = read_yaml(path)
+    actions = {a.dest: a for a in parser._actions} | {  # other names of a flag, too
+        name.lstrip("-").replace("-", "_"): a for a in parser._actions for name in a.option_strings}
+    result = {}
+    for key, value in values.items():
+        action = actions.get(str(key).replace("-", "_"))
+        if action is None or action.dest in ("help", "config"):
+            raise UserError(f"--config {path}: there is no flag --{key}")
+        result[action.dest] = _convert(action, value, f"--config {path}: {key}")
+    return result
+
+
+def _convert(action: argparse.Action, value: Any, where: str) -> Any:
+    if value is None or isinstance(action, SWITCHES):
+        ok = isinstance(value, bool) if value is not None else action.default is None
+        converted = value
+    else:
+        items = value if isinstance(value, list) else [value]
+        kind = action.type or str
+        try:
+            converted = [kind(str(v)) for v in items]
+            ok = all(action.choices is None or v in action.choices for v in converted)
+        except ValueError:
+            ok = False
+        if ok and action.nargs is None:
+            ok, converted = len(converted) == 1, converted[0]
+    if not ok:
+        choices = f" (choose from {', '.join(map(str, action.choices))})" if action.choices else ""
+        raise UserError(f"{where}: {value!r} is not a value for this flag{choices}")
+    return converted
+
+
+def _number(name: str, kind: type, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """A type for argparse, which gives its name in error messages; NaN holds nothing."""
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not holds(value):
+            raise ValueError(text)
+        return value
+
+    parse.__name__ = name
+    return parse
+
+
+positive_float = _number("positive_float", float, lambda v: 0 < v <= 1e30)  # float32 holds it
+number = _number("number", float, lambda v: 0 <= v <= 1e30)  # 0 or more
+positive_int = _number("positive_int", int, lambda v: v > 0)
+count = _number("count", int, lambda v: v >= 0)
+minutes = _number("minutes", float, lambda v: v >= 0)
+threads = _number("threads", int, lambda v: 0 <= v <= 1024)  # 0 leaves it to torch
+seed_number = _number("seed_number", int, lambda v: -(2**63) <= v < 2**63)  # a generator's range

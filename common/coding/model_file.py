@@ -1,0 +1,111 @@
+"""Checkpoint files: reading and writing them, and building a codec that is ready to code."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from common import UserError
+from common.coding import exact
+from common.files import write_atomic
+
+import torch
+from torch import Tensor, nn
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write atomically: a full disk or a kill leaves the old file as it was."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of ours, or a bare state dict (then under "model").
+
+    `module.` and `_orig_mod.` prefixes of the keys are dropped. UserError when unreadable.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:  # torch.load does not look at the checksums
+                if (part := parts.testzip()) is not None:
+                    raise UserError(f"{path}: damaged ({part} has another checksum): copy it again")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except UserError:
+        raise
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: not a checkpoint that can be read: give one of train.py, or a "
+                        "state dict (torch.save of tensors, no other objects)") from None
+    except Exception as e:
+        text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise UserError(f"{path}: not a checkpoint that can be read, it is damaged or cut short "
+                        f"({text[:100]})") from None
+    if not isinstance(state, dict) or not state:
+        raise UserError(f"{path}: holds no state dict")
+    if "model" not in state:
+        names = ("state_dict", "network", "model_state_dict")
+        other = {key: value for key, value in state.items() if key not in names}
+        weights = next((state[key] for key in names if key in state), None)
+        state = {"model": state} if weights is None else {"model": weights} | other
+    weights = state["model"]
+    if not isinstance(weights, dict) or not all(
+            isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
+        raise UserError(f"{path}: holds no state dict")
+    for prefix in ("module.", "_orig_mod."):
+        weights = {k.removeprefix(prefix): v for k, v in weights.items()}
+    steps = state.pop("int8_steps", {})  # of a file of common/recipes/export.py
+    if {k for k, v in weights.items() if v.dtype == torch.int8} != set(steps):
+        raise UserError(f"{path}: the steps of its 8-bit kernels are missing: export it again")
+    state["model"] = {k: v * steps[k] if k in steps else v.float() if v.is_floating_point() else v
+                      for k, v in weights.items()}
+    return state
+
+
+def load_model(path: str | Path, kind: type, device: torch.device | str = "cpu",
+               state: dict[str, Any] | None = None) -> nn.Module:
+    """Build a `kind` from a checkpoint: eval mode, channels_last, coding tables ready.
+
+    state: what `load_checkpoint(path)` gave, if at hand. Weights "averaged" over training are taken
+    in place of the last ones.
+
+    CDF tables and the fixed-point scales come from the file; only a bare state dict without them
+    gets new ones. The checkpoint's other entries are left in `model.info`; those of its config that
+    `kind.options` names, what the weights do not tell, go to `kind.from_state_dict`.
+    """
+    state = load_checkpoint(path) if state is None else state
+    averaged = state.get("averaged")
+    state = {**state, **(averaged if isinstance(averaged, dict) else {})}
+    config = state["config"] = state.get("config") or {}
+    options = {name: config[name] for name in getattr(kind, "options", ()) if name in config}
+    try:
+        model = kind.from_state_dict(state["model"], **options)
+    except KeyError as e:
+        raise UserError(f"{path}: not the weights of a {kind.__name__}: {e} is missing") from None
+    except RuntimeError as e:
+        raise UserError(f"{path}: not the weights of a {kind.__name__}: {load_error(e)}") from None
+    if any(name.endswith("_quantized_cdf") and b.numel() == 0 for name, b in model.named_buffers()):
+        try:
+            model.update(force=True)
+        except ValueError:
+            raise UserError(f"{path}: its densities are broken (NaN?), no CDF tables fit") from None
+    for name, spec in state.get("exact", {}).items():
+        exact.restore(model.get_submodule(name), spec)
+    model.info = {k: state[k] for k in ("config", "step", "epoch", "hardware") if k in state}
+    return model.eval().to(device, memory_format=torch.channels_last)
+
+
+def load_error(e: Exception) -> str:
+    """The keys that torch complains of, on one line; its first line is a heading."""
+    lines = [line.strip() for line in str(e).splitlines()]
+    return " ".join(lines[1:] or lines)[:300]
+
+
+def coding_state(model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint needs so that files written with it can be decoded for ever."""
+    return {"model": model.state_dict(),
+            "exact": {name: exact.spec(model.get_submodule(name)) for name in model.exact_parts}}

@@ -1,0 +1,81 @@
+"""The size of a network: parameters and multiply-accumulates."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from compressai.entropy_models import EntropyBottleneck
+from compressai.layers import GDN
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.InstanceNorm2d, nn.PReLU)
+
+
+def complexity(model: nn.Module, size: tuple[int, int] = (512, 768), **rate: float
+               ) -> dict[str, int]:
+    """Parameters of a model, and multiply-accumulates (MACs) of forward on one (height, width).
+
+    params_total  every parameter, quantiles of the entropy bottlenecks included
+    params_thop   what the tool thop counts: convolutions, linear layers and norms, but neither GDN
+                  nor entropy models nor masked convolutions
+    macs_true     convolutions and linear layers; a transposed convolution costs its weights once
+                  per input pixel
+    macs_thop     the same, but once per output pixel, as thop has it: 4x too much at stride 2
+    macs_gdn      the 1x1 convolutions inside GDN
+    macs_masked   convolutions with a `mask` (context models), all taps counted
+    macs_products products of two activations: what a module's `product_macs(x)` says of its input
+    Biases, activations and entropy models cost nothing here. The forward runs on tensors without
+    values, so that it takes no time. rate: what forward of a variable-rate model takes.
+    """
+    parts = complexity_of_parts(model, size, **rate).values()
+    found = {key: sum(part[key] for part in parts) for key in next(iter(parts))}
+    # a parameter of the model itself is no child's
+    return found | {"params_total": sum(p.numel() for p in model.parameters())}
+
+
+def complexity_of_parts(model: nn.Module, size: tuple[int, int] = (512, 768), **rate: float
+                        ) -> dict[str, dict[str, int]]:
+    """`complexity` of each of the model's children by name (g_a, h_s, ...)."""
+    model = copy.deepcopy(model).train()  # coding needs values, not shapes alone
+    kinds = ("true", "thop", "gdn", "masked", "products")
+
+    def count(part: dict[str, int], layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        if hasattr(layer, "product_macs"):
+            part["macs_products"] += layer.product_macs(args[0])
+        elif isinstance(layer, GDN):
+            part["macs_gdn"] += out.numel() * layer.gamma.shape[1]
+        elif isinstance(layer, nn.Linear):
+            for key in ("macs_true", "macs_thop"):
+                part[key] += out.numel() * layer.in_features
+        else:
+            inputs, outputs = args[0][0, 0].numel(), out[0, 0].numel()
+            weights = layer.weight.numel()
+            if hasattr(layer, "mask"):
+                part["macs_masked"] += outputs * weights
+                return
+            part["macs_true"] += (inputs if isinstance(layer, _TRANSPOSED) else outputs) * weights
+            part["macs_thop"] += outputs * weights
+
+    found = {}
+    for name, child in model.named_children():
+        part = found[name] = {"params_total": sum(p.numel() for p in child.parameters()),
+                              "params_thop": 0} | {f"macs_{kind}": 0 for kind in kinds}
+        for layer in child.modules():
+            if (isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear, GDN))
+                    or hasattr(layer, "product_macs")):
+                layer.register_forward_hook(functools.partial(count, part))
+            if (isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear, *_NORMS))
+                    and not hasattr(layer, "mask")):
+                part["params_thop"] += sum(p.numel() for p in layer.parameters())
+            if isinstance(layer, EntropyBottleneck):  # its forward needs values, not shapes alone
+                layer.forward = lambda x, *_: (x, x)
+    device = next(model.parameters()).device
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        model(torch.empty(1, 3, *size, device=device), **rate)
+    return found

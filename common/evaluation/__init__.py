@@ -1,0 +1,1 @@
+"""Evaluation: measuring codecs on images, and comparing the results."""

@@ -1,0 +1,199 @@
+"""Evaluate a codec on a folder of images: real files, decoded again, measured and timed."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import UserError, cli, data, processes
+from common.coding import bitstream
+from common.coding.image_file import crop, decode_images, encode_images, pad
+from common.coding.model_file import load_checkpoint
+from common.coding.tiles import LIMIT
+from common.evaluation.results import image_names, image_record, operating_point
+from common.files import read_file, write_atomic
+from common.training.checkpoints import epoch_checkpoints
+
+import compressai
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that all our eval scripts have."""
+    add = parser.add_argument_group("as in all folders").add_argument
+    add("--outdir", default="./output", help="bitstreams and decoded images")
+    add("--resultdir", default="./results", help="JSON, CSV, plot")
+    add("--test_batch_size", type=cli.positive_int, default=1, help="images of equal size")
+    add("--entropy_device", default="cpu", help="where what is exact runs when coding: cpu or cuda")
+    add("--checkpoint", type=Path, nargs="+", help="weights, one point of the curve each")
+    add("--reproduce", action="store_true", help="the run of --config beside the bundled weights")
+    add("--config", type=Path, help="training configuration, for --reproduce")
+    add("--complexity", action="store_true", help="print parameters and MACs, code nothing")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--threads", type=cli.threads, default=0, help="CPU threads; 0: all")
+
+
+def find_checkpoints(args: argparse.Namespace, bundled: Path, prefix: str
+                     ) -> dict[str, list[Path]]:
+    """What to evaluate, by the name of its curve: see the flags above and --load_model_epoch.
+
+    prefix: train.py's default. An epoch is looked for in all runs under ./ckpts that trained this
+    --model_name.
+    """
+    small = sorted(bundled.glob("small-*.pth"))
+    if args.checkpoint:
+        return {args.checkpoint[0].stem: args.checkpoint}
+    if args.reproduce:
+        if not args.config:
+            raise UserError("--reproduce needs --config, the file that the run was trained with")
+        config = cli.read_yaml(args.config)
+        prefix = config.get("prefix", prefix)
+        folder = Path("ckpts", str(prefix), str(config.get("exp_version", 0)))
+        trained = epoch_checkpoints(folder)
+        if not trained:
+            raise UserError(f"{folder}: holds no trained epoch; run train.py --config first")
+        return {args.config.stem: trained[-1:], "small": small}
+    if args.load_model_epoch is not None:
+        epoch = f"epoch_{args.load_model_epoch}"
+        found = sorted(Path("ckpts").glob(f"**/{epoch}.pth"))
+        found = [p for p in found if _trained_as(p) == args.model_name]
+        found += sorted(Path("ckpts", args.model_name).glob(f"{epoch}_lmbda_*.pth"))
+        if not found:
+            raise UserError(f"no {epoch}.pth of a {args.model_name} under ./ckpts; "
+                            "name weights with --checkpoint")
+        return {epoch: found}
+    return {"small": small}
+
+
+def output_folder(outdir: str, name: str, checkpoint: Path) -> Path:
+    """Where the files of one operating point go: epochs of several runs do not meet there."""
+    run = "-".join(checkpoint.with_suffix("").parts[-3:])  # epoch_9 of which run
+    return Path(outdir, name, run if name != "small" else checkpoint.stem)
+
+
+def _trained_as(path: Path) -> str | None:
+    return load_checkpoint(path).get("config", {}).get("model_name")
+
+
+def evaluate(model: nn.Module, paths: list[Path], tag: bytes, name: str, description: str = "",
+             out_dir: str | Path | None = None, batch_size: int = 1,
+             meta: dict[str, Any] | None = None, entropy_estimation: bool = True,
+             rate: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Results of one operating point on the images `paths`: see the module's docstring.
+
+    Every image is written to a file, read back and decoded. bpp counts all bytes of the file and
+    the original pixels; PSNR and MS-SSIM are those of the 8-bit decoded image; times are seconds
+    per image between tensor and bytes, after one image that does not count. With
+    `entropy_estimation`, bpp_estimated = -log2 of forward's likelihoods, per original pixel.
+
+    out_dir: keeps <name>.bin and the decoded <name>.png. batch_size: neighbours of equal size that
+    are coded together. meta: what the table should say, as lmbda, steps, steps_source (of the
+    paper's recipe). rate: the operating point of a variable-rate model. Under torchrun each process
+    codes a part; all return the whole result.
+    """
+    model.eval()
+    rate = rate or {}
+    device = next(model.parameters()).device
+    fingerprint = bitstream.fingerprint(model)
+    names = image_names(paths)
+    mine = paths[processes.rank() :: processes.world()]
+    rows: list[dict[str, Any]] = []
+    warm = False
+    with (tempfile.TemporaryDirectory() as scratch,
+          tqdm(total=len(mine), desc=name, unit="image", leave=False, disable=None) as bar):
+        folder = Path(out_dir or scratch)
+        for batch, images in data.batches(mine, batch_size):
+            group = [names[p] for p in batch]
+            x = data.to_float(images.to(device))
+            if not warm:
+                files = encode_images(model, x, tag, fingerprint, **rate)
+                decode_images(model, files, tag, fingerprint)
+                warm = True
+            files, encoding = time_call(
+                lambda x=x: encode_images(model, x, tag, fingerprint, **rate), device)
+            for stem, file in zip(group, files, strict=True):
+                write_atomic(folder / f"{stem}.bin", file)
+            files = [read_file(folder / f"{stem}.bin") for stem in group]
+            x_hat, decoding = time_call(
+                lambda files=files: decode_images(model, files, tag, fingerprint), device)
+            small = x.shape[-2] * x.shape[-1] <= LIMIT  # forward of a larger one would not fit
+            estimates = (_estimate(model, x, rate) if entropy_estimation and small
+                         else [None] * len(group))
+            decoded = data.to_uint8(x_hat).cpu()
+            for i, stem in enumerate(group):
+                if out_dir:
+                    data.write_image(decoded[i], folder / f"{stem}.png")
+                times = {"encoding_time": encoding / len(group),
+                         "decoding_time": decoding / len(group), "bpp_estimated": estimates[i]}
+                rows.append(image_record(stem, images[i], decoded[i], len(files[i])) | times)
+            bar.update(len(group))
+    shares: list[Any] = [rows]
+    if processes.world() > 1:
+        shares = [None] * processes.world()
+        dist.all_gather_object(shares, rows)
+    order = {stem: i for i, stem in enumerate(names.values())}
+    rows = sorted((r for share in shares for r in share), key=lambda r: order[r["image"]])
+    info = getattr(model, "info", {})
+    facts = {key: getattr(model, key) for key in ("N", "M") if hasattr(model, key)} | {
+        "lmbda": info.get("config", {}).get("lmbda"), "steps": info.get("step"),
+        "trained_on": info.get("hardware"), "fingerprint": fingerprint.hex(), "device": device.type,
+        "hardware": processes.describe_hardware(device), "torch": torch.__version__,
+        "compressai": compressai.__version__}
+    known = {key: value for key, value in facts.items() if value is not None}
+    return operating_point(name, description, rows, known | (meta or {}))
+
+
+@torch.no_grad()
+def evaluate_estimate(model: nn.Module, paths: list[Path], name: str, multiple: int,
+              meta: dict[str, Any], rate: dict[str, Any] | None = None) -> dict[str, Any]:
+    """An operating point without files: bits that the likelihoods promise, no times.
+
+    multiple: of which images are padded to. A row also has the bits of each latent.
+    """
+    rows = []
+    model.eval()
+    meta = meta | {"fingerprint": bitstream.fingerprint(model).hex()}
+    names = image_names(paths)
+    for path, batch in data.batches(paths, 1):
+        x = data.to_float(batch.to(next(model.parameters()).device))
+        output = model(pad(x, multiple), **(rate or {}))
+        bits = {key: float(-p.double().log2().sum()) for key, p in output["likelihoods"].items()}
+        x_hat = data.to_uint8(crop(output["x_hat"], x.shape[-2:])[0]).cpu()
+        found = image_record(names[path[0]], batch[0], x_hat, math.ceil(sum(bits.values()) / 8))
+        rows.append(found | {"bpp_estimated": found["bpp"]}
+                    | {f"{key}_bits": value for key, value in bits.items()})
+    return operating_point(name, "no files: bits of the likelihoods", rows, meta)
+
+
+def in_half(module: nn.Module, device: torch.device) -> None:
+    """Run a transform in float16; not one that must decode on every machine."""
+    forward = torch.autocast(device.type, torch.float16)(module.forward)
+    module.forward = lambda x: forward(x).float()
+
+
+def time_call(function: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    start = now()
+    result = function()
+    return result, now() - start
+
+
+@torch.no_grad()
+def _estimate(model: nn.Module, x: Tensor, rate: dict[str, Any] | None = None) -> list[float]:
+    """Bits per original pixel that the likelihoods promise, for each image of x (B, 3, H, W)."""
+    output = model(pad(x, model.downsampling_factor), **(rate or {}))
+    likelihoods = output["likelihoods"].values()
+    bits = sum(-p.double().log2().sum(dim=(1, 2, 3)) for p in likelihoods)
+    return (bits / (x.shape[-2] * x.shape[-1])).tolist()

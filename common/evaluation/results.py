@@ -1,0 +1,124 @@
+"""Results of a codec on a set of images, and the JSON file that holds them.
+
+One results JSON holds one codec in CompressAI's form. Each list in "results" and "meta" has one
+entry per operating point, in order of rising rate; so has "per_image", whose entries are the rows
+of that point's images. A number that is not defined (MS-SSIM of a small image) is null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from common import UserError, metrics
+from common.files import read_file, write_atomic
+
+from torch import Tensor
+
+MEASURES = ("bpp", "psnr-rgb", "ms-ssim-rgb", "encoding_time", "decoding_time", "bpp_estimated")
+
+
+def image_names(paths: list[Path]) -> dict[Path, str]:
+    """What results call each image: its stem, or the whole name where stems are equal."""
+    unique = len({p.stem for p in paths}) == len(paths)
+    return {p: p.stem if unique else p.name for p in paths}
+
+
+def image_record(image: str, x: Tensor, x_hat: Tensor, num_bytes: int,
+        ms_ssim: bool = True) -> dict[str, Any]:
+    """Measures of one image: uint8 original and decoded (3, H, W), and its file's size."""
+    height, width = x.shape[-2:]
+    return {"image": image, "height": height, "width": width, "bytes": num_bytes,
+            "bpp": metrics.bpp(num_bytes, height, width), "psnr-rgb": metrics.psnr(x, x_hat),
+            "ms-ssim-rgb": metrics.ms_ssim(x, x_hat) if ms_ssim else None}
+
+
+def operating_point(name: str, description: str, rows: list[dict[str, Any]], meta: dict[str, Any]
+          ) -> dict[str, Any]:
+    """One operating point from the rows of its images: their means."""
+    if not rows:
+        raise UserError("there are no images to evaluate: name a folder that holds some")
+    results = {key: [_mean([r.get(key) for r in rows])] for key in MEASURES}
+    return {"name": name, "description": description, "results": results,
+            "meta": {key: [value] for key, value in (meta | {"images": len(rows)}).items()},
+            "per_image": [rows]}
+
+
+def merge_points(points: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several results of one codec as one, sorted by rate; name and text are the first one's."""
+    parts = [(p["results"]["bpp"][i], p, i) for p in points
+             for i in range(len(p["results"]["bpp"]))]
+    parts.sort(key=lambda part: part[0])
+
+    def gather(block: str) -> dict[str, list[Any]]:
+        keys = dict.fromkeys(key for p in points for key in p[block])
+        return {key: [p[block][key][i] if key in p[block] else None for _, p, i in parts]
+                for key in keys}
+
+    return {"name": points[0]["name"], "description": points[0]["description"],
+            "results": gather("results"), "meta": gather("meta"),
+            "per_image": [p["per_image"][i] for _, p, i in parts]}
+
+
+def save_results(path: str | Path, results: dict[str, Any]) -> None:
+    """Write results, each image's row on a line of its own, numbers with eight digits."""
+    write_atomic(path, (_format(results, "") + "\n").encode())
+
+
+def load_results(path: str | Path) -> dict[str, Any]:
+    """Read results of one codec; UserError when the file holds something else."""
+    return _checked(_parse(path), path)
+
+
+def load_published(path: str | Path) -> list[dict[str, Any]]:
+    """The curves of a published.json; UserError when the file holds something else."""
+    content = _parse(path)
+    curves = content.get("curves") if isinstance(content, dict) else None
+    if not isinstance(curves, list):
+        raise UserError(f"{path}: not published curves, there are no \"curves\" in it")
+    return [_checked(curve, path) for curve in curves]
+
+
+def _parse(path: str | Path) -> Any:
+    try:
+        return json.loads(read_file(path))
+    except ValueError as e:
+        raise UserError(f"{path}: not a results JSON ({e})") from None
+
+
+def _checked(curve: Any, path: str | Path) -> dict[str, Any]:
+    """`curve` if it has a name, and rates and PSNRs (numbers or null) in lists of equal length."""
+    try:
+        name, lists = curve["name"], [curve["results"][key] for key in ("bpp", "psnr-rgb")]
+        numbers = [v for values in lists for v in values if v is not None]
+        good = (isinstance(name, str) and all(isinstance(v, (int, float)) for v in numbers)
+                and len(lists[0]) == len(lists[1]) > 0 and None not in lists[0])
+    except (TypeError, KeyError, AttributeError):
+        good = False
+    if not good:
+        raise UserError(f"{path}: not a results JSON: it needs a name, and bpp and psnr-rgb as "
+                        "lists of equal length (published.json goes to --published)")
+    return curve
+
+
+def _mean(values: list[float | None]) -> float | None:
+    return None if None in values else sum(values) / len(values)
+
+
+def _format(value: Any, indent: str) -> str:
+    """JSON: what holds other lists or dicts is spread over lines, the rest stays on one."""
+    if isinstance(value, float):
+        return f"{value:.8g}" if math.isfinite(value) else "null"
+    if not isinstance(value, (dict, list, tuple)):
+        return json.dumps(value)
+    items = list(value.values()) if isinstance(value, dict) else value
+    nested = any(isinstance(item, (dict, list, tuple)) for item in items)
+    inner = indent + " " if nested else ""
+    texts = [_format(item, inner) for item in items]
+    if isinstance(value, dict):
+        texts = [f"{json.dumps(k)}: {t}" for k, t in zip(value, texts, strict=True)]
+    joint = f",\n{inner}" if nested else ", "
+    body = f"\n{inner}{joint.join(texts)}\n{indent}" if nested else joint.join(texts)
+    return f"{{{body}}}" if isinstance(value, dict) else f"[{body}]"

@@ -1,0 +1,131 @@
+"""Processes and devices: --gpu_id, torchrun, the rank of a process, the hardware it runs on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import UserError
+
+import torch
+import torch.distributed as dist
+
+PRECISIONS = ("bf16", "fp32")
+TOLD = "LIC_ERROR_TOLD"  # file that the first of several processes makes when it reports an error
+
+
+def launch(gpu_ids: str) -> None:
+    """Obey --gpu_id '0 1 2': one process per id, as torchrun would start them.
+
+    Without a GPU the same number of processes runs on the CPU (gloo). Returns in the processes
+    that do the work; the one that started them ends with the exit status of the first to fail.
+    """
+    ids = gpu_ids.replace(",", " ").split()
+    if not ids or not all(i.isdigit() for i in ids):
+        raise UserError(f"--gpu_id '{gpu_ids}': give GPU numbers separated by spaces, as '0 1 2'")
+    if "RANK" in os.environ:
+        return
+    if gpu_ids != "0":  # numbers count within a list that is set already, as clusters do
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        names = [visible[int(i)] if int(i) < len(visible) and visible != [""] else i for i in ids]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)
+    if len(ids) > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(ids))))
+        sys.exit(_run_processes(len(ids)))
+
+
+def _run_processes(world: int) -> int:
+    """Run this command `world` times at once; when one fails the others are ended."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    sys.stdout.flush()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with tempfile.TemporaryDirectory() as folder:
+        common = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                  TOLD: Path(folder, "told")}
+        running = [subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {
+            key: str(value) for key, value in {**common, "RANK": r, "LOCAL_RANK": r}.items()})
+            for r in range(world)]
+        try:
+            while any(p.poll() is None for p in running):
+                if failed := [p.returncode for p in running if p.poll()]:
+                    return failed[0] if failed[0] > 0 else 1
+                time.sleep(0.1)
+            return max(abs(p.returncode) for p in running)
+        except KeyboardInterrupt:  # the terminal has told all of them
+            return 130
+        finally:
+            for p in running:
+                p.kill()
+                p.wait()
+
+
+def start(device: str = "auto", seed: int | None = None, threads: int = 0) -> torch.device:
+    """Join the process group if torchrun started us, pick the device, seed every generator.
+
+    Each process draws its own noise (seed + rank); the data order is common (`common.data`).
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    has_cuda = torch.cuda.is_available()
+    chosen = parse_device(("cuda" if has_cuda else "cpu") if device == "auto" else device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")
+    if seed is not None:
+        torch.manual_seed(seed + rank())
+    return chosen
+
+
+def parse_device(device: str) -> torch.device:
+    """A device by name; UserError when this machine has none of it."""
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"device {device}: choose cpu, or cuda on a machine with a GPU")
+    return torch.device(device)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def per_process_batch(batch_size: int) -> int:
+    """This process's part of a batch that is divided over all of them."""
+    if batch_size < 1 or batch_size % world():
+        raise UserError(f"a batch of {batch_size} cannot be shared by {world()} process(es): give "
+                        "a multiple of their number")
+    return batch_size // world()
+
+
+def broadcast_flag(flag: bool) -> bool:
+    """The first process's answer, on every process."""
+    if world() == 1:
+        return flag
+    answer = [flag]
+    dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+def describe_hardware(device: torch.device) -> str:
+    """The hardware in words, for results and checkpoints."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = "CPU"
+    with contextlib.suppress(OSError, IndexError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(x for x in lines if x.startswith("model name")).split(":")[1].strip()
+    return f"{name}, {torch.get_num_threads()} threads"

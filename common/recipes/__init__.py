@@ -1,0 +1,1 @@
+"""Recipes: training, exporting and publishing the weights that a paper's folder bundles."""

@@ -1,0 +1,1 @@
+"""Training: the parts of a run that no paper should write twice."""

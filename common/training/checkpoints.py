@@ -1,0 +1,152 @@
+"""The checkpoints of a training run, from which it resumes with bit-identical results."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from common import UserError, processes
+from common.coding.model_file import coding_state, load_checkpoint, load_error, save_checkpoint
+from common.files import write_atomic
+from common.training.optimizers import check_finite, learning_rate, load_optimizer
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import nn
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Copy a checkpoint's weights into `model`, strictly (--init_ckpt)."""
+    state = load_checkpoint(path)
+    for name in getattr(model, "options", ()):
+        trained = (state.get("config") or {}).get(name)
+        if trained is not None and trained != getattr(model, name):
+            raise UserError(f"{path}: was trained with --{name} {trained}, not "
+                            f"{getattr(model, name)}")
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, KeyError) as e:  # KeyError: of CompressAI's tables
+        raise UserError(f"{path}: not weights of this model: {load_error(e)}") from None
+
+
+SAME_RUN = ("metric", "lmbda", "optimizer", "lr", "aux_lr", "lr_schedule", "milestones",
+            "batch_size", "patch_size", "flip", "images", "steps_per_epoch", "seed",
+            "clip_max_norm")  # what --resume must not change
+
+
+class Checkpoints:
+    """The checkpoints of one run: epoch_<n>.pth after epochs, latest.pth in between.
+
+    `parts` are everything with state: {"model": ..., "optimizer": ..., "scheduler": ...}.
+    """
+
+    own = ("log",)  # parts that each process has of its own, kept beside its random generators
+
+    def __init__(self, folder: Path, parts: dict[str, Any], config: dict[str, Any],
+                 same: tuple[str, ...] = SAME_RUN,
+                 anew: str = "--init_ckpt and another --exp_version"):
+        """same: the flags that --resume must not change; anew: what starts another run instead."""
+        self.folder, self.parts, self.config, self.same = folder, parts, config, same
+        self.anew = anew
+        self.last: Path | None = None
+
+    def begin(self, resume: bool, epoch: int | None) -> dict[str, Any]:
+        """Restore the newest checkpoint (`resume`) or that of `epoch`; {} when the run is new.
+
+        Refuses to start a new run in a folder that holds another: nothing is overwritten.
+        """
+        if epoch is not None:
+            return self.resume(self.folder / f"epoch_{epoch}.pth")
+        found = self._by_age()
+        if found and not resume:
+            raise UserError(f"{self.folder} holds the checkpoints of a run: continue it with "
+                            f"--resume, or start another: {self.anew}")
+        if found:
+            return self.resume(found[-1])
+        if processes.rank() == 0:
+            text = yaml.safe_dump(self.config, sort_keys=False)
+            write_atomic(self.folder / "config.yaml", text.encode())
+        return {}
+
+    def save(self, name: str, epoch: int, step: int, **extra: Any) -> None:
+        """Save after `step` steps, in (or at the end of) `epoch`. All processes must call it."""
+        self.update_tables(step)
+        generators: list[Any] = [None] * processes.world()
+        mine = {"cpu": torch.get_rng_state()}
+        mine |= {key: self.parts[key].state_dict() for key in self.own if key in self.parts}
+        if torch.cuda.is_available():
+            mine["cuda"] = torch.cuda.get_rng_state()
+        if processes.world() > 1:
+            dist.all_gather_object(generators, mine)
+        else:
+            generators = [mine]
+        if processes.rank() == 0:
+            state = {key: part.state_dict() for key, part in self.parts.items() if key != "model"}
+            save_checkpoint(self.folder / name, {
+                **coding_state(self.parts["model"]), **state, **extra, "epoch": epoch, "step": step,
+                "rng": generators, "config": self.config,
+                "hardware": processes.describe_hardware(
+                    next(self.parts["model"].parameters()).device)})
+        self.last = self.folder / name
+
+    def update_tables(self, step: int, settle: bool = False) -> None:
+        """CDF tables that fit the weights after `step` steps; `settle`: solve for the quantiles.
+
+        UserError when the weights are not finite or so large that there are no such tables.
+        """
+        model = self.parts["model"]
+        peaks = {name: p.detach().abs().max() for name, p in model.named_parameters()}
+        check_finite(peaks, step - 1, self.last)
+        try:
+            model.update(force=True, update_quantiles=settle)
+        except ValueError:  # the densities overflow
+            check_finite({"CDF tables": torch.tensor(math.nan)}, step - 1, self.last)
+
+    def resume(self, path: Path) -> dict[str, Any]:
+        """Restore every part and this process's random generators; returns the checkpoint."""
+        state = load_checkpoint(path)
+        missing = [key for key in (*self.parts, "step", "rng") if key not in state]
+        if missing:
+            raise UserError(f"{path}: cannot be resumed, it has no {', '.join(missing)} "
+                            f"(start another run from its weights: {self.anew})")
+        mine = state["rng"][min(processes.rank(), len(state["rng"]) - 1)]
+        same = [*self.same, *getattr(self.parts["model"], "options", ())]
+        if self.config.get("lr_schedule") == "cosine":
+            same += ["epoch", "epochs"]  # the whole schedule depends on it
+        for key in same:
+            before, now = state["config"].get(key), self.config.get(key)
+            if before != now:
+                flag = "dataset" if key == "images" else key
+                raise UserError(f"{path}: was trained with --{flag} {before}, not {now} (to start "
+                                f"another run from its weights: {self.anew})")
+        try:
+            for key, part in self.parts.items():
+                saved = mine[key] if key in mine else state[key]
+                if isinstance(part, torch.optim.Optimizer):
+                    load_optimizer(part, saved)
+                else:
+                    part.load_state_dict(saved)
+                if hasattr(part, "base_lrs") and isinstance(learning_rate(part.optimizer), float):
+                    part.base_lrs = [float(rate) for rate in part.base_lrs]  # of a GPU: tensors
+        except (RuntimeError, ValueError, KeyError) as e:
+            raise UserError(f"{path}: not a checkpoint of this configuration "
+                            f"({load_error(e)})") from None
+        torch.set_rng_state(mine["cpu"])
+        if "cuda" in mine and torch.cuda.is_available():
+            torch.cuda.set_rng_state(mine["cuda"])
+        self.last = path
+        return state
+
+    def _by_age(self) -> list[Path]:
+        """Oldest first. Steps would mislead: --load_model_epoch leaves later epochs behind."""
+        found = [*self.folder.glob("latest.pth"), *epoch_checkpoints(self.folder)]
+        return sorted(found, key=lambda p: p.stat().st_mtime_ns)
+
+
+def epoch_checkpoints(folder: Path) -> list[Path]:
+    """The epoch_<n>.pth of a run, by n; copies with other names are not among them."""
+    found = [p for p in folder.glob("epoch_*.pth") if re.fullmatch(r"epoch_\d+", p.stem)]
+    return sorted(found, key=lambda p: int(p.stem.split("_")[1]))

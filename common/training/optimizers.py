@@ -1,0 +1,107 @@
+"""Optimisers, learning-rate schedules, and the check that losses and weights are finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from common import UserError, processes
+
+import torch
+from torch import Tensor, nn
+
+
+def main_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Everything but the quantiles of the entropy bottlenecks, by name."""
+    return {n: p for n, p in model.named_parameters() if not n.endswith("quantiles")}
+
+
+def make_optimizers(model: nn.Module, name: str, lr: float,
+               aux_lr: float = 1e-3) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """(main, aux): everything but the quantiles, and the quantiles of the entropy bottlenecks.
+
+    "adam" is every source's choice. "muon" (timm) orthogonalises the updates of the convolution
+    kernels and uses AdamW at lr / 2 for the rest: fewer steps to the same loss.
+    """
+    main = main_parameters(model)
+    aux = [p for n, p in model.named_parameters() if n.endswith("quantiles")]
+    device = next(iter(main.values())).device
+    graph = {"capturable": True} if device.type == "cuda" and processes.world() == 1 else {}
+    rate = torch.tensor(lr, device=device) if graph else lr  # a tensor: schedules may change it
+    if name == "adam":
+        optimizer: torch.optim.Optimizer = torch.optim.Adam(main.values(), lr=rate, **graph)
+    elif name == "muon":
+        from timm.optim import Muon
+
+        kernels = [p for n, p in main.items() if "entropy_bottleneck" not in n]
+        density = [p for n, p in main.items() if "entropy_bottleneck" in n]
+        groups = [{"params": kernels}, {"params": density, "use_fallback": True}]
+        optimizer = Muon(groups, lr=rate, nesterov=True, fallback_lr_scale=0.5,
+                         betas=(0.9, 0.999), **graph)
+    else:
+        raise UserError(f"--optimizer {name}: choose adam or muon")
+    aux_rate = torch.tensor(aux_lr, device=device) if graph else aux_lr
+    return optimizer, torch.optim.Adam(aux, lr=aux_rate, **graph)
+
+
+def learning_rate(optimizer: torch.optim.Optimizer) -> float | Tensor:
+    """That of the first group, as it is now: a copy, should it be a tensor on the GPU."""
+    rate = optimizer.param_groups[0]["lr"]
+    return rate.clone() if isinstance(rate, Tensor) else rate
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restore an optimiser on this device, whichever device its state was saved on."""
+    own = [{key: group[key] for key in ("lr", "capturable") if key in group}
+           for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, before in zip(optimizer.param_groups, own, strict=True):
+        rate = float(group["lr"])
+        tensor = isinstance(before["lr"], Tensor)
+        group["lr"] = torch.full_like(before["lr"], rate) if tensor else rate
+        if "initial_lr" in group and not tensor:
+            group["initial_lr"] = float(group["initial_lr"])
+        if "capturable" in before:
+            group["capturable"] = before["capturable"]
+        for p in group["params"]:  # a captured step counts on the GPU, any other on the CPU
+            if isinstance(count := optimizer.state.get(p, {}).get("step"), Tensor):
+                device = p.device if group.get("capturable") else "cpu"
+                optimizer.state[p]["step"] = count.to(device)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, name: str, epochs: int,
+             milestones: Iterable[int], patience: int = 10) -> Any:
+    """Learning-rate schedule, stepped once an epoch with the loss to watch.
+
+    plateau: halve after `patience` epochs without progress; multistep: halve at each milestone;
+    cosine: to zero over the run.
+    """
+    if name == "plateau":
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "min", factor=0.5,
+                                                          patience=patience)
+    if name == "multistep":
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(milestones), gamma=0.5)
+    if name == "constant":
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    if name == "cosine":
+        cosine = lambda epoch: 0.5 * (1 + math.cos(math.pi * min(1.0, epoch / epochs)))  # noqa: E731
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
+    raise UserError(f"--lr_schedule {name}: choose plateau, multistep, cosine or constant")
+
+
+def check_finite(values: dict[str, Tensor], step: int, last_good: Path | None) -> None:
+    """Stop with a clear message when a loss term, a gradient or a weight is NaN or infinite.
+
+    Does nothing while a CUDA graph is being recorded: of replayed steps `Log.step` looks at one in
+    50, and no checkpoint is written of weights that are not finite.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return
+    finite = torch.stack([value.isfinite() for value in values.values()])
+    if not finite.all():  # one question to the GPU a step: each makes it wait for the CPU
+        bad = [name for name, good in zip(values, finite.tolist(), strict=True) if not good]
+        kept = f"the last good checkpoint is {last_good}" if last_good else "nothing was saved yet"
+        raise UserError(f"{', '.join(bad[:5])} not finite in the batch of step {step}; {kept}; "
+                        "try a smaller learning rate or --precision fp32")
