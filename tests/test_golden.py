@@ -12,7 +12,8 @@ import importlib
 import json
 from pathlib import Path
 
-from common import data, evaluate
+from common import data
+from common.coding import image_file
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def decode_latents(paper: str, weights: Path, coded: Path) -> list[Tensor]:
         codec.decode(model, coded.read_bytes())
     else:
         model.g_s.register_forward_pre_hook(lambda _, inputs: latents.append(inputs[0]))
-        evaluate.decode_image(model, coded.read_bytes(), module.TAG)
+        image_file.decode_image(model, coded.read_bytes(), module.TAG)
     return latents
 
 
