@@ -21,7 +21,7 @@ from common.evaluation import compare, evaluate
 from common.evaluation.results import merge_points
 
 from advdnic.main import last_checkpoint
-from advdnic.model import EXPERIMENTS, TAG, build, load
+from advdnic.model import EXPERIMENTS, build, load
 
 HERE = Path(__file__).parent
 
@@ -49,9 +49,9 @@ def main(argv: list[str] | None = None) -> None:
         points = []
         for checkpoint in checkpoints:
             model = load(checkpoint, device)
-            model.entropy_device = entropy_device
+            model.coding_device = entropy_device
             out = evaluate.output_folder(args.outdir, name, checkpoint)
-            points.append(evaluate.evaluate(model, images, TAG, name, str(checkpoint.name), out,
+            points.append(evaluate.evaluate(model, images, name, str(checkpoint.name), out,
                                             args.test_batch_size,
                                             {"experiment": model.experiment}))
         curves.append(merge_points(points))

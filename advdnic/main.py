@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from advdnic import params, train
-from advdnic.model import TAG, Experiment, load
+from advdnic.model import Experiment, load
 from advdnic.pixelcnn import PixelCNN
 
 COLUMNS = ("image", "bytes", "actual bpp", "information bpp", "mse", "psnr", "ms-ssim",
@@ -113,7 +113,7 @@ def compress(model: Experiment, args: argparse.Namespace) -> None:
     image = data.read_image(args.input_file)
     x = data.to_float(image.to(next(model.parameters()).device))
     coded = model.compress(image_file.pad(x[None], model.downsampling_factor))
-    file, = image_file.pack_images(coded, x.shape[1:], TAG, bitstream.fingerprint(model))
+    file, = image_file.pack_images(model, coded, x.shape[1:], bitstream.fingerprint(model))
     write_atomic(output, file)
     print(f"{output}: {len(file)} bytes, {metrics.bpp(len(file), *x.shape[1:]):.4f} bpp")
     if not args.verbose and not args.plot:
@@ -133,7 +133,7 @@ def decompress(model: Experiment, args: argparse.Namespace) -> None:
     file = read_file(args.input_file)
     output = args.output_file or args.input_file.with_name(f"{args.input_file.name}.png")
     protect([args.input_file], [output])
-    data.write_image(image_file.decode_image(model, file, TAG), output)
+    data.write_image(image_file.decode_image(model, file), output)
     print(f"{output}: decoded from {args.input_file}")
 
 
@@ -228,7 +228,7 @@ def benchmark(model: Experiment, args: argparse.Namespace) -> None:
 
     def encode(x: Tensor) -> tuple[dict[str, Any], bytes]:
         coded = model.compress(image_file.pad(x[None], model.downsampling_factor))
-        return coded, image_file.pack_images(coded, x.shape[1:], TAG, fingerprint)[0]
+        return coded, image_file.pack_images(model, coded, x.shape[1:], fingerprint)[0]
 
     for i, (path, name) in enumerate(names.items()):
         image = data.read_image(path)
@@ -243,7 +243,7 @@ def benchmark(model: Experiment, args: argparse.Namespace) -> None:
         if args.decode:
             file = read_file(folder / f"{name}.ncf")
             x_hat, row["decoding seconds"] = evaluate.time_call(
-                lambda file=file: image_file.decode_image(model, file, TAG, fingerprint), device)
+                lambda file=file: image_file.decode_image(model, file, fingerprint), device)
             if not torch.allclose(x_hat.cpu(), inner["x_hat"], atol=1e-4):
                 raise UserError(f"{path}: its file decodes to another image than the encoder's")
             data.write_image(x_hat, folder / f"{name}.png")

@@ -18,18 +18,17 @@ from typing import Any
 from common import UserError
 from common.coding import entropy, exact
 from common.coding.context import CausalConv, Context, wavefront
+from common.coding.contract import Codec
 from common.coding.model_file import load_model
 from common.coding.tiles import LIMIT, tiled
 
 import torch
 from compressai.entropy_models import GaussianConditional
-from compressai.models import CompressionModel
 from torch import Tensor, nn
 
 from advdnic import transforms as t
 from advdnic.pixelcnn import PixelCNN, Steps, Waves
 
-TAG = b"advd"  # names this bench in the header of its files
 EXPERIMENTS = ("base", "mod1", "mod2", "mod3", "mod4", "variant1", "variant2", "variant3",
                "variant3_old", "variant4")
 Symbols = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -37,7 +36,7 @@ Code = Callable[[Tensor, Tensor, Tensor], Tensor]
 FILTERS = (3, 3, 3)  # of p(z)'s network, as in tensorflow-compression 1.2
 
 
-class Experiment(CompressionModel):
+class Experiment(Codec):
     """One of the ten.
 
         x (3,512,768) -> g_a -> y (C,32,48) ---------------> Q -> y_hat -> g_s -> x_hat
@@ -51,10 +50,9 @@ class Experiment(CompressionModel):
     mod3, 192 and 320.
     """
 
-    downsampling_factor = 64
+    tag = b"advd"  # in the header of this paper's files
     options = ("experiment", "variant1", "ep_compat", "mod2_down_inverse", "scales_min",
                "scales_max", "scales_levels")
-    entropy_device: torch.device | None = None  # where the exact part runs; None: with the rest
 
     def __init__(self, experiment: str = "base", num_filters: int = 128, variant1: str = "base",
                  ep_compat: bool = False, mod2_down_inverse: bool = True, resnets: int = 1,
@@ -205,7 +203,7 @@ class Experiment(CompressionModel):
     @torch.compiler.disable
     def _encode(self, y: Tensor, z_hat: Tensor) -> tuple[Tensor, Tensor, Tensor, list]:
         """y_hat, scales, means (B, C, h, w); [(symbols, CDF indexes), ...] in order of coding."""
-        device = self.entropy_device or y.device
+        device = self.coding_device or y.device
         rows = y.to(device).double().flatten(2).transpose(1, 2)  # (B, h * w, C)
         coded = []
 
@@ -222,7 +220,7 @@ class Experiment(CompressionModel):
         h, w = (4 * side for side in z_hat.shape[-2:])
         decoder = entropy.Decoders(strings, self.M * h * w,
                                    entropy.Tables.of(self.gaussian_conditional))
-        y_hat, _, _ = self._walk(z_hat.to(self.entropy_device or z_hat.device),
+        y_hat, _, _ = self._walk(z_hat.to(self.coding_device or z_hat.device),
                                  lambda _, indexes, means: decoder.decode(indexes).to(means))
         decoder.finish()
         return y_hat.to(z_hat)
@@ -307,5 +305,5 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Experiment:
     """A model from a checkpoint, ready to code."""
     model = load_model(path, Experiment, device)
     if model.prior == "context":  # a few positions at a time: nothing for a GPU
-        model.entropy_device = torch.device("cpu")
+        model.coding_device = torch.device("cpu")
     return model

@@ -14,12 +14,12 @@ from pathlib import Path
 from common import cli
 from common.coding import codec_cli
 
-from checkerboard.model import TAG, load
+from checkerboard.model import Checkerboard, load
 
 
 def main(argv: list[str] | None = None) -> None:
     parser, _, _ = codec_cli.flags("Code one image file.")
-    codec_cli.run(parser.parse_args(argv), TAG, load, Path(__file__).parent / "weights")
+    codec_cli.run(parser.parse_args(argv), Checkerboard, load, Path(__file__).parent / "weights")
 
 
 if __name__ == "__main__":

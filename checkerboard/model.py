@@ -13,18 +13,17 @@ from typing import Any
 
 from common.coding import entropy, exact
 from common.coding.context import Context
+from common.coding.contract import Codec
 from common.coding.model_file import load_model
 from common.coding.tiles import tiled
 
 import torch
 from compressai.entropy_models import GaussianConditional
 from compressai.layers import GDN, CheckerboardMaskedConv2d
-from compressai.models import CompressionModel
 from compressai.models.utils import conv, deconv
 from compressai.ops import quantize_ste
 from torch import Tensor, nn
 
-TAG = b"ckbd"  # names this paper in the header of its files
 FORWARDS = ("onepass", "twopass")
 PARITIES = ("even", "odd")
 BLOCK = 4096  # positions coded at a time, to bound memory
@@ -99,7 +98,7 @@ def anchors(height: int, width: int, parity: str = "even") -> Tensor:
     return (x + y) % 2 == PARITIES.index(parity)
 
 
-class Checkerboard(CompressionModel):
+class Checkerboard(Codec):
     """As joint_ar, but latents are decoded in two passes instead of one by one.
 
         x (3,512,768) -> g_a -> y (M,32,48) ------------------> Q -> y_hat -> g_s -> x_hat
@@ -117,10 +116,9 @@ class Checkerboard(CompressionModel):
     `twopass` rounds as coding does, with the identity as gradient.
     """
 
+    tag = b"ckbd"  # in the header of this paper's files
     exact_parts = ("h_s", "context_prediction", "entropy_parameters")
     options = ("anchor_parity",)  # in a checkpoint's config, as the weights do not tell it
-    downsampling_factor = 64
-    entropy_device: torch.device | None = None  # where the exact part runs; None: with the rest
 
     def __init__(self, N: int = 192, M: int = 192, ckbd_forward: str = "onepass",
                  anchor_parity: str = "even"):
@@ -197,7 +195,7 @@ class Checkerboard(CompressionModel):
         return {"x_hat": x_hat.clamp_(0, 1)}
 
     def _params(self, z_hat: Tensor) -> Tensor:
-        return exact.run(self.h_s, z_hat.to(self.entropy_device or z_hat.device))
+        return exact.run(self.h_s, z_hat.to(self.coding_device or z_hat.device))
 
     def _context(self, params: Tensor) -> Context:
         return Context(self.context_prediction, self.entropy_parameters, params,

@@ -6,6 +6,9 @@ import copy
 import functools
 from typing import Any
 
+from common.coding.contract import MultipliesActivations
+from common.layers import mask_of
+
 import torch
 from compressai.entropy_models import EntropyBottleneck
 from compressai.layers import GDN
@@ -46,7 +49,7 @@ def complexity_of_parts(model: nn.Module, size: tuple[int, int] = (512, 768), **
     kinds = ("true", "thop", "gdn", "masked", "products")
 
     def count(part: dict[str, int], layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        if hasattr(layer, "product_macs"):
+        if isinstance(layer, MultipliesActivations):
             part["macs_products"] += layer.product_macs(args[0])
         elif isinstance(layer, GDN):
             part["macs_gdn"] += out.numel() * layer.gamma.shape[1]
@@ -56,7 +59,7 @@ def complexity_of_parts(model: nn.Module, size: tuple[int, int] = (512, 768), **
         else:
             inputs, outputs = args[0][0, 0].numel(), out[0, 0].numel()
             weights = layer.weight.numel()
-            if hasattr(layer, "mask"):
+            if mask_of(layer) is not None:
                 part["macs_masked"] += outputs * weights
                 return
             part["macs_true"] += (inputs if isinstance(layer, _TRANSPOSED) else outputs) * weights
@@ -68,10 +71,10 @@ def complexity_of_parts(model: nn.Module, size: tuple[int, int] = (512, 768), **
                               "params_thop": 0} | {f"macs_{kind}": 0 for kind in kinds}
         for layer in child.modules():
             if (isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear, GDN))
-                    or hasattr(layer, "product_macs")):
+                    or isinstance(layer, MultipliesActivations)):
                 layer.register_forward_hook(functools.partial(count, part))
             if (isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear, *_NORMS))
-                    and not hasattr(layer, "mask")):
+                    and mask_of(layer) is None):
                 part["params_thop"] += sum(p.numel() for p in layer.parameters())
             if isinstance(layer, EntropyBottleneck):  # its forward needs values, not shapes alone
                 layer.forward = lambda x, *_: (x, x)

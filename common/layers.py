@@ -1,4 +1,4 @@
-"""Layers of CompressAI's networks in a form that is safe on a CPU."""
+"""Layers of CompressAI's networks: one in a form that is safe on a CPU, and masks."""
 
 from __future__ import annotations
 
@@ -26,3 +26,8 @@ def replace_shortcuts(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ResidualBlockWithStride) and module.skip is not None:
             module.skip = Shortcut(*module.skip.weight.shape[1::-1])
+
+
+def mask_of(layer: nn.Module) -> Tensor | None:
+    """The mask of a masked convolution (context models): its weight counts where it is 1."""
+    return dict(layer.named_buffers(recurse=False)).get("mask")

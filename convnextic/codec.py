@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from convnextic.model import LMBDAS, TAG, ConvNeXTIC, load
+from convnextic.model import LMBDAS, ConvNeXTIC, load
 
 WEIGHTS = Path(__file__).parent / "weights"
 MODELS = ("cnexTIC", "nic")  # of which the source's files know the first, by its place
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "decode" and not read_file(args.input).startswith(bitstream.MAGIC):
         decode_source(args)
     else:
-        codec_cli.run(args, TAG, load, WEIGHTS, partial(encode, args=args), decode)
+        codec_cli.run(args, ConvNeXTIC, load, WEIGHTS, partial(encode, args=args), decode)
     if args.command == "decode" and args.show:
         Image.open(args.output or args.input.with_suffix(codec_cli.DECODED)).show()
 
@@ -103,22 +103,22 @@ def encode(model: ConvNeXTIC, x: Tensor, args: argparse.Namespace) -> tuple[byte
     if args.format == "source":
         return pack_source(model, x, rate, args.lamb, patch, quality, args.metric), note
     if not patch:
-        return image_file.encode_image(model, x, TAG, **rate), note
+        return image_file.encode_image(model, x, **rate), note
     check_area(x, patch)
     patches, _ = cut(x, patch, "replicate")
     coded = [model.compress(p[None], **rate) for p in patches]
     sections = [string for c in coded for string, in c["strings"]]
     parameters = struct.pack("<2I", *patch) + coded[0].get("parameters", b"")
     fingerprint = bitstream.fingerprint(model)
-    return bitstream.pack(TAG, fingerprint, *x.shape[1:], sections, parameters), (
+    return bitstream.pack(model.tag, fingerprint, *x.shape[1:], sections, parameters), (
         f"{note}, {len(patches)} patches")
 
 
 def decode(model: ConvNeXTIC, file: bytes) -> Tensor:
     """A file of ours, in patches or not -> x_hat (3, H, W)."""
-    parts = bitstream.unpack(file, TAG)
+    parts = bitstream.unpack(file, model.tag)
     if len(parts.parameters) < 8:
-        return image_file.decode_image(model, file, TAG)
+        return image_file.decode_image(model, file)
     patch = struct.unpack("<2I", parts.parameters[:8])
     rate = model.read_parameters(parts.parameters[8:])
     return decode_patches(model, parts.sections, (parts.height, parts.width), patch, rate, 0)
@@ -131,7 +131,7 @@ def lmbda_of(model: ConvNeXTIC, lamb: int | None) -> dict[str, float]:
             raise UserError(f"-lb {lamb}: this model has one rate; leave -lb out, or give a "
                             "--checkpoint of v5_vr")
         return {}
-    config = model.info.get("config", {})
+    config = model.provenance.config
     low, high = (round(config.get(key, lamb / LMBDA_UNIT) * LMBDA_UNIT)
                  for key in ("lambda_min", "lambda_max"))
     if not low <= lamb <= high:

@@ -23,7 +23,7 @@ from common.evaluation.results import merge_points
 
 import numpy as np
 
-from convnextic.model import TAG, VARIANTS, ConvNeXTIC, build, load
+from convnextic.model import VARIANTS, ConvNeXTIC, build, load
 
 HERE = Path(__file__).parent
 SOURCE_STEPS = 980_000  # 400 epochs of about 2,450
@@ -56,13 +56,13 @@ def main(argv: list[str] | None = None) -> None:
         points = []
         for checkpoint in checkpoints:
             model = load(checkpoint, device)
-            model.entropy_device = entropy_device
+            model.coding_device = entropy_device
             out = evaluate.output_folder(args.outdir, name, checkpoint)
             for rate in rates(model, args):
                 folder = out / f"lmbda_{rate['lmbda']:g}" if rate else out
                 meta = {"variant": model.variant, "steps_source": SOURCE_STEPS}
                 meta |= {key: float(f"{value:.6g}") for key, value in rate.items()}
-                points.append(evaluate.evaluate(model, images, TAG, name, str(checkpoint.name),
+                points.append(evaluate.evaluate(model, images, name, str(checkpoint.name),
                                                 folder, args.test_batch_size, meta, rate=rate))
         curves.append(merge_points(points))
     if processes.rank() == 0:
@@ -94,7 +94,7 @@ def rates(model: ConvNeXTIC, args: argparse.Namespace) -> list[dict[str, Any]]:
         if args.lmbda:
             raise UserError("--lmbda is for variable-rate models; this one has one rate")
         return [{}]
-    config = model.info.get("config", {})
+    config = model.provenance.config
     if not args.lmbda and not {"lambda_min", "lambda_max"} <= set(config):
         raise UserError("these weights do not tell their range of rates: give --lmbda")
     values = args.lmbda or np.geomspace(config["lambda_min"], config["lambda_max"], RATES).tolist()

@@ -17,18 +17,17 @@ from typing import Any
 from common import UserError
 from common.coding import entropy, exact, exact_tables
 from common.coding.context import Context
+from common.coding.contract import Codec
 from common.coding.model_file import load_model
 from common.coding.tiles import LIMIT, tiled
 
 import torch
 from compressai.entropy_models import GaussianConditional
 from compressai.layers import GDN
-from compressai.models import CompressionModel
 from compressai.ops import quantize_ste
 from timm.layers import DropPath, LayerNorm2d, LayerScale, trunc_normal_
 from torch import Tensor, nn
 
-TAG = b"cnxt"  # names this paper in the header of its files
 HALO = 24  # latents that g_a and g_s see to each side
 BLOCK = 4096  # positions coded at a time, to bound memory
 LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18)  # qualities 1 to 8
@@ -373,7 +372,7 @@ def anchors(height: int, width: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------- model
-class ConvNeXTIC(CompressionModel):
+class ConvNeXTIC(Codec):
     """v2 at N, M = 128, 192:
 
         x (3,512,768) -> g_a: 4 Down -> y (M,32,48) -------------------> Q -> y_hat -> g_s: 4 Up
@@ -385,9 +384,9 @@ class ConvNeXTIC(CompressionModel):
     With the patch stem (v0, v1) y is at 1/32 and z at 1/128 of the image's resolution.
     """
 
+    tag = b"cnxt"  # in the header of this paper's files
     exact_parts = ("h_s", "context_model")
     options = ("variant", *BASELINE)  # in a checkpoint's config, as the weights do not tell them
-    entropy_device: torch.device | None = None  # where the exact part runs; None: with the rest
 
     def __init__(self, variant: str = "v2_stride2", embed_dim: int = 128, latent_dim: int = 192,
                  **options: Any):
@@ -551,7 +550,7 @@ class ConvNeXTIC(CompressionModel):
         return {"lmbda": struct.unpack("<f", parameters)[0]} if len(parameters) == 4 else {}
 
     def _params(self, z_hat: Tensor) -> Tensor:
-        return exact.run(self.h_s, z_hat.to(self.entropy_device or z_hat.device))
+        return exact.run(self.h_s, z_hat.to(self.coding_device or z_hat.device))
 
     def _table(self) -> Tensor:
         return self.gaussian_conditional.scale_table

@@ -14,12 +14,12 @@ from pathlib import Path
 from common import cli
 from common.coding import codec_cli
 
-from factorized.model import TAG, load
+from factorized.model import Factorized, load
 
 
 def main(argv: list[str] | None = None) -> None:
     parser, _, _ = codec_cli.flags("Code one image file.")
-    codec_cli.run(parser.parse_args(argv), TAG, load, Path(__file__).parent / "weights")
+    codec_cli.run(parser.parse_args(argv), Factorized, load, Path(__file__).parent / "weights")
 
 
 if __name__ == "__main__":

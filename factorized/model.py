@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from common.coding import entropy
+from common.coding.contract import Codec
 from common.coding.model_file import load_model
 from common.coding.tiles import tiled
 
 import torch
 from compressai.layers import GDN
-from compressai.models import CompressionModel, FactorizedPrior
+from compressai.models import FactorizedPrior
 from compressai.models.utils import conv, deconv
 from torch import Tensor, nn
 
-TAG = b"fact"  # names this paper in the header of its files
 BASELINE = FactorizedPrior  # same network and keys: tests and `make bench` compare with it
 
 
@@ -44,7 +44,7 @@ def synthesis(N: int, M: int) -> nn.Sequential:
     )
 
 
-class Factorized(CompressionModel):
+class Factorized(Codec):
     """Transform coding with one learned density per latent channel.
 
         x (3,512,768) -> g_a -> y (M,32,48) -> Q -> y_hat -> g_s -> x_hat
@@ -55,6 +55,7 @@ class Factorized(CompressionModel):
     otherwise.
     """
 
+    tag = b"fact"  # in the header of this paper's files
     exact_parts = ()  # the decoder recomputes nothing but integers: symbols and stored CDF tables
     downsampling_factor = 16
 

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from common.coding import entropy, exact
+from common.coding.contract import Codec
 from common.coding.model_file import load_model
 from common.coding.tiles import tiled
 
 import torch
 from compressai.entropy_models import GaussianConditional
 from compressai.layers import GDN
-from compressai.models import CompressionModel, ScaleHyperprior
+from compressai.models import ScaleHyperprior
 from compressai.models.utils import conv, deconv
 from torch import Tensor, nn
 
-TAG = b"hype"  # names this paper in the header of its files
 BASELINE = ScaleHyperprior  # same network and keys: tests and `make bench` compare with it
 
 
@@ -65,7 +65,7 @@ def hyper_synthesis(N: int, M: int) -> nn.Sequential:
     )
 
 
-class Hyperprior(CompressionModel):
+class Hyperprior(Codec):
     """The latents' scales are sent as side information z.
 
         x (3,512,768) -> g_a -> y (M,32,48) ------------------> Q -> y_hat -> g_s -> x_hat
@@ -80,9 +80,8 @@ class Hyperprior(CompressionModel):
     scales as the encoder, to the last bit: both compute h_s in exact arithmetic.
     """
 
+    tag = b"hype"  # in the header of this paper's files
     exact_parts = ("h_s",)
-    downsampling_factor = 64
-    entropy_device: torch.device | None = None  # where h_s runs when coding; None: with the rest
 
     def __init__(self, N: int = 128, M: int = 192):
         super().__init__()
@@ -129,7 +128,7 @@ class Hyperprior(CompressionModel):
 
     def _indexes(self, z_hat: Tensor) -> Tensor:
         """Which CDF table codes each y: (B, M, H/16, W/16). Same bits on every machine."""
-        scales = exact.run(self.h_s, z_hat.to(self.entropy_device or z_hat.device))
+        scales = exact.run(self.h_s, z_hat.to(self.coding_device or z_hat.device))
         table = self.gaussian_conditional.scale_table
         return exact.scale_indexes(scales, table.to(scales.device))
 

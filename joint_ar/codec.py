@@ -14,12 +14,13 @@ from pathlib import Path
 from common import cli
 from common.coding import codec_cli
 
-from joint_ar.model import TAG, load
+from joint_ar.model import JointAutoregressive, load
 
 
 def main(argv: list[str] | None = None) -> None:
     parser, _, _ = codec_cli.flags("Code one image file.")
-    codec_cli.run(parser.parse_args(argv), TAG, load, Path(__file__).parent / "weights")
+    args = parser.parse_args(argv)
+    codec_cli.run(args, JointAutoregressive, load, Path(__file__).parent / "weights")
 
 
 if __name__ == "__main__":

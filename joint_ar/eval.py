@@ -19,7 +19,7 @@ from common.complexity import complexity
 from common.evaluation import compare, evaluate
 from common.evaluation.results import merge_points
 
-from joint_ar.model import TAG, build, load
+from joint_ar.model import build, load
 
 HERE = Path(__file__).parent
 MODEL_NAMES = ("JointAutoregressiveHierarchicalPriors",)
@@ -52,9 +52,9 @@ def main(argv: list[str] | None = None) -> None:
         points = []
         for checkpoint in checkpoints:
             model = load(checkpoint, device)
-            model.entropy_device = entropy_device
+            model.coding_device = entropy_device
             out = evaluate.output_folder(args.outdir, name, checkpoint)
-            points.append(evaluate.evaluate(model, images, TAG, name, str(checkpoint.name), out,
+            points.append(evaluate.evaluate(model, images, name, str(checkpoint.name), out,
                                             args.test_batch_size, {"steps_source": SOURCE_STEPS}))
         curves.append(merge_points(points))
     if processes.rank() == 0:

@@ -13,17 +13,17 @@ from typing import Any
 
 from common.coding import entropy, exact
 from common.coding.context import CausalConv, Context, wavefront
+from common.coding.contract import Codec
 from common.coding.model_file import load_model
 from common.coding.tiles import tiled
 
 import torch
 from compressai.entropy_models import GaussianConditional
 from compressai.layers import GDN, GDN1
-from compressai.models import CompressionModel, JointAutoregressiveHierarchicalPriors
+from compressai.models import JointAutoregressiveHierarchicalPriors
 from compressai.models.utils import conv, deconv
 from torch import Tensor, nn
 
-TAG = b"join"  # names this paper in the header of its files
 BASELINE = JointAutoregressiveHierarchicalPriors  # same network and keys, for `make bench`
 
 # The report mixes GDN and GDN1, whose parameters have equal names and shapes: g_a, g_s
@@ -81,7 +81,7 @@ def parameters_network(M: int) -> nn.Sequential:
     )
 
 
-class JointAutoregressive(CompressionModel):
+class JointAutoregressive(Codec):
     """Means and scales come from side information z and from latents already decoded.
 
         x (3,512,768) -> g_a -> y (M,32,48) ------------------> Q -> y_hat -> g_s -> x_hat
@@ -99,10 +99,9 @@ class JointAutoregressive(CompressionModel):
     g_s, the likelihood that of round(y - means); parallel, but not what a file holds.
     """
 
+    tag = b"join"  # in the header of this paper's files
     exact_parts = ("h_s", "context_prediction", "entropy_parameters")
     options = ("gdn_variant",)  # in a checkpoint's config, as the weights do not tell it
-    downsampling_factor = 64
-    entropy_device: torch.device | None = None  # where the exact part runs; None: with the rest
 
     def __init__(self, N: int = 192, M: int = 192, gdn_variant: str = "paper",
                  quantize: str = "centred"):
@@ -158,7 +157,7 @@ class JointAutoregressive(CompressionModel):
         return {"x_hat": x_hat.clamp_(0, 1)}
 
     def _params(self, z_hat: Tensor) -> Tensor:
-        return exact.run(self.h_s, z_hat.to(self.entropy_device or z_hat.device))
+        return exact.run(self.h_s, z_hat.to(self.coding_device or z_hat.device))
 
     def _context(self, params: Tensor) -> Context:
         return Context(self.context_prediction, self.entropy_parameters, params,

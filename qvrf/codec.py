@@ -22,7 +22,7 @@ from common.coding import bitstream, codec_cli, image_file
 from torch import Tensor
 
 from qvrf.eval import factor
-from qvrf.model import QVRF, SMALLEST_GAIN, TAG, check_factor, load
+from qvrf.model import QVRF, SMALLEST_GAIN, check_factor, load
 
 LEVEL = 2  # the source's
 SPREAD = 8  # a search goes so far beyond the first and the last gain
@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--bpp", type=cli.positive_float, help="bits per pixel of the whole file to reach")
     add("--psnr", type=cli.positive_float, help="PSNR of the decoded image to reach, dB")
     args = parser.parse_args(argv)
-    codec_cli.run(args, TAG, load, Path(__file__).parent / "weights", partial(encode_at, args=args))
+    weights = Path(__file__).parent / "weights"
+    codec_cli.run(args, QVRF, load, weights, partial(encode_at, args=args))
 
 
 def encode_at(model: QVRF, x: Tensor, args: argparse.Namespace) -> tuple[bytes, str]:
@@ -46,7 +47,7 @@ def encode_at(model: QVRF, x: Tensor, args: argparse.Namespace) -> tuple[bytes, 
     if args.bpp is None and args.psnr is None:
         rate = ({"factor": check_factor(args.factor)} if args.factor is not None
                 else {"s": LEVEL if args.level is None else args.level})
-        return image_file.encode_image(model, x, TAG, **rate), ", " + describe(model, rate)
+        return image_file.encode_image(model, x, **rate), ", " + describe(model, rate)
     kind, target = ("bpp", args.bpp) if args.psnr is None else ("psnr", args.psnr)
     file, value, reached = search(model, x, kind, target)
     return file, f", {describe(model, {'factor': value})}, {reached}"
@@ -70,7 +71,7 @@ def search(model: QVRF, x: Tensor, kind: str, target: float) -> tuple[bytes, flo
 
     def file(value: float) -> bytes:
         coded = model.encode(latents, factor=value)
-        return image_file.pack_images(coded, size, TAG, fingerprint)[0]
+        return image_file.pack_images(model, coded, size, fingerprint)[0]
 
     def bpp(value: float) -> float:
         return metrics.bpp(len(file(value)), *size)

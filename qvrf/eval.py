@@ -26,7 +26,7 @@ from common.evaluation import compare, evaluate
 from common.evaluation.results import image_names, load_results, merge_points
 from common.files import read_file, write_atomic
 
-from qvrf.model import FACTORS, LMBDAS, QVRF, TAG, WIDTHS, build, load
+from qvrf.model import FACTORS, LMBDAS, QVRF, WIDTHS, build, load
 
 HERE = Path(__file__).parent
 SWEEP = (.5, .7, .9, 1.1, 1.25, 1.45, 1.7, 2, 2.4, 2.8, 3.3, 3.8, 4, 4.6, 5.4, 5.8, 6.5, 6.8, 7.5,
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         points = []
         for checkpoint in checkpoints:
             model = load(checkpoint, device)
-            model.entropy_device = entropy_device
+            model.coding_device = entropy_device
             if args.half:
                 for part in (model.g_a, model.g_s):
                     evaluate.in_half(part, device)
@@ -151,7 +151,7 @@ def rates(model: QVRF, args: argparse.Namespace) -> list[dict[str, Any]]:
                       f"sweep of {len(SWEEP)} factors")
             return [{"factor": f} for f in SWEEP]
         return [{"factor": args.factor}]
-    if model.info.get("config", {}).get("lmbda"):  # a fixed-rate model for comparison
+    if model.provenance.config.get("lmbda"):  # a fixed-rate model for comparison
         return [{"s": 0}]
     s = args.s if args.s is not None else (2 if args.path else model.levels)
     return [{"s": s}] if s < model.levels else [{"s": s} for s in range(model.levels)]
@@ -173,8 +173,8 @@ def evaluate_rate(model: QVRF, images: list[Path], rate: dict[str, Any], name: s
         folder = Path(args.outdir, name, label)
         if args.checkpoint and len(args.checkpoint) > 1:
             folder = folder / "-".join(checkpoint.parts[-2:]).split(".")[0]
-    config = model.info.get("config", {})
-    steps = model.info.get("step", 0) + config.get("steps_before", 0)
+    config = model.provenance.config
+    steps = (model.provenance.step or 0) + config.get("steps_before", 0)
     s = rate.get("s")
     meta = {"model": model.model, "levels": model.levels, "level": s,
             "factor": model.gain(**rate).item(),
@@ -185,7 +185,7 @@ def evaluate_rate(model: QVRF, images: list[Path], rate: dict[str, Any], name: s
         point = evaluate.evaluate_estimate(model, images, f"{name}-estimated", args.patch, meta,
                                            rate)
     else:
-        point = evaluate.evaluate(model, images, TAG, name, str(checkpoint.name), folder,
+        point = evaluate.evaluate(model, images, name, str(checkpoint.name), folder,
                                   args.test_batch_size, meta, rate=rate)
     if processes.rank() == 0:
         sections = None if args.entropy_estimation else folder
@@ -201,7 +201,7 @@ def csv(rows: list[dict[str, Any]], images: list[Path], folder: Path | None) -> 
     for row in rows:
         pixels = row["height"] * row["width"]
         if folder:
-            file = bitstream.unpack(read_file(folder / f"{row['image']}.bin"), TAG)
+            file = bitstream.unpack(read_file(folder / f"{row['image']}.bin"), QVRF.tag)
             y_bits, z_bits = (8 * len(section) for section in file.sections)
         else:
             y_bits, z_bits = row["y_bits"], row["z_bits"]

@@ -18,6 +18,7 @@ from typing import Any
 from common import UserError
 from common.coding import entropy, exact
 from common.coding.context import CausalConv, Context, wavefront
+from common.coding.contract import Codec
 from common.coding.model_file import load_model
 from common.coding.tiles import tiled
 from common.layers import replace_shortcuts
@@ -25,14 +26,12 @@ from common.layers import replace_shortcuts
 import torch
 from compressai.models import (
     Cheng2020Attention,
-    CompressionModel,
     JointAutoregressiveHierarchicalPriors,
     ScaleHyperprior,
 )
 from compressai.zoo.pretrained import load_pretrained
 from torch import Tensor, nn
 
-TAG = b"qvrf"  # names this paper in the header of its files
 BASES = {"balle": ScaleHyperprior, "minnen": JointAutoregressiveHierarchicalPriors,
          "cheng": Cheng2020Attention}
 WIDTHS = {"balle": (192, 320), "minnen": (192, 320), "cheng": (192, 192)}  # the paper's N, M
@@ -54,7 +53,7 @@ class Latents:
     z_strings: list[bytes] | None = None  # made when first coded
 
 
-class QVRF(CompressionModel):
+class QVRF(Codec):
     """A codec and its regulator a, which is `Gain[s]` at level s or any factor one likes.
 
         y --( - means )--( * a )-- Q --> symbols --( / a )--( + means )--> y_hat -- g_s -> x_hat
@@ -67,8 +66,7 @@ class QVRF(CompressionModel):
     `Gain[0]` is 1 for ever: no gradient reaches it, so that level 0 is the base codec, to the byte.
     """
 
-    downsampling_factor = 64
-    entropy_device: torch.device | None = None  # where the exact part runs; None: with the rest
+    tag = b"qvrf"  # in the header of this paper's files
 
     def __init__(self, model: str = "cheng", levels: int = 8, N: int | None = None,
                  M: int | None = None):
@@ -243,7 +241,7 @@ class QVRF(CompressionModel):
         return tiled(self.g_s, y_hat, up=16, halo=HALO[self.model])
 
     def _params(self, z_hat: Tensor) -> Tensor:
-        return exact.run(self.h_s, z_hat.to(self.entropy_device or z_hat.device))
+        return exact.run(self.h_s, z_hat.to(self.coding_device or z_hat.device))
 
     def _indexes(self, scales: Tensor, a: Tensor) -> Tensor:
         """CDF tables of the scaled latents. The table's bounds hold after the multiplication."""

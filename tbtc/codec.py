@@ -13,14 +13,14 @@ from pathlib import Path
 from common import cli
 from common.coding import codec_cli
 
-from tbtc.model import TAG, load
+from tbtc.model import SliceCoder, load
 
 BUNDLED = "conv-charm-"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser, _, _ = codec_cli.flags("Code one image file.", BUNDLED, "model and lmbda")
-    codec_cli.run(parser.parse_args(argv), TAG, load, Path(__file__).parent / "weights")
+    codec_cli.run(parser.parse_args(argv), SliceCoder, load, Path(__file__).parent / "weights")
 
 
 if __name__ == "__main__":

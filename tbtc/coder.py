@@ -16,11 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 from common.coding import entropy, exact
+from common.coding.contract import Codec
 from common.coding.tiles import tiled
 
 import torch
 from compressai.entropy_models import GaussianConditional
-from compressai.models import CompressionModel
 from compressai.ops import quantize_ste
 from torch import Tensor, nn
 
@@ -31,12 +31,11 @@ def in_floats(layers: nn.Module, x: Tensor) -> Tensor:
     return layers(x)
 
 
-class SliceCoder(CompressionModel):
+class SliceCoder(Codec):
     """g_a, g_s, h_a and the three methods below make a codec of it."""
 
-    downsampling_factor = 64
+    tag = b"tbtc"  # in the header of this paper's files
     halo = 2  # latents that g_a and g_s see to each side
-    entropy_device: torch.device | None = None  # where the exact part runs; None: with the rest
 
     def __init__(self, slices: list[int], hyper_channels: int):
         """slices: channels of each; their sum is D."""
@@ -131,7 +130,7 @@ class SliceCoder(CompressionModel):
     def encode(self, y: Tensor, z_hat: Tensor) -> tuple[Tensor, Tensor, Tensor, list]:
         """y_hat, scales, means (B, D, h, w); (symbols, CDF indexes) of each slice."""
         coded = []
-        slices = y.to(self.entropy_device or y.device).double().split(self.slices, 1)
+        slices = y.to(self.coding_device or y.device).double().split(self.slices, 1)
 
         def symbols(i: int, scales: Tensor, means: Tensor) -> Tensor:
             q = torch.round(slices[i] - means)
@@ -144,7 +143,7 @@ class SliceCoder(CompressionModel):
     @torch.no_grad()
     def decode(self, strings: list[bytes], z_hat: Tensor) -> Tensor:
         """y_hat (B, D, h, w) from one string an image; ValueError when one is damaged."""
-        device = self.entropy_device or z_hat.device
+        device = self.coding_device or z_hat.device
         h, w = (4 * side for side in z_hat.shape[-2:])
         decoder = entropy.Decoders(strings, sum(self.slices) * h * w,
                                    entropy.Tables.of(self.gaussian_conditional))

@@ -23,7 +23,7 @@ from common.evaluation.results import merge_points
 from common.files import write_atomic
 
 from tbtc.complexity import report
-from tbtc.model import MODELS, TAG, SliceCoder, load
+from tbtc.model import MODELS, SliceCoder, load
 from tbtc.train import newest_checkpoint, run_folder, versions
 
 HERE = Path(__file__).parent
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.architecture not in (None, model.name):
                 raise UserError(f"{checkpoint}: holds weights of {model.name}, not of "
                                 f"-a {args.architecture}")
-            model.entropy_device = entropy_device
+            model.coding_device = entropy_device
             if args.half:
                 for part in (model.g_a, model.g_s):
                     evaluate.in_half(part, device)
@@ -119,7 +119,7 @@ def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
 def measure(model: SliceCoder, images: list[Path], name: str, checkpoint: Path,
             args: argparse.Namespace) -> dict[str, Any]:
     """One operating point."""
-    config = model.info.get("config", {})
+    config = model.provenance.config
     meta = {"model": model.name, "quality": config.get("quality"), "steps_source": SOURCE_STEPS}
     meta = {key: value for key, value in meta.items() if value is not None}
     if args.entropy_estimation:
@@ -127,7 +127,7 @@ def measure(model: SliceCoder, images: list[Path], name: str, checkpoint: Path,
             model, images, f"{name}-estimated", model.downsampling_factor,
             meta | {"lmbda": config.get("lmbda")})
     out = evaluate.output_folder(args.outdir, name, checkpoint)
-    return evaluate.evaluate(model, images, TAG, name, str(checkpoint.name), out,
+    return evaluate.evaluate(model, images, name, str(checkpoint.name), out,
                              args.test_batch_size, meta)
 
 

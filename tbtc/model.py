@@ -23,7 +23,6 @@ from tbtc.coder import Run, SliceCoder
 from tbtc.swin import HEAD, SwinAnalysis, SwinSynthesis
 from tbtc.tcm import TCM, our_name
 
-TAG = b"tbtc"  # names this paper in the header of its files
 SLICE = 32  # channels of a slice of ChARM
 DEPTHS, HYPER_DEPTHS = (2, 2, 6, 2), (5, 1)  # blocks of g_a's and h_a's stages
 WINDOW, HYPER_WINDOW = 8, 4

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from advdnic import codec, main, params, train
 from advdnic import eval as advdnic_eval
 from advdnic import transforms as t
-from advdnic.model import EXPERIMENTS, TAG, build, load
+from advdnic.model import EXPERIMENTS, build, load
 from advdnic.pixelcnn import PixelCNN, Steps, Waves
 
 ROOT = Path(__file__).parents[1]
@@ -354,7 +354,7 @@ def test_codes_what_forward_promises(experiment):
 def test_any_size(experiment, size):
     model = tiny(experiment)
     x = photograph(*size)[0]
-    x_hat = image_file.decode_image(model, image_file.encode_image(model, x, TAG), TAG)
+    x_hat = image_file.decode_image(model, image_file.encode_image(model, x))
     assert x_hat.shape == x.shape
     with torch.no_grad():
         padded = image_file.pad(x[None], 64)
@@ -375,12 +375,12 @@ def test_a_batch_is_its_images(experiment):
 def test_other_readings_code(options, tmp_path):
     model = tiny("variant3", **options)
     x = photograph(64, 128)[0]
-    file = image_file.encode_image(model, x, TAG)
+    file = image_file.encode_image(model, x)
     torch.save({"model": model.state_dict(), "config": {
         name: getattr(model, name) for name in model.options}}, tmp_path / "a.pth")
     again = load(tmp_path / "a.pth")
-    torch.testing.assert_close(image_file.decode_image(again, file, TAG),  # g_s is in floats
-                               image_file.decode_image(model, file, TAG), atol=1e-5, rtol=0)
+    torch.testing.assert_close(image_file.decode_image(again, file),  # g_s is in floats
+                               image_file.decode_image(model, file), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -485,8 +485,8 @@ def test_trains_and_codes(experiment, fit, images):
     folder = fit(*more, experiment=experiment.split()[0])
     model = main.newest(folder, torch.device("cpu"))
     x = data.to_float(data.read_image(images / "0.png"))
-    file = image_file.encode_image(model, x, TAG)
-    assert image_file.decode_image(model, file, TAG).shape == x.shape
+    file = image_file.encode_image(model, x)
+    assert image_file.decode_image(model, file).shape == x.shape
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -221,10 +221,10 @@ def test_export_makes_weights_that_code_alike(images, tmp_path, monkeypatch):
     train.main([*TINY, "--dataset", str(images), "--test_dataset", str(images / "test")])
     export.main(["hyperprior", "ckpts/Hyperprior/0/epoch_0.pth", "-o", "small.pth", "--steps", "7"])
     weights = model.load("small.pth")
-    assert weights.info["step"] == 7 and weights.info["config"]["lmbda"] == 0.01
+    assert weights.provenance.step == 7 and weights.provenance.config["lmbda"] == 0.01
     x = data.to_float(data.read_image(images / "photo.png"))
-    file = image_file.encode_image(weights, x, model.TAG)
-    assert image_file.decode_image(model.load("small.pth"), file, model.TAG).shape == x.shape
+    file = image_file.encode_image(weights, x)
+    assert image_file.decode_image(model.load("small.pth"), file).shape == x.shape
 
 
 def test_front_page(images, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from common.files import read_file
 
 import pytest
 import torch
-from compressai.models import FactorizedPrior, ScaleHyperprior
+from helpers import FactorizedPrior, ScaleHyperprior
 
 TAG, WEIGHTS = b"test", bytes(range(8))
 

@@ -16,9 +16,7 @@ from common.evaluation.results import (
 
 import pytest
 import torch
-from compressai.models import FactorizedPrior, ScaleHyperprior
-
-TAG = b"test"
+from helpers import FactorizedPrior, ScaleHyperprior
 
 
 @pytest.fixture(scope="module")
@@ -59,39 +57,38 @@ def test_round_trip_of_any_size(kind, size):
     net = kind(8, 12).eval()
     net.update()
     x = torch.rand(3, *size)
-    file = image_file.encode_image(net, x, TAG)
+    file = image_file.encode_image(net, x)
     out = net.compress(image_file.pad(x[None], net.downsampling_factor))
     expected = net.decompress(out["strings"], out["shape"])["x_hat"][0, :, : size[0], : size[1]]
-    assert torch.equal(image_file.decode_image(net, file, TAG), expected)
+    assert torch.equal(image_file.decode_image(net, file), expected)
     assert len(file) - sum(len(s[0]) for s in out["strings"]) <= 32
 
 
 def test_images_of_a_batch_are_coded_as_if_alone(model):
     x = torch.rand(3, 3, 40, 50)
-    files = image_file.encode_images(model, x, TAG)
-    assert files == [image_file.encode_image(model, one, TAG) for one in x]
-    x_hat = image_file.decode_images(model, files, TAG)
-    assert torch.allclose(x_hat[1], image_file.decode_image(model, files[1], TAG), atol=1e-6)
+    files = image_file.encode_images(model, x)
+    assert files == [image_file.encode_image(model, one) for one in x]
+    x_hat = image_file.decode_images(model, files)
+    assert torch.allclose(x_hat[1], image_file.decode_image(model, files[1]), atol=1e-6)
 
 
 def test_decoding_errors_are_user_errors(model):
-    file = image_file.encode_image(model, torch.rand(3, 20, 20), TAG)
+    file = image_file.encode_image(model, torch.rand(3, 20, 20))
     with pytest.raises(UserError, match="--checkpoint"):
-        image_file.decode_image(FactorizedPrior(8, 12).eval(), file, TAG)
+        image_file.decode_image(FactorizedPrior(8, 12).eval(), file)
     own = bitstream.fingerprint(model)
-    three = bitstream.pack(TAG, own, 20, 20, [b"x", b"y", b"z"])
+    three = bitstream.pack(model.tag, own, 20, 20, [b"x", b"y", b"z"])
 
-    class Strict:  # what our models do with sections they do not know
-        downsampling_factor = 16
+    class Strict(FactorizedPrior):  # what our models do with sections they do not know
 
         def decompress(self, strings, shape):
             (y_strings,) = strings
 
     with pytest.raises(UserError, match="does not decode"):
-        image_file.decode_image(Strict(), three, TAG, own)
+        image_file.decode_image(Strict(8, 12), three, own)
     not_updated = FactorizedPrior(8, 12).eval()
     with pytest.raises(UserError, match="cannot code"):
-        image_file.encode_image(not_updated, torch.rand(3, 20, 20), TAG)
+        image_file.encode_image(not_updated, torch.rand(3, 20, 20))
 
 
 def test_model_of_finds_the_weights(model):
@@ -99,19 +96,19 @@ def test_model_of_finds_the_weights(model):
     other = FactorizedPrior(8, 12).eval()
     other.update()
     stored = {"other.pth": other, "right.pth": model}
-    file = image_file.encode_image(model, torch.rand(3, 20, 20), TAG)
+    file = image_file.encode_image(model, torch.rand(3, 20, 20))
 
     def load(path, device):
         return stored[path]
 
-    assert image_file.find_model(file, TAG, stored, load, torch.device("cpu")) is model
+    assert image_file.find_model(file, FactorizedPrior, stored, load, torch.device("cpu")) is model
     with pytest.raises(UserError, match=bitstream.fingerprint(other).hex()):
-        image_file.find_model(file, TAG, ["other.pth"], load, torch.device("cpu"))
+        image_file.find_model(file, FactorizedPrior, ["other.pth"], load, torch.device("cpu"))
 
 
 def test_evaluate_counts_bytes_on_disk(model, folder, tmp_path):
     paths = data.list_images(folder)
-    result = evaluate.evaluate(model, paths, TAG, "tiny", out_dir=tmp_path,
+    result = evaluate.evaluate(model, paths, "tiny", out_dir=tmp_path,
                                meta={"lmbda": 0.01, "steps": 5})
     rows = result["per_image"][0]
     assert [r["image"] for r in rows] == ["a", "b", "c"]
@@ -133,8 +130,8 @@ def test_evaluate_counts_bytes_on_disk(model, folder, tmp_path):
 
 def test_evaluate_in_batches_gives_the_same_files(model, folder):
     paths = data.list_images(folder)
-    one = evaluate.evaluate(model, paths, TAG, "tiny")
-    two = evaluate.evaluate(model, paths, TAG, "tiny", batch_size=2, entropy_estimation=False)
+    one = evaluate.evaluate(model, paths, "tiny")
+    two = evaluate.evaluate(model, paths, "tiny", batch_size=2, entropy_estimation=False)
     assert [r["bytes"] for r in one["per_image"][0]] == [r["bytes"] for r in two["per_image"][0]]
     assert two["results"]["bpp_estimated"] == [None]
     assert one["results"]["bpp_estimated"][0] > 0
@@ -143,13 +140,13 @@ def test_evaluate_in_batches_gives_the_same_files(model, folder):
 def test_estimate_is_close_to_the_file(model):
     """Untrained weights, many symbols: coded bits and -log2 likelihoods agree."""
     x = torch.rand(1, 3, 256, 256)
-    bits = 8 * (len(image_file.encode_image(model, x, TAG)) - 26)
+    bits = 8 * (len(image_file.encode_image(model, x)) - 26)
     assert bits == pytest.approx(evaluate._estimate(model, x)[0] * 256 * 256, rel=0.02)
 
 
 def test_evaluate_without_images(model):
     with pytest.raises(UserError, match="no images"):
-        evaluate.evaluate(model, [], TAG, "tiny")
+        evaluate.evaluate(model, [], "tiny")
 
 
 def test_merge_sorts_by_rate_and_keeps_points_together():

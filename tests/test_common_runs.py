@@ -209,7 +209,7 @@ def test_export_is_the_model_in_the_file(small_kernel, tmp_path, monkeypatch):
     model.update()
     export.write(tmp_path / "a.pth", model, config={"lmbda": 0.013}, step=5)
     loaded = load_hyperprior(tmp_path / "a.pth")
-    assert (loaded.info["config"]["lmbda"], loaded.info["step"]) == (0.013, 5)
+    assert (loaded.provenance.config["lmbda"], loaded.provenance.step) == (0.013, 5)
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
     x = torch.rand(1, 3, 64, 64)

@@ -25,7 +25,6 @@ from convnextic.model import (
     CORNERS,
     EDGES,
     SCCTX,
-    TAG,
     VARIANTS,
     Depthwise,
     anchors,
@@ -200,8 +199,8 @@ def test_trains_codes_and_decodes(variant, options, x):
     model.eval()
     with torch.no_grad():
         expected = model(x, **rate)["x_hat"].clamp(0, 1)[0]
-    file = image_file.encode_image(model, x[0], TAG, **rate)
-    assert torch.equal(image_file.decode_image(model, file, TAG), expected)
+    file = image_file.encode_image(model, x[0], **rate)
+    assert torch.equal(image_file.decode_image(model, file), expected)
 
 
 @pytest.mark.parametrize("variant, options", CASES)

@@ -37,7 +37,7 @@ def decode_latents(paper: str, weights: Path, coded: Path) -> list[Tensor]:
         codec.decode(model, coded.read_bytes())
     else:
         model.g_s.register_forward_pre_hook(lambda _, inputs: latents.append(inputs[0]))
-        image_file.decode_image(model, coded.read_bytes(), module.TAG)
+        image_file.decode_image(model, coded.read_bytes())
     return latents
 
 

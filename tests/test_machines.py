@@ -153,8 +153,8 @@ def _main():
             if args.job == "encode":
                 x = data.to_float(data.read_image(data.KODAK / f"{image}.png"))
                 x = x[:, :200, :300] if name in VARIANTS else x
-                path.write_bytes(image_file.encode_image(model, x, paper.TAG, **rate))
-            image_file.decode_image(model, path.read_bytes(), paper.TAG)
+                path.write_bytes(image_file.encode_image(model, x, **rate))
+            image_file.decode_image(model, path.read_bytes())
             symbols[path.name] = _digest(seen.pop())
         if name == "hyperprior":
             for seed in range(4):  # the same z_hat in all settings

@@ -149,9 +149,9 @@ def test_scale_table_and_gaussian():
 
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 70), (17, 33), (64, 64), (65, 97)])
 def test_any_size_decodes_to_the_encoder_s_reconstruction(paper, height, width):
-    model, tag = tiny(paper), MODELS[paper].TAG
+    model = tiny(paper)
     x = torch.rand(3, height, width)
-    x_hat = image_file.decode_image(model, image_file.encode_image(model, x, tag), tag)
+    x_hat = image_file.decode_image(model, image_file.encode_image(model, x))
     padded = image_file.pad(x[None], model.downsampling_factor)
     with torch.no_grad():
         expected = model(padded)["x_hat"].clamp(0, 1)[0, :, :height, :width]
@@ -198,10 +198,10 @@ def entropy_symbols(model, result):
 
 def test_file_bits_against_estimate(paper, trained):
     """Real files of Kodak images are within 1 % of the likelihoods' information content."""
-    tag, estimated, real = MODELS[paper].TAG, 0.0, 0
+    estimated, real = 0.0, 0
     for path in data.list_images(data.KODAK)[::6]:
         x = data.to_float(data.read_image(path))[None]
-        real += 8 * len(image_file.encode_image(trained, x, tag))
+        real += 8 * len(image_file.encode_image(trained, x))
         with torch.no_grad():
             estimated += sum(float(bits(p)) for p in trained(x)["likelihoods"].values())
     assert real == pytest.approx(estimated, rel=0.01)
@@ -234,11 +234,11 @@ def test_files_cross_devices(paper):
     models = {device: module.load(path, device) for device in ("cpu", "cuda")}
     x = data.to_float(data.read_image(data.KODAK / "kodim08.png"))
     for source in models:
-        file = image_file.encode_image(models[source], x.to(source), module.TAG)
+        file = image_file.encode_image(models[source], x.to(source))
         latents = []
         for model in models.values():
             hook = model.g_s.register_forward_pre_hook(
                 lambda _, inputs, seen=latents: seen.append(inputs[0].cpu()))
-            image_file.decode_image(model, file, module.TAG)
+            image_file.decode_image(model, file)
             hook.remove()
         assert torch.equal(*latents)

@@ -35,7 +35,7 @@ from hyperprior.model import Hyperprior
 from joint_ar.model import JointAutoregressive
 from qvrf import codec, plot, preprocess, train, update
 from qvrf import eval as evaluation
-from qvrf.model import LMBDAS, QVRF, TAG, Latents, build, initial_gain, load, wavefront
+from qvrf.model import LMBDAS, QVRF, Latents, build, initial_gain, load, wavefront
 
 ROOT = Path(__file__).parents[1]
 BASES = ("balle", "minnen", "cheng")
@@ -255,8 +255,8 @@ def test_decoded_is_the_encoder_s_reconstruction(model, x):
     for rate in [{"s": s} for s in range(8)] + [{"factor": f} for f in factors]:
         with torch.no_grad():
             expected = model(x, **rate)["x_hat"].clamp(0, 1)
-        file = image_file.encode_image(model, x, TAG, **rate)
-        assert torch.equal(image_file.decode_image(model, file, TAG), expected[0])
+        file = image_file.encode_image(model, x, **rate)
+        assert torch.equal(image_file.decode_image(model, file), expected[0])
 
 
 def test_rate_rises_with_the_level_and_z_stays(model, x):
@@ -274,16 +274,16 @@ def test_batch_gives_the_files_of_single_images(model, x):
         one = Latents(*(t[i : i + 1] for t in (latents.y, latents.z, latents.z_hat,
                                                latents.params)))
         assert model.encode(one, factor=2.5)["strings"] == [[s[i]] for s in strings]
-    files = image_file.encode_images(model, batch, TAG, factor=2.5)
+    files = image_file.encode_images(model, batch, factor=2.5)
     seen = []
     hook = model.g_s.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    image_file.decode_images(model, files, TAG)
-    image_file.decode_image(model, files[1], TAG)
+    image_file.decode_images(model, files)
+    image_file.decode_image(model, files[1])
     hook.remove()
     assert torch.equal(seen[0][1:2], seen[1])
-    other = image_file.encode_image(model, x, TAG, factor=2.6)
+    other = image_file.encode_image(model, x, factor=2.6)
     with pytest.raises(UserError, match="several sizes or rates"):
-        image_file.decode_images(model, [files[0], other], TAG)
+        image_file.decode_images(model, [files[0], other])
 
 
 @pytest.mark.gpu
@@ -291,15 +291,15 @@ def test_files_cross_devices(base, x):
     """A file made on the CPU decodes on a GPU, and the reverse: the same latents on both."""
     models = {"cpu": tiny(base), "cuda": tiny(base).cuda()}
     for source, rate in itertools.product(models, ({"s": 6}, {"factor": 3.7})):
-        file = image_file.encode_image(models[source], x.to(source), TAG, **rate)
+        file = image_file.encode_image(models[source], x.to(source), **rate)
         latents = []
         for model in models.values():
             hook = model.g_s.register_forward_pre_hook(
                 lambda _, inputs, seen=latents: seen.append(inputs[0].cpu()))
-            image_file.decode_image(model, file, TAG)
+            image_file.decode_image(model, file)
             hook.remove()
         assert torch.equal(*latents)
-    models["cuda"].entropy_device = torch.device("cpu")  # eval.py's default
+    models["cuda"].coding_device = torch.device("cpu")  # eval.py's default
     with torch.no_grad():
         assert models["cuda"](x.cuda(), 3)["x_hat"].is_cuda
 
@@ -307,13 +307,13 @@ def test_files_cross_devices(base, x):
 @pytest.mark.parametrize("size", [(1, 1), (65, 130)])
 def test_odd_sizes(model, size):
     x = torch.rand(3, *size)
-    file = image_file.encode_image(model, x, TAG, s=7)
-    assert image_file.decode_image(model, file, TAG).shape == x.shape
+    file = image_file.encode_image(model, x, s=7)
+    assert image_file.decode_image(model, file).shape == x.shape
 
 
 def test_header_holds_the_rate(model, x):
     for rate, length in (({"s": 5}, 1), ({"factor": 1 / 3}, 4)):
-        file = bitstream.unpack(image_file.encode_image(model, x, TAG, **rate), TAG)
+        file = bitstream.unpack(image_file.encode_image(model, x, **rate), model.tag)
         assert len(file.parameters) == length
         assert model.read_parameters(file.parameters) == pytest.approx(rate)
     with pytest.raises(UserError, match="holds no rate"):
@@ -876,15 +876,15 @@ def test_codec_finds_the_rate(kind, trained, images, tmp_path, capsys):
     x = data.to_float(data.read_image(image))
     reach = []
     for s in (1, 6):
-        coded = image_file.encode_image(model, x, TAG, s=s)
-        decoded = data.to_uint8(image_file.decode_image(model, coded, TAG))
+        coded = image_file.encode_image(model, x, s=s)
+        decoded = data.to_uint8(image_file.decode_image(model, coded))
         reach.append(8 * len(coded) / x[0].numel() if kind == "bpp"
                      else metrics.psnr(data.to_uint8(x), decoded))
     target = sum(reach) / 2
     encode = ["encode", str(image), "-o", str(file), "--weights", model.model]
     codec.main([*encode, f"--{kind}={target}"])
     assert "factor" in capsys.readouterr().out
-    decoded = data.to_uint8(image_file.decode_image(model, file.read_bytes(), TAG))
+    decoded = data.to_uint8(image_file.decode_image(model, file.read_bytes()))
     if kind == "bpp":
         assert 0.97 * target < 8 * file.stat().st_size / x[0].numel() <= target
     else:

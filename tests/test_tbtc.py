@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tbtc import complexity, train
 from tbtc import eval as tbtc_eval
 from tbtc.coder import in_floats
-from tbtc.model import MODELS, TAG, ZOO, ZYC2022, build, load
+from tbtc.model import MODELS, ZOO, ZYC2022, build, load
 from tbtc.swin import Block, WindowAttention, shift_mask
 from tbtc.tcm import TCM, our_name
 
@@ -284,8 +284,8 @@ def test_codes_what_forward_promises(name):
 def test_any_size(name, size):
     model = tiny(name)
     x = photograph(*size)[0]
-    file = image_file.encode_image(model, x, TAG)
-    found = image_file.decode_image(model, file, TAG)
+    file = image_file.encode_image(model, x)
+    found = image_file.decode_image(model, file)
     with torch.no_grad():
         output = model(image_file.pad(x[None], 64))["x_hat"]
     assert torch.equal(found, image_file.crop(output, x.shape[1:])[0].clamp(0, 1))
@@ -497,9 +497,9 @@ def last(version):
 def test_trains_and_codes(name, run):
     version = run("--num_epochs", 1, "--steps-per-epoch", 2, model=name) / "version_0"
     model = load(last(version))
-    assert model.name == name and model.info["step"] == 2
-    file = image_file.encode_image(model, photograph(64, 80)[0], TAG)
-    assert image_file.decode_image(model, file, TAG).shape == (3, 64, 80)
+    assert model.name == name and model.provenance.step == 2
+    file = image_file.encode_image(model, photograph(64, 80)[0])
+    assert image_file.decode_image(model, file).shape == (3, 64, 80)
 
 
 def test_names_of_a_run(run):
@@ -692,11 +692,11 @@ def test_bundled_weights_code(path):
     model, x = load(path), photograph(256, 320)
     with torch.no_grad():
         output = model(x)
-    file = image_file.encode_image(model, x, TAG)
+    file = image_file.encode_image(model, x)
     bits = -sum(p.log2().sum() for p in output["likelihoods"].values())
     assert 8 * (len(file) - 29) == pytest.approx(float(bits), rel=0.01)
     assert 8 * len(file) < 256 * 320
-    assert metrics.psnr(data.to_uint8(image_file.decode_image(model, file, TAG)),
+    assert metrics.psnr(data.to_uint8(image_file.decode_image(model, file)),
                         data.to_uint8(x)[0]) > 25
 
 

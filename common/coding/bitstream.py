@@ -2,7 +2,7 @@
 
     magic          3   not text, so that no text file starts with it
     version        1
-    tag            4   names the paper: its codec's TAG
+    tag            4   names the paper: its codec's `tag`
     fingerprint    8   of the weights and CDF tables that can decode the file
     height, width      varints, of the image before padding
     parameters         varint length, then bytes: what the model must be told (a rate index, ...)
@@ -25,9 +25,10 @@ from dataclasses import dataclass
 
 from common import UserError
 from common.coding import exact
+from common.coding.contract import Codec
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 MAGIC = b"\xb5LC"
 VERSION = 1
@@ -47,7 +48,7 @@ class File:
     sections: list[bytes]
 
 
-def fingerprint(model: nn.Module) -> bytes:
+def fingerprint(model: Codec) -> bytes:
     """8 bytes of SHA-256 over weights, CDF tables, fixed-point settings (`exact_parts`), `options`.
 
     The same on each device, in each memory layout and for weights kept in fewer bits.
@@ -58,10 +59,10 @@ def fingerprint(model: nn.Module) -> bytes:
         values = (tensor.float() if kind.kind == "f" else tensor).cpu().contiguous().numpy()
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         digest.update(values.astype(kind, copy=False).tobytes())
-    for name in getattr(model, "exact_parts", ()):
+    for name in model.exact_parts:
         spec = exact.spec(model.get_submodule(name))
         digest.update(json.dumps([name, spec], sort_keys=True, default=Tensor.tolist).encode())
-    for name in getattr(model, "options", ()):
+    for name in model.options:
         digest.update(f"{name}={getattr(model, name)}\n".encode())
     return digest.digest()[:8]
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from common import UserError, cli, data, processes
 from common.coding import image_file
+from common.coding.contract import Codec
 from common.files import read_file, write_atomic
 
-from torch import Tensor, nn
+from torch import Tensor
 
 DECODED = ".decoded.png"  # not .png: the original may lie beside its .bin
 
@@ -42,24 +44,25 @@ def flags(description: str, weights: str = "", which: str = "lmbda"
     return parser, encode, decode
 
 
-def run(args: argparse.Namespace, tag: bytes, load: Callable[..., nn.Module], weights: Path,
-        encode: Callable[[nn.Module, Tensor], tuple[bytes, str]] | None = None,
-        decode: Callable[[nn.Module, bytes], Tensor] | None = None) -> None:
-    """Do what the command line says. tag, load: the paper's; weights: folder of the bundled ones.
+def run(args: argparse.Namespace, kind: type[Codec], load: Callable[..., Codec], weights: Path,
+        encode: Callable[[Any, Tensor], tuple[bytes, str]] | None = None,
+        decode: Callable[[Any, bytes], Tensor] | None = None) -> None:
+    """Execute the command line of a paper's codec.py.
 
-    Without --checkpoint, encoding takes the bundled weights --weights, and decoding those that the
-    fingerprint in the file names. encode(model, x): in place of `evaluate.encode_image`, the file
-    and what else to print; decode(model, file): in place of `evaluate.decode_image`, x_hat.
+    kind, load: the class of the paper's model and its function `load`; weights: the folder of the
+    bundled weights. Without --checkpoint, encoding uses the bundled weights that --weights names,
+    and decoding those whose fingerprint is in the file. encode(model, x) replaces `encode_image`
+    and returns the file and a note to print; decode(model, file) replaces `decode_image`.
     """
     device = processes.start(args.device, threads=args.threads)
     bundled = sorted(weights.glob("small-*.pth"))
     if args.command == "decode":
         file = read_file(args.input)
         checkpoints = [args.checkpoint] if args.checkpoint else bundled
-        model = image_file.find_model(file, tag, checkpoints, load, device)
+        model = image_file.find_model(file, kind, checkpoints, load, device)
         output = args.output or args.input.with_suffix(DECODED)
         refuse_same(args.input, output)
-        x_hat = decode(model, file) if decode else image_file.decode_image(model, file, tag)
+        x_hat = decode(model, file) if decode else image_file.decode_image(model, file)
         data.write_image(x_hat, output)
         print(f"{output}: decoded from {args.input}")
         return
@@ -76,7 +79,7 @@ def run(args: argparse.Namespace, tag: bytes, load: Callable[..., nn.Module], we
     image = data.read_image(args.input)
     height, width = image.shape[-2:]
     model, x = load(checkpoint, device), data.to_float(image.to(device))
-    file, note = encode(model, x) if encode else (image_file.encode_image(model, x, tag), "")
+    file, note = encode(model, x) if encode else (image_file.encode_image(model, x), "")
     write_atomic(output, file)
     print(f"{output}: {len(file)} bytes, {8 * len(file) / (height * width):.4f} bpp{note}")
 

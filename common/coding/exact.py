@@ -23,6 +23,8 @@ from dataclasses import dataclass
 
 from common import UserError
 from common.coding import exact_int8, exact_tables
+from common.coding.contract import ExactModule
+from common.layers import mask_of
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +87,7 @@ def run(layers: nn.Module, x: Tensor) -> Tensor:
             x = _normalise(layer, name, x)
         elif isinstance(layer, GDN):
             x = _divide(layer, x)
-        elif hasattr(layer, "exact"):
+        elif isinstance(layer, ExactModule):
             x = layer.exact(x, run)
         else:
             x = activate(layer, name, x)
@@ -120,7 +122,7 @@ class Rows:
         prepared = _prepare(layer, name, device)
         if prepared.rows is None:
             out, inputs, kh, kw = prepared.weight.shape
-            mask = getattr(layer, "mask", None)
+            mask = mask_of(layer)
             if prepared.groups != 1 or (mask is None and kh * kw > 1):
                 raise UserError(f"layer {name} is not one that acts on rows")
             live = torch.ones(kh * kw) if mask is None else mask.flatten(2).amax(dim=(0, 1))
@@ -234,8 +236,8 @@ def _out_channels(layer: nn.Module) -> int:
 def _weight(layer: nn.Module) -> Tensor:
     """The weight in float64 as (out, in / groups, kh, kw) of an ordinary convolution."""
     weight = layer.weight.detach().double()
-    if getattr(layer, "mask", None) is not None:  # masked convolutions
-        weight = weight * layer.mask
+    if (mask := mask_of(layer)) is not None:
+        weight = weight * mask
     if isinstance(layer, nn.Linear):
         return weight[:, :, None, None]
     return _polyphase(layer, weight) if isinstance(layer, nn.ConvTranspose2d) else weight

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from common import UserError
-from common.coding import exact
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +39,10 @@ def exp(x: Tensor) -> Tensor:
     table = _tables.get(key := ("exp", x.device))
     if table is None:
         units = torch.arange(-limit, 1, dtype=torch.float64) * 2.0**-TABLE_BITS
-        exact.values = torch.exp(units) * 2.0**24
-        if not (exact.values - exact.values.floor() - 0.5).abs().min() > 2.0**-26:
+        values = torch.exp(units) * 2.0**24
+        if not (values - values.floor() - 0.5).abs().min() > 2.0**-26:
             raise UserError("exp has no exact table")
-        table = torch.round(exact.values) * 2.0**-24
+        table = torch.round(values) * 2.0**-24
         table[0] = 0.0
         _tables[key] = table = table.to(x.device)
     index = quantise(x, TABLE_BITS, 40).clamp_(-limit, 0)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from common import UserError
 from common.coding import bitstream
+from common.coding.contract import Codec, Coded
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def pad(x: Tensor, multiple: int) -> Tensor:
@@ -26,8 +27,8 @@ def crop(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def encode_images(model: nn.Module, x: Tensor, tag: bytes,
-                  fingerprint: bytes | None = None, **rate: Any) -> list[bytes]:
+def encode_images(model: Codec, x: Tensor, fingerprint: bytes | None = None, **rate: Any
+                  ) -> list[bytes]:
     """x (B, 3, H, W) in [0, 1], any H and W -> B files.
 
     fingerprint: the model's, if at hand; rate: what a variable-rate model's `compress` takes.
@@ -37,36 +38,36 @@ def encode_images(model: nn.Module, x: Tensor, tag: bytes,
         coded = model.compress(pad(x, model.downsampling_factor), **rate)
     except ValueError as e:
         raise UserError(f"the model cannot code this image: {e}") from None
-    return pack_images(coded, x.shape[-2:], tag, fingerprint)
+    return pack_images(model, coded, x.shape[-2:], fingerprint)
 
 
-def pack_images(coded: dict[str, Any], size: tuple[int, int], tag: bytes, fingerprint: bytes
+def pack_images(model: Codec, coded: Coded, size: Sequence[int], fingerprint: bytes
                 ) -> list[bytes]:
-    """Files of what `compress` returned for images of this size."""
-    return [bitstream.pack(tag, fingerprint, *size, list(sections), coded.get("parameters", b""))
+    """Files of what the model's `compress` returned for images of this size (height, width)."""
+    height, width = size
+    return [bitstream.pack(model.tag, fingerprint, height, width, list(sections),
+                           coded.get("parameters", b""))
             for sections in zip(*coded["strings"], strict=True)]
 
 
-def encode_image(model: nn.Module, x: Tensor, tag: bytes,
-                 fingerprint: bytes | None = None, **rate: Any) -> bytes:
+def encode_image(model: Codec, x: Tensor, fingerprint: bytes | None = None, **rate: Any) -> bytes:
     """x (3, H, W) or (1, 3, H, W) in [0, 1] -> the file's bytes."""
-    return encode_images(model, x.reshape(1, *x.shape[-3:]), tag, fingerprint, **rate)[0]
+    return encode_images(model, x.reshape(1, *x.shape[-3:]), fingerprint, **rate)[0]
 
 
 @torch.no_grad()
-def decode_images(model: nn.Module, files: list[bytes], tag: bytes,
-                  fingerprint: bytes | None = None) -> Tensor:
+def decode_images(model: Codec, files: list[bytes], fingerprint: bytes | None = None) -> Tensor:
     """Files of images of one size and rate -> x_hat (B, 3, H, W) in [0, 1].
 
     Raises UserError for everything that is not a whole file of this model.
     """
     fingerprint = fingerprint or bitstream.fingerprint(model)
-    parts = [bitstream.unpack(file, tag, fingerprint) for file in files]
+    parts = [bitstream.unpack(file, model.tag, fingerprint) for file in files]
     if len({(part.height, part.width, part.parameters) for part in parts}) > 1:
         raise UserError("files of several sizes or rates: decode them one by one")
-    rate = model.read_parameters(parts[0].parameters) if hasattr(model, "read_parameters") else {}
+    rate = model.read_parameters(parts[0].parameters)
     size, factor = (parts[0].height, parts[0].width), model.downsampling_factor
-    shape = tuple(-(-side // factor) for side in size)  # of the last latent; so it is not stored
+    shape = (-(-size[0] // factor), -(-size[1] // factor))  # of the last latent: not in the file
     try:
         strings = [list(s) for s in zip(*(part.sections for part in parts), strict=True)]
         x_hat = model.decompress(strings, shape, **rate)["x_hat"]
@@ -76,16 +77,15 @@ def decode_images(model: nn.Module, files: list[bytes], tag: bytes,
     return crop(x_hat, size)
 
 
-def decode_image(model: nn.Module, file: bytes, tag: bytes,
-                 fingerprint: bytes | None = None) -> Tensor:
+def decode_image(model: Codec, file: bytes, fingerprint: bytes | None = None) -> Tensor:
     """A file's bytes -> x_hat (3, H, W) in [0, 1]."""
-    return decode_images(model, [file], tag, fingerprint)[0]
+    return decode_images(model, [file], fingerprint)[0]
 
 
-def find_model(file: bytes, tag: bytes, checkpoints: Iterable[Path],
-             load: Callable[[Path, torch.device], nn.Module], device: torch.device) -> nn.Module:
-    """The model, of those in `checkpoints`, whose fingerprint the file carries."""
-    wanted = bitstream.unpack(file, tag).fingerprint
+def find_model(file: bytes, kind: type[Codec], checkpoints: Iterable[Path],
+               load: Callable[[Path, torch.device], Codec], device: torch.device) -> Codec:
+    """The model, of those in `checkpoints`, whose fingerprint is in the header of the file."""
+    wanted = bitstream.unpack(file, kind.tag).fingerprint
     seen = []
     for path in checkpoints:
         model = load(path, device)

@@ -6,14 +6,17 @@ import io
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from common import UserError
 from common.coding import exact
+from common.coding.contract import Codec, Provenance
 from common.files import write_atomic
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+AnyCodec = TypeVar("AnyCodec", bound=Codec)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -66,22 +69,23 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def load_model(path: str | Path, kind: type, device: torch.device | str = "cpu",
-               state: dict[str, Any] | None = None) -> nn.Module:
-    """Build a `kind` from a checkpoint: eval mode, channels_last, coding tables ready.
+def load_model(path: str | Path, kind: type[AnyCodec], device: torch.device | str = "cpu",
+               state: dict[str, Any] | None = None) -> AnyCodec:
+    """Build a codec of class `kind` from a checkpoint: eval mode, channels_last, ready to code.
 
-    state: what `load_checkpoint(path)` gave, if at hand. Weights "averaged" over training are taken
-    in place of the last ones.
+    state: the result of `load_checkpoint(path)`, if it is at hand. If the checkpoint has weights
+    "averaged" over training, they replace the last ones.
 
-    CDF tables and the fixed-point scales come from the file; only a bare state dict without them
-    gets new ones. The checkpoint's other entries are left in `model.info`; those of its config that
-    `kind.options` names, what the weights do not tell, go to `kind.from_state_dict`.
+    CDF tables and fixed-point exponents come from the file; only a bare state dict without them
+    gets new ones. `kind.options` names the entries of the training configuration that weights do
+    not reveal; they are passed to `kind.from_state_dict`. The configuration, step, epoch and
+    hardware are left in `model.provenance`.
     """
     state = load_checkpoint(path) if state is None else state
     averaged = state.get("averaged")
     state = {**state, **(averaged if isinstance(averaged, dict) else {})}
     config = state["config"] = state.get("config") or {}
-    options = {name: config[name] for name in getattr(kind, "options", ()) if name in config}
+    options = {name: config[name] for name in kind.options if name in config}
     try:
         model = kind.from_state_dict(state["model"], **options)
     except KeyError as e:
@@ -95,7 +99,7 @@ def load_model(path: str | Path, kind: type, device: torch.device | str = "cpu",
             raise UserError(f"{path}: its densities are broken (NaN?), no CDF tables fit") from None
     for name, spec in state.get("exact", {}).items():
         exact.restore(model.get_submodule(name), spec)
-    model.info = {k: state[k] for k in ("config", "step", "epoch", "hardware") if k in state}
+    model.provenance = Provenance(config, *(state.get(k) for k in ("step", "epoch", "hardware")))
     return model.eval().to(device, memory_format=torch.channels_last)
 
 
@@ -105,7 +109,7 @@ def load_error(e: Exception) -> str:
     return " ".join(lines[1:] or lines)[:300]
 
 
-def coding_state(model: nn.Module) -> dict[str, Any]:
+def coding_state(model: Codec) -> dict[str, Any]:
     """What a checkpoint needs so that files written with it can be decoded for ever."""
     return {"model": model.state_dict(),
             "exact": {name: exact.spec(model.get_submodule(name)) for name in model.exact_parts}}

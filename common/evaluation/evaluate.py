@@ -12,6 +12,7 @@ from typing import Any
 
 from common import UserError, cli, data, processes
 from common.coding import bitstream
+from common.coding.contract import Codec
 from common.coding.image_file import crop, decode_images, encode_images, pad
 from common.coding.model_file import load_checkpoint
 from common.coding.tiles import LIMIT
@@ -83,7 +84,7 @@ def _trained_as(path: Path) -> str | None:
     return load_checkpoint(path).get("config", {}).get("model_name")
 
 
-def evaluate(model: nn.Module, paths: list[Path], tag: bytes, name: str, description: str = "",
+def evaluate(model: Codec, paths: list[Path], name: str, description: str = "",
              out_dir: str | Path | None = None, batch_size: int = 1,
              meta: dict[str, Any] | None = None, entropy_estimation: bool = True,
              rate: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -114,16 +115,16 @@ def evaluate(model: nn.Module, paths: list[Path], tag: bytes, name: str, descrip
             group = [names[p] for p in batch]
             x = data.to_float(images.to(device))
             if not warm:
-                files = encode_images(model, x, tag, fingerprint, **rate)
-                decode_images(model, files, tag, fingerprint)
+                files = encode_images(model, x, fingerprint, **rate)
+                decode_images(model, files, fingerprint)
                 warm = True
             files, encoding = time_call(
-                lambda x=x: encode_images(model, x, tag, fingerprint, **rate), device)
+                lambda x=x: encode_images(model, x, fingerprint, **rate), device)
             for stem, file in zip(group, files, strict=True):
                 write_atomic(folder / f"{stem}.bin", file)
             files = [read_file(folder / f"{stem}.bin") for stem in group]
             x_hat, decoding = time_call(
-                lambda files=files: decode_images(model, files, tag, fingerprint), device)
+                lambda files=files: decode_images(model, files, fingerprint), device)
             small = x.shape[-2] * x.shape[-1] <= LIMIT  # forward of a larger one would not fit
             estimates = (_estimate(model, x, rate) if entropy_estimation and small
                          else [None] * len(group))
@@ -141,10 +142,11 @@ def evaluate(model: nn.Module, paths: list[Path], tag: bytes, name: str, descrip
         dist.all_gather_object(shares, rows)
     order = {stem: i for i, stem in enumerate(names.values())}
     rows = sorted((r for share in shares for r in share), key=lambda r: order[r["image"]])
-    info = getattr(model, "info", {})
-    facts = {key: getattr(model, key) for key in ("N", "M") if hasattr(model, key)} | {
-        "lmbda": info.get("config", {}).get("lmbda"), "steps": info.get("step"),
-        "trained_on": info.get("hardware"), "fingerprint": fingerprint.hex(), "device": device.type,
+    provenance = model.provenance
+    facts = {
+        "N": model.N, "M": model.M, "lmbda": provenance.config.get("lmbda"),
+        "steps": provenance.step, "trained_on": provenance.hardware,
+        "fingerprint": fingerprint.hex(), "device": device.type,
         "hardware": processes.describe_hardware(device), "torch": torch.__version__,
         "compressai": compressai.__version__}
     known = {key: value for key, value in facts.items() if value is not None}
@@ -152,7 +154,7 @@ def evaluate(model: nn.Module, paths: list[Path], tag: bytes, name: str, descrip
 
 
 @torch.no_grad()
-def evaluate_estimate(model: nn.Module, paths: list[Path], name: str, multiple: int,
+def evaluate_estimate(model: Codec, paths: list[Path], name: str, multiple: int,
               meta: dict[str, Any], rate: dict[str, Any] | None = None) -> dict[str, Any]:
     """An operating point without files: bits that the likelihoods promise, no times.
 
@@ -175,8 +177,18 @@ def evaluate_estimate(model: nn.Module, paths: list[Path], name: str, multiple: 
 
 def in_half(module: nn.Module, device: torch.device) -> None:
     """Run a transform in float16; not one that must decode on every machine."""
-    forward = torch.autocast(device.type, torch.float16)(module.forward)
-    module.forward = lambda x: forward(x).float()
+    contexts: list[torch.autocast] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        contexts.append(torch.autocast(device.type, torch.float16))
+        contexts[-1].__enter__()
+
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        contexts.pop().__exit__(None, None, None)
+        return None if output is None else output.float()  # None: forward has raised an error
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave, always_call=True)
 
 
 def time_call(function: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
@@ -191,7 +203,7 @@ def time_call(function: Callable[[], Any], device: torch.device) -> tuple[Any, f
 
 
 @torch.no_grad()
-def _estimate(model: nn.Module, x: Tensor, rate: dict[str, Any] | None = None) -> list[float]:
+def _estimate(model: Codec, x: Tensor, rate: dict[str, Any] | None = None) -> list[float]:
     """Bits per original pixel that the likelihoods promise, for each image of x (B, 3, H, W)."""
     output = model(pad(x, model.downsampling_factor), **(rate or {}))
     likelihoods = output["likelihoods"].values()

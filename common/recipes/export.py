@@ -16,8 +16,10 @@ from typing import Any
 
 from common import UserError, cli
 from common.coding import exact
+from common.coding.contract import Codec
 from common.coding.model_file import coding_state
 from common.files import write_atomic
+from common.layers import mask_of
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ SMALL_KERNEL = 20_000  # those next to the image: 8 bits there cost most and sav
 SHARES = (1.0, 0.9, 0.8, 0.7)  # of the largest weight, that 127 steps may reach
 
 
-def write(path: Path, model: nn.Module, **info: Any) -> None:
+def write(path: Path, model: Codec, **info: Any) -> None:
     """Write a small checkpoint for coding only: kernels in 8 bits, tables as they are.
 
     The model's own weights are rounded too, so that it stays the model in the file.
@@ -88,18 +90,19 @@ def main(argv: list[str] | None = None) -> None:
                         "checkpoint tells")
     args = parser.parse_args(argv)
     model = importlib.import_module(f"{args.paper}.model").load(args.checkpoint)
-    if "config" not in model.info:
+    provenance = model.provenance
+    if not provenance.config or provenance.step is None:
         raise UserError(f"{args.checkpoint}: not a checkpoint of train.py, it has no config")
     with torch.no_grad():
         for module in model.modules():
-            if hasattr(module, "mask"):  # what no forward uses takes no room
-                module.weight.mul_(module.mask)
+            if (mask := mask_of(module)) is not None:  # weights that no forward uses take no room
+                module.weight.mul_(mask)
     model.update(force=True, update_quantiles=True)
-    config = {key: value for key, value in model.info["config"].items()
+    config = {key: value for key, value in provenance.config.items()
               if not str(value).startswith("/") and key not in ("dataset", "test_dataset")}
     before = config.pop("steps_before", 0)
-    step = args.steps if args.steps is not None else model.info["step"] + before
-    hardware = {key: model.info[key] for key in ("hardware",) if key in model.info}
+    step = args.steps if args.steps is not None else provenance.step + before
+    hardware = {"hardware": provenance.hardware} if provenance.hardware else {}
     write(args.output, model, config=config, step=step, **hardware)
     print(f"{args.output}: {args.output.stat().st_size:,} bytes, {step:,} steps")
 

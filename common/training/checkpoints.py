@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, processes
+from common.coding.contract import Codec
 from common.coding.model_file import coding_state, load_checkpoint, load_error, save_checkpoint
 from common.files import write_atomic
 from common.training.optimizers import check_finite, learning_rate, load_optimizer
@@ -15,13 +16,12 @@ from common.training.optimizers import check_finite, learning_rate, load_optimiz
 import torch
 import torch.distributed as dist
 import yaml
-from torch import nn
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: Codec, path: str | Path) -> None:
     """Copy a checkpoint's weights into `model`, strictly (--init_ckpt)."""
     state = load_checkpoint(path)
-    for name in getattr(model, "options", ()):
+    for name in model.options:
         trained = (state.get("config") or {}).get(name)
         if trained is not None and trained != getattr(model, name):
             raise UserError(f"{path}: was trained with --{name} {trained}, not "
@@ -113,7 +113,7 @@ class Checkpoints:
             raise UserError(f"{path}: cannot be resumed, it has no {', '.join(missing)} "
                             f"(start another run from its weights: {self.anew})")
         mine = state["rng"][min(processes.rank(), len(state["rng"]) - 1)]
-        same = [*self.same, *getattr(self.parts["model"], "options", ())]
+        same = [*self.same, *self.parts["model"].options]
         if self.config.get("lr_schedule") == "cosine":
             same += ["epoch", "epochs"]  # the whole schedule depends on it
         for key in same:

@@ -6,7 +6,7 @@ These files stand for those of users, which must decode for ever: tests/test_gol
 So they are never made anew together with a change of the codec, and this script refuses to
 overwrite a case that exists. A new architecture or a new mode is a new case in CASES.
 
-For each case there are NAME.json (the record), NAME.pt (weights in the form of common/recipes/export.py),
+For each case there are NAME.json (the record), NAME.pt (weights by common/recipes/export.py),
 NAME-MODE.coded, and NAME-MODE.png, every fourth pixel of the decoded image. Random kernels are made
 sparse, so that the weights take little room, and are scaled so that each layer's output has a
 standard deviation of one; latents then have a few quantisation levels.

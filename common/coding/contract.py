@@ -1,0 +1,101 @@
+"""What common/ asks of a paper's model, and of a layer that has an exact form.
+
+A paper's model derives from `Codec`. Everything that coding, training and evaluation read from a
+model is declared there, with a default where there is a sensible one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypedDict, runtime_checkable
+
+import torch
+from compressai.models import CompressionModel
+from torch import Tensor, nn
+
+Run = Callable[[nn.Module, Tensor], Tensor]  # layers, x -> layers(x), in floats or in fixed point
+
+
+class _Strings(TypedDict):
+    strings: list[list[bytes]]
+    shape: tuple[int, int]
+
+
+class Coded(_Strings, total=False):
+    """What `compress` returns, in CompressAI's form, and the bytes that the decoder must be told.
+
+    strings: for each latent one string per image; shape: height and width of the last latent.
+    """
+
+    parameters: bytes
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where weights come from: the training configuration, its progress, and its hardware."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    step: int | None = None
+    epoch: int | None = None
+    hardware: str | None = None
+
+
+class Codec(CompressionModel):
+    """A codec that trains, writes files and decodes them on every machine.
+
+    Beyond this class a model has g_a, g_s and the other parts of its paper. `forward` maps images
+    (B, 3, H, W), whose sides are multiples of `downsampling_factor`, to {"x_hat", "likelihoods"}.
+    In eval mode its means, scales and latents must be those of `compress`, that is exact wherever
+    the decoder computes them too: otherwise the estimated rate is not that of the file.
+    """
+
+    tag: ClassVar[bytes]  # four bytes in the header of the paper's files
+    options: ClassVar[tuple[str, ...]] = ()  # constructor arguments that weights do not reveal
+    exact_parts: tuple[str, ...] | property = ()  # modules that the decoder computes exactly
+    downsampling_factor: int = 64  # image pixels per position of the last latent
+    coding_device: torch.device | None = None  # where exact parts run; None: with the rest
+    provenance: Provenance = Provenance()
+    N: int | None = None  # hidden channels, for tables
+    M: int | None = None  # latent channels, for tables
+
+    def compress(self, x: Tensor, **rate: Any) -> Coded:
+        """x as in `forward` -> strings; rate: the operating point of a variable-rate model."""
+        raise NotImplementedError
+
+    def decompress(self, strings: list[list[bytes]], shape: tuple[int, int], **rate: Any
+                   ) -> dict[str, Tensor]:
+        """Inverse of `compress` -> {"x_hat": (B, 3, H, W) in [0, 1]}."""
+        raise NotImplementedError
+
+    def read_parameters(self, parameters: bytes) -> dict[str, Any]:
+        """The `rate` of `decompress` from the parameters that `compress` returned."""
+        return {}
+
+    @classmethod
+    def from_state_dict(cls, state_dict: dict[str, Tensor], **options: Any) -> Codec:
+        """Build the model with the sizes of the weights and load them, strictly.
+
+        Raises KeyError or RuntimeError for the weights of another model.
+        """
+        raise NotImplementedError
+
+
+@runtime_checkable
+class ExactModule(Protocol):
+    """A module whose exact form is more than that of its layers one after the other."""
+
+    def exact(self, x: Tensor, run: Run) -> Tensor:
+        """`forward` in fixed-point arithmetic: `run` computes the parts, the rest is elementwise
+        and exact in float64.
+        """
+        ...
+
+
+@runtime_checkable
+class MultipliesActivations(Protocol):
+    """A module that multiplies activations with each other, as attention does."""
+
+    def product_macs(self, x: Tensor) -> int:
+        """Multiply-accumulates of these products for the input x."""
+        ...
