@@ -15,19 +15,19 @@ import argparse
 import contextlib
 import math
 import secrets
-import time
 from pathlib import Path
 from typing import Any
 
 from common import UserError, cli, data, processes
 from common.coding.model_file import load_checkpoint
 from common.loss import RateDistortionLoss, check_size
-from common.training import cuda_graph
 from common.training.checkpoints import Checkpoints, epoch_checkpoints, load_weights
+from common.training.cuda_graph import Recorded
 from common.training.log import Log
 from common.training.network import autocast, prepare_network
-from common.training.optimizers import check_finite, learning_rate, main_parameters, make_optimizers
-from common.training.run import add_training_flags
+from common.training.optimizers import learning_rate, main_parameters, make_optimizers
+from common.training.run import Run, add_training_flags
+from common.training.validation import central_parts
 
 import torch
 from torch import Tensor
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
                                   (aux_optimizer, args.aux_opt_lr_decay_type))]
     criterion = RateDistortionLoss(args.lmbda, args.metric)
 
-    # resume
+    # the run, from its beginning or from a checkpoint
     log = Log(folder, args.epochs * per_epoch, quiet)
     parts = {"model": model, "optimizer": optimizer, "aux_optimizer": aux_optimizer,
              "scheduler": schedulers[0], "aux_scheduler": schedulers[1], "log": log}
@@ -134,16 +134,16 @@ def run(args: argparse.Namespace) -> None:
     checkpoints = Checkpoints(folder, parts, config, (*SAME_RUN, *whole),
                                    "another --model-dir")
     state = checkpoints.begin(args.resume, None)
-    step, best = state.get("step", 0), state.get("best", math.inf)
+    best = state.get("best", math.inf)
     if not state and processes.rank() == 0:
         params.write(folder, {key: getattr(args, key) for key in params.DEFAULTS})
-    log.begin(step)
+    run = Run(checkpoints, log, crops, device, args.epochs, per_epoch, batch,
+              args.num_parallel_calls, args.check_time, LATEST, state.get("step", 0))
     if processes.rank() == 0 and not quiet:
         name = f"{args.name}: " if args.name else ""
-        print(f"{name}{args.experiment}, {len(items)} training images"
-              f"{'' if args.train_data_dir else ' (bundled photographs)'}, {per_epoch} steps an "
-              f"epoch, on {processes.describe_hardware(device)}, to {folder}", flush=True)
-        if step >= args.epochs * per_epoch:
+        print(f"{name}{args.experiment}, {run.describe(bundled=not args.train_data_dir)}, to "
+              f"{folder}", flush=True)
+        if run.is_done():
             print(f"nothing to do: this run has its {args.epochs} epochs (--epochs)")
 
     def train_step(x: Tensor) -> dict[str, Tensor]:
@@ -157,52 +157,37 @@ def run(args: argparse.Namespace) -> None:
         losses["loss"].backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(
             main_parameters(model).values(), args.clip_norm or math.inf)
-        check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
+        run.check({**losses, "grad_norm": grad_norm})
         optimizer.step()
         aux_loss = model.aux_loss()
         aux_loss.backward()
         aux_optimizer.step()
         return {**losses, "aux": aux_loss, "grad_norm": grad_norm}
 
-    recorded_step = cuda_graph.Recorded(train_step, optimizer, aux_optimizer,
-                                    enabled=args.graph and not args.save_profiling_steps)
-    saved = time.monotonic()
-    for epoch in range(step // per_epoch, args.epochs):
+    train_step = Recorded(train_step, optimizer, aux_optimizer,
+                          enabled=args.graph and not args.save_profiling_steps)
+    for epoch in run.remaining_epochs():
         model.train()
-        last_step = (epoch + 1) * per_epoch
-        for x in data.loader(crops, step, last_step, batch, processes.rank(), processes.world(),
-                             args.num_parallel_calls):
-            x = data.to_float(x.to(device, non_blocking=True))
-            x = x.contiguous(memory_format=torch.channels_last)
+        for x in run.batches():
             rate = learning_rate(optimizer)
-            with profile(args, step, folder):
-                values = recorded_step(x)
+            with profile(args, run.step, folder):
+                values = train_step(x)
             for scheduler in schedulers:
                 scheduler.step()
+            run.end_step({**values, "lr": rate}, args.save_summary_steps, best=best)
 
-            step += 1
-            log.step(step, {**values, "lr": rate}, args.save_summary_steps)
-            due = step % 20 == 0 and time.monotonic() - saved > 60 * args.check_time
-            if step < last_step and processes.broadcast_flag(due):
-                checkpoints.save(LATEST, epoch, step, best=best)
-                saved = time.monotonic()
-
-        means = log.means()
-        line = f"epoch {epoch}  step {step}  train loss {means['loss']:.4f} bpp {means['bpp']:.4f}"
-        last, found = epoch + 1 == args.epochs, {}
-        if last:
-            checkpoints.update_tables(step, settle=True)
-        if (epoch + 1) % args.test_every == 0 or last:
-            found = validate(model, images, criterion, device)
-            log.scalars("eval", found, step)
-            line += (f"  eval loss {found['loss']:.4f} bpp {found['bpp']:.4f} "
-                     f"psnr {found['psnr']:.2f}")
-            best = min(best, found["loss"])
-        checkpoints.save(f"epoch_{epoch}.pth", epoch, step, best=best, test=found)
+        line, _ = run.end_epoch()
+        test = {}
+        run.settle()
+        if (epoch + 1) % args.test_every == 0 or run.is_last_epoch:
+            test = validate(model, images, criterion, device)
+            log.scalars("eval", test, run.step)
+            line += f"  eval loss {test['loss']:.4f} bpp {test['bpp']:.4f} psnr {test['psnr']:.2f}"
+            best = min(best, test["loss"])
+        run.save(f"epoch_{epoch}.pth", best=best, test=test)
         if processes.rank() == 0:
             for old in [*epoch_checkpoints(folder)[:-KEPT], folder / LATEST]:
                 old.unlink(missing_ok=True)
-        saved = time.monotonic()
         log.line(line)
     log.close()
 
@@ -299,7 +284,7 @@ def validation_images(args: argparse.Namespace) -> list[Tensor]:
     """uint8 (3, h, w) in whole 64s: central crops of --eval-patchsize, or the whole images."""
     if args.eval_patchsize and args.eval_patchsize < 64:
         raise UserError(f"--eval-patchsize {args.eval_patchsize}: give 64 or more")
-    return data.central_parts(data.list_images(args.eval_data_dir or data.KODAK),
+    return central_parts(data.list_images(args.eval_data_dir or data.KODAK),
                               2 * [args.eval_patchsize or 2**20])
 
 

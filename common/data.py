@@ -12,7 +12,7 @@ import hashlib
 import io
 import struct
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,24 +196,6 @@ def centre(x: Tensor, height: int, width: int) -> Tensor:
     """The central height x width of (3, H, W), which is not smaller."""
     top, left = (x.shape[1] - height) // 2, (x.shape[2] - width) // 2
     return x[:, top : top + height, left : left + width]
-
-
-def central_parts(paths: Iterable[Path], size: Sequence[int], multiple: int = 64
-                  ) -> list[Tensor]:
-    """Centres of images, uint8 (3, h, w): `size` (height, width) or less, in whole `multiple`s.
-
-    UserError names an image that is smaller than one multiple.
-    """
-    found = []
-    for path in paths:
-        x = read_image(path, notice=lambda _: None)
-        part = [min(s, limit) // multiple * multiple
-                for s, limit in zip(x.shape[1:], size, strict=True)]
-        if min(part) == 0:
-            raise UserError(f"{path}: {x.shape[2]}x{x.shape[1]} is too small to validate with; "
-                            "remove it")
-        found.append(centre(x, *part))
-    return found
 
 
 def digest(items: list[Item]) -> str:

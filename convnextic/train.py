@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,13 @@ from common import UserError, cli, data, processes
 from common.coding.model_file import load_checkpoint, load_error
 from common.files import write_atomic
 from common.loss import RateDistortionLoss, check_size
-from common.training import cuda_graph
 from common.training.checkpoints import Checkpoints
+from common.training.cuda_graph import Recorded
 from common.training.log import Log
 from common.training.network import autocast, prepare_network
-from common.training.optimizers import check_finite, learning_rate, main_parameters, make_optimizers
-from common.training.run import add_training_flags
+from common.training.optimizers import learning_rate, main_parameters, make_optimizers
+from common.training.run import Run, add_training_flags
+from common.training.validation import central_crops
 
 import numpy as np
 import torch
@@ -127,10 +127,11 @@ def main(argv: list[str] | None = None) -> None:
     crops = data.Crops(items, args.patchsize, args.seed, args.flip)
     one_pass = max(1, len(items) // args.batchsize)
     args.steps_per_epoch = args.steps_per_epoch or (one_pass if args.trainset else SOURCE_EPOCH)
-    args.images, steps_per_epoch = data.digest(items), args.steps_per_epoch
+    args.images = data.digest(items)  # --resume checks that they are the same
     test = Path(args.trainset or "", "test")
     test_images = central_crops(data.list_images(
-        test if args.trainset and test.is_dir() else data.KODAK), args.patchsize)
+        test if args.trainset and test.is_dir() else data.KODAK), 2 * [args.patchsize],
+        "--patchsize")
     check_size(args.metric, (args.patchsize, args.patchsize))
     batch = processes.per_process_batch(args.batchsize)
 
@@ -145,8 +146,8 @@ def main(argv: list[str] | None = None) -> None:
     scheduler = schedule(optimizer, args)
     criterion = RateDistortionLoss(args.lmbda, args.metric)
 
-    # resume
-    log = Log(folder / "logs", args.epochs * steps_per_epoch)
+    # the run, from its beginning or from a checkpoint
+    log = Log(folder / "logs", args.epochs * args.steps_per_epoch)
     parts = {"model": model, "optimizer": optimizer, "aux_optimizer": aux_optimizer,
              "scheduler": scheduler, "log": log}
     checkpoints = Checkpoints(folder / "snapshots", parts, vars(args), SAME_RUN,
@@ -160,19 +161,15 @@ def main(argv: list[str] | None = None) -> None:
                         "another --name")
     elif args.resume:
         load_weights(model, args.resume)
-        step = args.startepoch * steps_per_epoch
+        step = args.startepoch * args.steps_per_epoch
         for _ in range(args.startepoch):
             scheduler.step()
-    log.begin(step)
+    run = Run(checkpoints, log, crops, device, args.epochs, args.steps_per_epoch, batch,
+              args.worker_num, args.check_time, LATEST, step)
     if processes.rank() == 0:
         text = yaml.safe_dump(vars(args), sort_keys=False)
         write_atomic(folder / "config.yaml", text.encode())
-        print(text.strip())
-        print(f"{len(items)} training images{'' if args.trainset else ' (bundled photographs)'}, "
-              f"{steps_per_epoch} steps an epoch, on {processes.describe_hardware(device)}",
-              flush=True)
-        if step >= args.epochs * steps_per_epoch:
-            print(f"nothing to do: this run has its {args.epochs} epochs already (--epochs)")
+    run.announce(vars(args), bundled=not args.trainset)
 
     def train_step(x: Tensor, lmbda: Tensor | None) -> dict[str, Tensor]:
         """One optimisation step on a batch; returns the scalars to log."""
@@ -187,51 +184,37 @@ def main(argv: list[str] | None = None) -> None:
         limit = args.clip_max_norm if args.clip_max_norm > 0 else math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(
             main_parameters(model).values(), limit)
-        check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
+        run.check({**losses, "grad_norm": grad_norm})
         optimizer.step()
         aux_loss = model.aux_loss()
         aux_loss.backward()
         aux_optimizer.step()
         return {**losses, "aux": aux_loss, "grad_norm": grad_norm}
 
-    recorded_step = cuda_graph.Recorded(train_step, optimizer, aux_optimizer, enabled=args.graph)
-    saved = time.monotonic()
-    for epoch in range(step // steps_per_epoch, args.epochs):
+    train_step = Recorded(train_step, optimizer, aux_optimizer, enabled=args.graph)
+    for epoch in run.remaining_epochs():
         model.train()
-        last_step = (epoch + 1) * steps_per_epoch
-        for images in data.loader(crops, step, last_step, batch, processes.rank(),
-                                  processes.world(), args.worker_num):
-            x = data.to_float(images.to(device, non_blocking=True))
-            x = x.contiguous(memory_format=torch.channels_last)
-            lmbda = draw_lmbda(args, step, len(x)).to(device) if args.variable_rate else None
-            values = recorded_step(x, lmbda)
-            step += 1
-            log.step(step, {**values, "lr": learning_rate(optimizer)})
-            due = step % 20 == 0 and time.monotonic() - saved > 60 * args.check_time
-            if step < last_step and processes.broadcast_flag(due):
-                checkpoints.save(LATEST, epoch, step, best=best)
-                saved = time.monotonic()
+        for x in run.batches():
+            lmbda = draw_lmbda(args, run.step, len(x)).to(device) if args.variable_rate else None
+            values = train_step(x, lmbda)
+            run.end_step({**values, "lr": learning_rate(optimizer)}, best=best)
 
-        means = log.means()
+        line, _ = run.end_epoch()
         scheduler.step()
-        line = f"epoch {epoch}  step {step}  train loss {means['loss']:.4f} bpp {means['bpp']:.4f}"
-        names, last, found = [LATEST], epoch + 1 == args.epochs, {}
-        if last:
-            checkpoints.update_tables(step, settle=True)
-        if (epoch + 1) % args.test_every == 0 or last:
-            found = validate(model, test_images, args, criterion, device, log, step)
-            line += (f"  test loss {found['loss']:.4f} bpp {found['bpp']:.4f} "
-                     f"psnr {found['psnr']:.2f}")
-            if found["loss"] < best:
-                best = found["loss"]
+        names, test = [LATEST], {}
+        run.settle()
+        if (epoch + 1) % args.test_every == 0 or run.is_last_epoch:
+            test = validate(model, test_images, args, criterion, device, log, run.step)
+            line += f"  test loss {test['loss']:.4f} bpp {test['bpp']:.4f} psnr {test['psnr']:.2f}"
+            if test["loss"] < best:
+                best = test["loss"]
                 names.insert(0, BEST)  # before LATEST: a run killed between them makes it again
-            if (epoch + 1) % args.snapshot_save_epoch == 0 or last:
-                scores = f"_{found['bpp']:.4f}_{found['mse'] / 255**2:.8f}"
+            if (epoch + 1) % args.snapshot_save_epoch == 0 or run.is_last_epoch:
+                scores = f"_{test['bpp']:.4f}_{test['mse'] / 255**2:.8f}"
                 scores = "" if args.variable_rate else scores
                 names.insert(0, f"{epoch:03}{scores}.pt")
         for name in names:
-            checkpoints.save(name, epoch, step, best=best, test=found)
-        saved = time.monotonic()
+            run.save(name, best=best, test=test)
         log.line(line)
     log.close()
 
@@ -314,18 +297,6 @@ def load_weights(model: ConvNeXTIC, path: str) -> None:
 
 
 # --------------------------------------------------------------------------------- validation
-def central_crops(paths: list[Path], side: int) -> Tensor:
-    """uint8 (n, 3, side, side); UserError names an image that is smaller."""
-    found = []
-    for path in paths:
-        x = data.read_image(path, notice=lambda _: None)
-        if min(x.shape[1:]) < side:
-            raise UserError(f"{path}: {x.shape[2]}x{x.shape[1]} is smaller than the crop of "
-                            f"{side}; remove it or set a smaller --patchsize")
-        found.append(data.centre(x, side, side))
-    return torch.stack(found)
-
-
 @torch.no_grad()
 def validate(model: ConvNeXTIC, images: Tensor, args: argparse.Namespace,
              criterion: RateDistortionLoss, device: torch.device, log: Log, step: int

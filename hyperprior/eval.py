@@ -30,10 +30,10 @@ SOURCE_STEPS = 200_000  # of the seminar: 200 epochs of about 1,010; CompressAI 
 def flags() -> argparse.ArgumentParser:
     parser = cli.Parser(description="Code images for real and measure rate and distortion.")
     add = parser.add_argument_group("the source's flags").add_argument
-    add("--model_name", default="Hyperprior", choices=MODEL_NAMES)
+    add("--model_name", default="Hyperprior", choices=MODEL_NAMES, help="name of the model")
     add("--load_model_epoch", "--epoch_num", type=int,
-        help="of the runs under ./ckpts; none: bundled weights")
-    add("--dataset_path", help="folder of images; none: Kodak")
+        help="epoch of the runs under ./ckpts; bundled weights if not given")
+    add("--dataset_path", help="folder of test images; Kodak if not given")
     evaluate.add_flags(parser)
     return parser
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import copy
 import filecmp
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +28,18 @@ from common import UserError, cli, data, processes
 from common.coding.model_file import load_checkpoint, load_error
 from common.files import write_atomic
 from common.loss import RateDistortionLoss
-from common.training import cuda_graph
 from common.training.checkpoints import Checkpoints
+from common.training.cuda_graph import Recorded
 from common.training.log import Log
 from common.training.network import autocast, prepare_network
 from common.training.optimizers import (
-    check_finite,
     learning_rate,
     main_parameters,
     make_optimizers,
     make_scheduler,
 )
-from common.training.run import add_training_flags
+from common.training.run import Run, add_training_flags
+from common.training.validation import central_crops
 
 import numpy as np
 import torch
@@ -169,8 +168,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     crops = data.Crops(items, crop, args.seed, args.flip)
     one_pass = max(1, len(items) // args.batch_size)
     args.steps_per_epoch = args.steps_per_epoch or (one_pass if args.dataset else SOURCE_EPOCH)
-    args.images, steps_per_epoch = data.digest(items), args.steps_per_epoch
-    test_images = central_crops(test_paths(args.dataset), crop)
+    args.images = data.digest(items)  # --resume checks that they are the same
+    test_images = central_crops(test_paths(args.dataset), crop, "--patch-size")
     batch = processes.per_process_batch(args.batch_size)
 
     # model and where it starts
@@ -202,19 +201,19 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     lmbdas = [args.lmbda] if args.lmbda else list(LMBDAS[: model.levels])
     criteria = [RateDistortionLoss(lmbda) for lmbda in lmbdas]
 
-    # resume
-    log = Log(out / "logs" / f"stage{args.stage}", args.epochs * steps_per_epoch)
+    # the run, from its beginning or from a checkpoint
+    log = Log(out / "logs" / f"stage{args.stage}", args.epochs * args.steps_per_epoch)
     parts = {"model": model, "optimizer": optimizer, "aux_optimizer": aux_optimizer,
              "scheduler": scheduler, "log": log}
     checkpoints = Checkpoints(out, parts, vars(args), SAME_RUN, ANEW)
     state = checkpoints.resume(resumed) if resumed else {}
-    step, best = state.get("step", 0), state.get("best_loss", float("inf"))
-    log.begin(step)
+    best = state.get("best_loss", float("inf"))
+    run = Run(checkpoints, log, crops, device, args.epochs, args.steps_per_epoch, batch,
+              args.num_workers, args.check_time, NEWEST, state.get("step", 0))
     if processes.rank() == 0:
         print(yaml.safe_dump(vars(args), sort_keys=False).strip())
-        print(f"{len(items)} training images{'' if args.dataset else ' (bundled photographs)'}, "
-              f"{steps_per_epoch} steps an epoch, on {processes.describe_hardware(device)}")
-        if step >= args.epochs * steps_per_epoch:
+        print(run.describe(bundled=not args.dataset))
+        if run.is_done():
             print(f"stage {args.stage} has its {args.epochs} epochs already (-e for more)")
         else:
             print(f"stage {args.stage} starts from {resumed or start or 'random weights'}",
@@ -231,41 +230,29 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         losses["loss"].backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(
             main_parameters(model).values(), args.clip_max_norm)
-        check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
+        run.check({**losses, "grad_norm": grad_norm})
         optimizer.step()
         aux_loss = model.aux_loss()
         aux_loss.backward()
         aux_optimizer.step()
         return {**losses, "aux": aux_loss, "grad_norm": grad_norm}
 
-    recorded_step = cuda_graph.Recorded(train_step, optimizer, aux_optimizer,
-                                    enabled=args.graph and not ste)  # that reads the gain
-    saved = time.monotonic()
-    for epoch in range(step // steps_per_epoch, args.epochs):
+    train_step = Recorded(train_step, optimizer, aux_optimizer,
+                          enabled=args.graph and not ste)  # that reads the gain
+    for epoch in run.remaining_epochs():
         model.train()
-        last_step = (epoch + 1) * steps_per_epoch
-        for images in data.loader(crops, step, last_step, batch, processes.rank(),
-                                  processes.world(), args.num_workers):
-            x = data.to_float(images.to(device, non_blocking=True))
-            x = x.contiguous(memory_format=torch.channels_last)
+        for x in run.batches():
             # stage 1 is a codec of one rate, with step 1: later the step of the *lowest* rate
-            s = last if args.stage == 1 else draw_level(args.seed, step, model.levels)
-            values = recorded_step(x, s)
-            step += 1
-            log.step(step, {**values, "level": s, "lr": learning_rate(optimizer)})
-            due = step % 20 == 0 and time.monotonic() - saved > 60 * args.check_time
-            if step < last_step and processes.broadcast_flag(due):
-                checkpoints.save(NEWEST, epoch, step, best_loss=best)
-                saved = time.monotonic()
+            s = last if args.stage == 1 else draw_level(args.seed, run.step, model.levels)
+            values = train_step(x, s)
+            run.end_step({**values, "level": s, "lr": learning_rate(optimizer)}, best_loss=best)
 
-        means = log.means()
-        line = f"epoch {epoch}  step {step}  train loss {means['loss']:.4f} bpp {means['bpp']:.4f}"
-        if epoch + 1 == args.epochs:
-            checkpoints.update_tables(step, settle=True)
-        tested = (epoch + 1) % args.test_every == 0 or epoch + 1 == args.epochs
+        line, means = run.end_epoch()
+        run.settle()
+        tested = (epoch + 1) % args.test_every == 0 or run.is_last_epoch
         improved = False
         if tested:
-            test = validate(model, test_images, args, criteria, device, log, step)
+            test = validate(model, test_images, args, criteria, device, log, run.step)
             line += (f"  test loss {test['loss']:.4f} (sum) bpp {test['bpp']:.4f} "
                      f"psnr {test['psnr']:.2f} (means over levels)")
             improved, best = test["loss"] < best, min(best, test["loss"])
@@ -276,8 +263,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         if args.stage > 1:
             line += "  Gain " + " ".join(f"{g:.3f}" for g in model.Gain.tolist())
         for name in [BEST, NEWEST] if improved else [NEWEST]:  # a resumed run makes BEST again
-            checkpoints.save(name, epoch, step, best_loss=best, loss=means["loss"])
-        saved = time.monotonic()
+            run.save(name, best_loss=best, loss=means["loss"])
         log.line(line)
     log.close()
 
@@ -382,18 +368,6 @@ def test_paths(dataset: str | None) -> list[Path]:
     """<dataset>/test, or Kodak."""
     folder = Path(dataset or "", "test")
     return data.list_images(folder if dataset and folder.is_dir() else data.KODAK)
-
-
-def central_crops(paths: list[Path], crop: tuple[int, int]) -> Tensor:
-    """uint8 (n, 3, *crop); UserError names an image that is smaller."""
-    found = []
-    for path in paths:
-        x = data.read_image(path, notice=lambda _: None)
-        if x.shape[1] < crop[0] or x.shape[2] < crop[1]:
-            raise UserError(f"{path}: {x.shape[2]}x{x.shape[1]} is smaller than the {crop[1]}x"
-                            f"{crop[0]} crop; remove it or set a smaller --patch-size")
-        found.append(data.centre(x, *crop))
-    return torch.stack(found)
 
 
 @torch.no_grad()

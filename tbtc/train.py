@@ -17,7 +17,6 @@ import copy
 import math
 import re
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,13 @@ from common import UserError, cli, data, processes
 from common.coding.model_file import coding_state, load_error
 from common.files import write_atomic
 from common.loss import RateDistortionLoss
-from common.training import cuda_graph
 from common.training.checkpoints import Checkpoints
+from common.training.cuda_graph import Recorded
 from common.training.log import Log
 from common.training.network import autocast, prepare_network
-from common.training.optimizers import check_finite, learning_rate, main_parameters, make_optimizers
-from common.training.run import add_training_flags
+from common.training.optimizers import learning_rate, main_parameters, make_optimizers
+from common.training.run import Run, add_training_flags
+from common.training.validation import central_parts
 
 import torch
 import yaml
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     crops = data.Crops(items, args.train_patch_size, args.seed, args.flip)
     batch = args.train_batch_size
     args.steps_per_epoch = args.steps_per_epoch or max(1, len(items) // (batch * processes.world()))
-    args.images, per_epoch = data.digest(items), args.steps_per_epoch
+    args.images = data.digest(items)  # --resume checks that they are the same
     test_images = validation_images(args)
 
     # model, optimisers, schedule
@@ -136,30 +136,29 @@ def main(argv: list[str] | None = None) -> None:
     scheduler = schedule(optimizer, args)
     criterion = RateDistortionLoss(args.lmbda, args.metric, args.beta)
 
-    # resume
+    # the run, from its beginning or from a checkpoint
     folder, before = version(args)
-    log = Log(folder, args.num_epochs * per_epoch)
+    log = Log(folder, args.num_epochs * args.steps_per_epoch)
     parts = {"model": model, "optimizer": optimizer, "aux_optimizer": aux_optimizer,
              "scheduler": scheduler, "log": log} | ({"averaged": ema} if ema else {})
     whole = () if args.lr_schedule == "constant" and not args.warmup else ("num_epochs",)
     config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
-    checkpoints = Checkpoints(folder / "checkpoints", parts, config, (*SAME_RUN, *whole),
+    checkpoints = LightningCheckpoints(folder / "checkpoints", parts, config, (*SAME_RUN, *whole),
                               "--init_ckpt")
     step, best, kept = 0, math.inf, ""
     if before is not None:
         state = checkpoints.resume(before)
         step, best, kept = state["step"], state["best"], state.get("kept", "")
         kept = kept if (checkpoints.folder / kept).is_file() else ""
-    log.begin(step)
+    run = Run(checkpoints, log, crops, device, args.num_epochs, args.steps_per_epoch, batch,
+              args.num_workers, args.check_time, LATEST, step)
     if processes.rank() == 0:
         text = yaml.safe_dump(config, sort_keys=False)
         write_atomic(folder / "hparams.yaml", text.encode())
         write_atomic(folder / "model.txt", f"{model}\n".encode())
         print(text.strip())
-        print(f"{len(items)} training images"
-              f"{'' if args.dataset_directory else ' (bundled photographs)'}, {per_epoch} steps an "
-              f"epoch, on {processes.describe_hardware(device)}, to {folder}", flush=True)
-        if step >= args.num_epochs * per_epoch:
+        print(f"{run.describe(bundled=not args.dataset_directory)}, to {folder}", flush=True)
+        if run.is_done():
             print(f"nothing to do: this run has its {args.num_epochs} epochs (--num_epochs)")
 
     def train_step(x: Tensor) -> dict[str, Tensor]:
@@ -173,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         losses["loss"].backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(
             main_parameters(model).values(), args.gradient_clip_norm or math.inf)
-        check_finite({**losses, "grad_norm": grad_norm}, step, checkpoints.last)
+        run.check({**losses, "grad_norm": grad_norm})
         optimizer.step()
         aux_loss = model.aux_loss()
         if args.quantiles == "optimizer":
@@ -182,52 +181,37 @@ def main(argv: list[str] | None = None) -> None:
         psnr = 10 * torch.log10(255**2 / losses["mse"].clamp_min(1e-6))
         return {**losses, "psnr": psnr, "aux": aux_loss, "grad_norm": grad_norm}
 
-    recorded_step = cuda_graph.Recorded(train_step, optimizer, aux_optimizer,
-                                    enabled=args.graph and args.quantiles == "optimizer")
-    saved = time.monotonic()
-    for epoch in range(step // per_epoch, args.num_epochs):
+    train_step = Recorded(train_step, optimizer, aux_optimizer,
+                          enabled=args.graph and args.quantiles == "optimizer")
+    for epoch in run.remaining_epochs():
         model.train()
-        last_step = (epoch + 1) * per_epoch
-        for images in data.loader(crops, step, last_step, batch, processes.rank(),
-                                  processes.world(), args.num_workers):
-            x = data.to_float(images.to(device, non_blocking=True))
-            x = x.contiguous(memory_format=torch.channels_last)
+        for x in run.batches():
             rate = learning_rate(optimizer)
-            values = recorded_step(x)
+            values = train_step(x)
             scheduler.step()
-            if args.quantiles != "optimizer" and step % args.quantiles_every == 0:
-                checkpoints.update_tables(step, settle=True)
+            if args.quantiles != "optimizer" and run.step % args.quantiles_every == 0:
+                checkpoints.update_tables(run.step, settle=True)
             if ema:
                 ema.update(model)
+            run.end_step({**values, "lr": rate}, args.log_cadence, best=best, kept=kept)
 
-            step += 1
-            log.step(step, {**values, "lr": rate}, args.log_cadence)
-            due = step % 20 == 0 and time.monotonic() - saved > 60 * args.check_time
-            if step < last_step and processes.broadcast_flag(due):
-                checkpoints.save(LATEST, epoch, step, best=best, kept=kept)
-                saved = time.monotonic()
-
-        means = log.means()
-        line = f"epoch {epoch}  step {step}  train loss {means['loss']:.4f} bpp {means['bpp']:.4f}"
-        last, found, better = epoch + 1 == args.num_epochs, {}, False
-        if last:
-            checkpoints.update_tables(step, settle=True)
-        if (epoch + 1) % args.validation_cadence == 0 or last:
-            found = validate(ema.settled() if ema else model, test_images, args, criterion, device)
-            better = found["loss"] < best
-            log.scalars("valid", found, step)
-            line += (f"  valid loss {found['loss']:.4f} bpp {found['bpp']:.4f} "
-                     f"psnr {found['psnr']:.2f}")
+        line, means = run.end_epoch()
+        test, better = {}, False
+        run.settle()
+        if (epoch + 1) % args.validation_cadence == 0 or run.is_last_epoch:
+            test = validate(ema.settled() if ema else model, test_images, args, criterion, device)
+            better = test["loss"] < best
+            log.scalars("valid", test, run.step)
+            line += f"  valid loss {test['loss']:.4f} bpp {test['bpp']:.4f} psnr {test['psnr']:.2f}"
         if better:
-            best, old = found["loss"], kept
+            best, old = test["loss"], kept
             kept = f"epoch={epoch}-val_loss={best:.4f}-best.ckpt"
-            checkpoints.save(kept, epoch, step, best=best, kept=kept, test=found)
+            run.save(kept, best=best, kept=kept, test=test)
             checkpoints.discard([old] if old not in ("", kept) else [])
         name = f"epoch={epoch}-loss={means['loss']:.4f}-last.ckpt"
-        checkpoints.save(name, epoch, step, best=best, kept=kept, test=found)
+        run.save(name, best=best, kept=kept, test=test)
         checkpoints.discard([p.name for p in checkpoints.folder.glob("*-last.ckpt")
                              if p.name != name] + [LATEST])
-        saved = time.monotonic()
         log.line(line)
     log.close()
 
@@ -301,7 +285,7 @@ def version(args: argparse.Namespace) -> tuple[Path, Path | None]:
     return root / f"version_{number}", args.checkpoint_to_resume
 
 
-class Checkpoints(Checkpoints):
+class LightningCheckpoints(Checkpoints):
     """Lightning's names; of each kind only the newest is kept."""
 
     def discard(self, names: list[str]) -> None:
@@ -377,7 +361,7 @@ def validation_images(args: argparse.Namespace) -> list[Tensor]:
         if (root / name).is_dir():
             folder = root / name
             break
-    return data.central_parts(data.list_images(folder), args.valid_patch_size)
+    return central_parts(data.list_images(folder), args.valid_patch_size)
 
 
 @torch.no_grad()

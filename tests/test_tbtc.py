@@ -522,7 +522,7 @@ def test_names_of_a_run(run):
                                         "2", "--warmup", "0.3"]])
 def test_resumed_run_is_the_run(flags, run, monkeypatch):
     straight = run(*flags, "--ckpt_dir", "ckpt") / "version_0"
-    save, calls = train.Checkpoints.save, []
+    save, calls = train.LightningCheckpoints.save, []
 
     def dies(self, *arguments, **more):
         save(self, *arguments, **more)
@@ -530,10 +530,10 @@ def test_resumed_run_is_the_run(flags, run, monkeypatch):
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.Checkpoints, "save", dies)
+    monkeypatch.setattr(train.LightningCheckpoints, "save", dies)
     with pytest.raises(KeyboardInterrupt):
         run(*flags)
-    monkeypatch.setattr(train.Checkpoints, "save", save)
+    monkeypatch.setattr(train.LightningCheckpoints, "save", save)
     killed = run(*flags, "--resume") / "version_1"
     a, b = read(last(straight)), read(last(killed))
     assert a["step"] == b["step"] == 6

@@ -29,18 +29,22 @@ def flags(description: str, weights: str = "", which: str = "lmbda"
     """
     parser = cli.Parser(description=description)
     commands = parser.add_subparsers(dest="command", required=True)
-    encode = commands.add_parser("encode", help="image -> .bin")
-    encode.add_argument("input", type=Path, help="any image that Pillow reads")
-    encode.add_argument("--weights", help=f"{which} of the bundled small weights; none: those of "
-                        "the highest rate")
+    encode = commands.add_parser("encode", help="code an image as a .bin file")
+    encode.add_argument("input", type=Path, help="image file in any format that Pillow reads")
+    encode.add_argument("--weights", help=f"{which} of the bundled small weights; those of the "
+                        "highest rate if not given")
     encode.set_defaults(default_weights=weights)
-    decode = commands.add_parser("decode", help=".bin -> image")
-    decode.add_argument("input", type=Path, help="a file made by encode")
+    decode = commands.add_parser("decode", help="decode a .bin file to an image")
+    decode.add_argument("input", type=Path, help=".bin file written by encode")
     for command, suffix in ((encode, ".bin"), (decode, DECODED)):
-        command.add_argument("-o", "--output", type=Path, help=f"default: INPUT with {suffix}")
-        command.add_argument("--checkpoint", type=Path, help="weights other than the bundled ones")
-        command.add_argument("--device", default="auto", help="auto, cpu or cuda")
-        command.add_argument("--threads", type=cli.threads, default=0, help="CPU threads; 0: all")
+        command.add_argument("-o", "--output", type=Path,
+                             help=f"file to write; INPUT with {suffix} if not given")
+        command.add_argument("--checkpoint", type=Path,
+                             help="weights file; the bundled weights if not given")
+        command.add_argument("--device", default="auto",
+                             help="device that runs the codec: auto, cpu or cuda")
+        command.add_argument("--threads", type=cli.threads, default=0,
+                             help="number of CPU threads; 0 uses all")
     return parser, encode, decode
 
 

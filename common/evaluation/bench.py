@@ -269,8 +269,9 @@ def separate_processes(job: str, paper: str, side: str, rounds: int) -> None:
 def main() -> None:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     known = sorted(path.parent.name for path in ROOT.glob("*/model.py"))
-    parser.add_argument("papers", nargs="*", help=f"of {', '.join(known)}; none: all")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each comparison")
+    parser.add_argument("papers", nargs="*",
+                        help=f"papers to time, from {', '.join(known)}; all if not given")
+    parser.add_argument("--rounds", type=int, default=3, help="number of turns per comparison")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if unknown := set(args.papers) - set(known):

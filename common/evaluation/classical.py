@@ -72,9 +72,9 @@ def jpeg(paths: list[Path], qualities: Sequence[int] | None = None,
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("codec", choices=sorted(CODECS))
-    parser.add_argument("--dataset", type=Path, default=data.KODAK, help="folder of images")
+    parser.add_argument("--dataset", type=Path, default=data.KODAK, help="folder of test images")
     parser.add_argument("-o", "--output", type=Path, default=argparse.SUPPRESS,
-                        help="results JSON to write; default: <codec>.json")
+                        help="results JSON to write; <codec>.json if not given")
     args = parser.parse_args(argv)
     results = measure(args.codec, data.list_images(args.dataset))
     output = getattr(args, "output", Path(f"{args.codec}.json"))

@@ -212,11 +212,11 @@ def _markdown(lines: list[list[str]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, nargs="+", required=True, help="our results JSONs")
-    parser.add_argument("--published", type=Path, help="published.json of a paper folder")
-    parser.add_argument("--plot", type=Path, help="PNG to write")
+    parser.add_argument("--results", type=Path, nargs="+", required=True, help="results JSONs of ours")
+    parser.add_argument("--published", type=Path, help="published.json of a paper's folder")
+    parser.add_argument("--plot", type=Path, help="PNG file to write")
     parser.add_argument("--dataset", type=Path, default=data.KODAK,
-                        help="images of the results; JPEG is measured on them")
+                        help="folder of the images of the results; JPEG is measured on them")
     args = parser.parse_args(argv)
     results = [load_results(path) for path in args.results]
     pairs = list(zip(args.results, results, strict=True))

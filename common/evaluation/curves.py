@@ -35,8 +35,9 @@ def read(folder: Path) -> list[dict[str, float]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", type=Path, nargs="+", help="<paper>/logs/<prefix>/<exp_version>")
-    parser.add_argument("--plot", type=Path, default=Path("curves.png"), help="PNG to write")
+    parser.add_argument("folders", type=Path, nargs="+",
+                        help="log folders of runs: <paper>/logs/<prefix>/<exp_version>")
+    parser.add_argument("--plot", type=Path, default=Path("curves.png"), help="PNG file to write")
     args = parser.parse_args(argv)
     names = compare.distinct([f.resolve().parts[-4:][0] for f in args.folders],  # the papers'
                              [str(f) for f in args.folders])

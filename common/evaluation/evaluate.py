@@ -29,17 +29,20 @@ from tqdm import tqdm
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that all our eval scripts have."""
-    add = parser.add_argument_group("as in all folders").add_argument
-    add("--outdir", default="./output", help="bitstreams and decoded images")
-    add("--resultdir", default="./results", help="JSON, CSV, plot")
-    add("--test_batch_size", type=cli.positive_int, default=1, help="images of equal size")
-    add("--entropy_device", default="cpu", help="where what is exact runs when coding: cpu or cuda")
-    add("--checkpoint", type=Path, nargs="+", help="weights, one point of the curve each")
-    add("--reproduce", action="store_true", help="the run of --config beside the bundled weights")
-    add("--config", type=Path, help="training configuration, for --reproduce")
-    add("--complexity", action="store_true", help="print parameters and MACs, code nothing")
-    add("--device", default="auto", help="auto, cpu or cuda")
-    add("--threads", type=cli.threads, default=0, help="CPU threads; 0: all")
+    add = parser.add_argument_group("flags of all papers").add_argument
+    add("--outdir", default="./output", help="folder of bitstreams and decoded images")
+    add("--resultdir", default="./results", help="folder of results: JSON, CSV and plot")
+    add("--test_batch_size", type=cli.positive_int, default=1,
+        help="maximum number of images of equal size per batch")
+    add("--entropy_device", default="cpu",
+        help="device that computes the exact entropy parameters when coding: cpu or cuda")
+    add("--checkpoint", type=Path, nargs="+", help="weights files; each is one point of the curve")
+    add("--reproduce", action="store_true",
+        help="evaluate the run that --config trained and the bundled weights")
+    add("--config", type=Path, help="YAML file of the training run, for --reproduce")
+    add("--complexity", action="store_true", help="print parameters and MACs without coding")
+    add("--device", default="auto", help="device that runs the codec: auto, cpu or cuda")
+    add("--threads", type=cli.threads, default=0, help="number of CPU threads; 0 uses all")
 
 
 def find_checkpoints(args: argparse.Namespace, bundled: Path, prefix: str

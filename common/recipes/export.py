@@ -83,11 +83,11 @@ def _to_int8(weight: Tensor, out: int) -> tuple[Tensor, Tensor]:
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("paper", choices=sorted(p.parent.name for p in ROOT.glob("*/model.py")))
-    parser.add_argument("checkpoint", type=Path, help="epoch_<n>.pth of train.py")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint of train.py: epoch_<n>.pth")
     parser.add_argument("-o", "--output", type=Path, required=True, help="weights file to write")
     parser.add_argument("--steps", type=cli.count,
-                        help="trained in all, where runs started from others; none: as the "
-                        "checkpoint tells")
+                        help="number of training steps, including those of the runs that it started from; "
+                        "the checkpoint's if not given")
     args = parser.parse_args(argv)
     model = importlib.import_module(f"{args.paper}.model").load(args.checkpoint)
     provenance = model.provenance

@@ -106,9 +106,10 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
     parser.add_argument("paper")
     parser.add_argument("curve")
     parser.add_argument("results", type=Path, help="results JSON of eval.py")
-    parser.add_argument("--into", type=Path, help="folder to write to; none: the paper's results/")
+    parser.add_argument("--into", type=Path,
+                        help="folder to write to; the paper's results/ if not given")
     parser.add_argument("--dataset", type=Path, default=data.KODAK,
-                        help="images of the results; JPEG is measured on them")
+                        help="folder of the images of the results; JPEG is measured on them")
     args = parser.parse_args(argv)
     official = root / args.paper / "results"
     into = args.into or official

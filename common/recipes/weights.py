@@ -223,15 +223,17 @@ def settings_of(args: argparse.Namespace, root: Path) -> Settings:
 def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("targets", nargs="*", metavar="PAPER[/CURVE]", help="none: all, the least work first")
-    add("--list", action="store_true", help="print what is done and what is left, do nothing")
-    add("--dataset", help="training images: folder, .tar or quoted glob of them; none: the bundled "
-        "photographs")
-    add("--jobs", type=cli.positive_int, default=1, help="stages at once")
-    add("--threads", type=cli.threads, default=0, help="CPU threads of each; 0: all / jobs")
-    add("--device", default="auto", help="auto, cpu or cuda")
-    add("--short", action="store_true", help="a few steps of each stage, under ckpts/short/")
-    add("--images", type=Path, help="folder that --short evaluates; none: two Kodak images")
+    add("targets", nargs="*", metavar="PAPER[/CURVE]",
+        help="papers or curves to make; if none is given, all papers, the least work first")
+    add("--list", action="store_true", help="print what is done and what is left, then stop")
+    add("--dataset", help="training images: a folder, a .tar shard or a quoted glob of them; bundled "
+        "photographs if not given")
+    add("--jobs", type=cli.positive_int, default=1, help="number of stages that run at the same time")
+    add("--threads", type=cli.threads, default=0,
+        help="number of CPU threads per stage; 0 divides all threads by --jobs")
+    add("--device", default="auto", help="device to train on: auto, cpu or cuda")
+    add("--short", action="store_true", help="train a few steps of each stage, under ckpts/short/")
+    add("--images", type=Path, help="folder of test images for --short; two Kodak images if not given")
     args = parser.parse_args(argv)
     plan = Plan(settings_of(args, root), args.targets)
     if args.list:

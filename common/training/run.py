@@ -1,11 +1,21 @@
-"""What every train.py has besides its loop: the shared flags."""
+"""What every train.py has around its loop: the shared flags, and `Run`."""
 
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from common import cli, processes
+from common import cli, data, processes
+from common.training.checkpoints import Checkpoints
+from common.training.log import Log
+from common.training.optimizers import check_finite
+
+import torch
+import yaml
+from torch import Tensor
 
 
 def add_training_flags(parser: argparse.ArgumentParser, lr_schedule: str,
@@ -14,33 +24,139 @@ def add_training_flags(parser: argparse.ArgumentParser, lr_schedule: str,
 
     without: those that the source has too, in a form of its own.
     """
-    group = parser.add_argument_group("ours, beside the source's flags")
+    group = parser.add_argument_group("flags of this repository")
 
     def add(flag: str, **settings: Any) -> None:
         if flag not in without:
             group.add_argument(flag, **settings)
 
-    add("--config", help="YAML file of flags; the command line wins over it")
+    add("--config", help="YAML file of flags; the command line overrides it")
     add("--resume", action="store_true", help="continue this run from its newest checkpoint")
-    add("--metric", default="mse", choices=["mse", "ms-ssim"], help="distortion")
-    add("--optimizer", default="adam", choices=["adam", "muon"], help="muon: fewer steps")
+    add("--metric", default="mse", choices=["mse", "ms-ssim"], help="distortion measure of the loss")
+    add("--optimizer", default="adam", choices=["adam", "muon"],
+        help="optimiser of the main parameters; muon needs fewer steps than adam")
     add("--aux-lr", type=cli.positive_float, default=1e-3, help="learning rate of the quantiles")
     add("--lr-schedule", default=lr_schedule,
-        choices=["plateau", "multistep", "cosine", "constant"], help="stepped once an epoch")
-    add("--milestones", type=int, nargs="*", default=[40, 90, 140], help="epochs, for multistep")
-    add("--clip-max-norm", type=cli.positive_float, default=1.0, help="gradient norm limit")
-    add("--patch-size", type=cli.positive_int, default=256, help="side of the square crops, pixels")
+        choices=["plateau", "multistep", "cosine", "constant"],
+        help="learning-rate schedule, stepped once per epoch")
+    add("--milestones", type=int, nargs="*", default=[40, 90, 140],
+        help="epochs at which multistep lowers the learning rate")
+    add("--clip-max-norm", type=cli.positive_float, default=1.0, help="maximum gradient norm")
+    add("--patch-size", type=cli.positive_int, default=256, help="side of the square crops in pixels")
     add("--flip", action=argparse.BooleanOptionalAction, default=False,
         help="flip half of the crops left to right")
-    add("--steps-per-epoch", type=cli.count, default=0, help="0: one pass over the data")
+    add("--steps-per-epoch", type=cli.count, default=0,
+        help="training steps per epoch; 0 makes one pass over --dataset")
     add("--test-every", type=cli.positive_int, default=1, help="epochs between validations")
     add("--save-every", type=cli.positive_int, default=1, help="epochs between kept checkpoints")
-    add("--seed", type=cli.seed_number, default=0, help="of weights, noise, crops")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--seed", type=cli.seed_number, default=0, help="seed of weights, noise and crops")
+    add("--device", default="auto", help="device to train on: auto, cpu or cuda")
     add("--precision", default="auto", choices=["auto", *processes.PRECISIONS],
-        help="of training; auto: bf16 where the hardware has it")
+        help="training precision; auto chooses bf16 where the hardware supports it")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="torch.compile: pays after about five minutes")
+        help="compile the network with torch.compile; pays off after about five minutes")
     add("--graph", action=argparse.BooleanOptionalAction, default=True,
         help="on one GPU, record a training step as a CUDA graph and replay it")
-    add("--threads", type=cli.threads, default=0, help="CPU threads; 0: all")
+    add("--threads", type=cli.threads, default=0, help="number of CPU threads; 0 uses all")
+
+
+@dataclass
+class Run:
+    """A training run around its loop: the data in order, the log, checkpoints within an epoch.
+
+        for epoch in run.remaining_epochs():
+            model.train()
+            for x in run.batches():
+                values = train_step(x)
+                run.end_step({**values, "lr": ...}, best=best)
+            line, means = run.end_epoch()
+            ...
+            run.save(f"epoch_{epoch}.pth", best=best)
+            log.line(line)
+
+    batch_size: images of this process in a step; check_time: minutes between the checkpoints
+    within an epoch, which are called `latest`.
+    """
+
+    checkpoints: Checkpoints
+    log: Log
+    crops: data.Crops
+    device: torch.device
+    epochs: int
+    steps_per_epoch: int
+    batch_size: int
+    num_workers: int
+    check_time: float
+    latest: str = "latest.pth"
+    step: int = 0  # steps done
+    epoch: int = field(default=0, init=False)
+    saved: float = field(default=0.0, init=False)
+
+    @property
+    def is_last_epoch(self) -> bool:
+        return self.epoch + 1 == self.epochs
+
+    def announce(self, config: dict[str, Any], bundled: bool, flag: str = "--epochs") -> None:
+        """Print the configuration and what is trained on what; flag: the one for more epochs."""
+        if processes.rank() > 0:
+            return
+        print(yaml.safe_dump(config, sort_keys=False).strip())
+        print(self.describe(bundled), flush=True)
+        if self.is_done():
+            print(f"nothing to do: this run has its {self.epochs} epochs already ({flag} for more)")
+
+    def describe(self, bundled: bool) -> str:
+        """The number of training images, steps per epoch and the hardware in words."""
+        images = f"{len(self.crops.items)} training images"
+        return (f"{images}{' (bundled photographs)' if bundled else ''}, {self.steps_per_epoch} "
+                f"steps an epoch, on {processes.describe_hardware(self.device)}")
+
+    def is_done(self) -> bool:
+        return self.step >= self.epochs * self.steps_per_epoch
+
+    def remaining_epochs(self) -> Iterator[int]:
+        """From the epoch in which the run was stopped to the last one."""
+        self.log.begin(self.step)
+        self.saved = time.monotonic()
+        for epoch in range(self.step // self.steps_per_epoch, self.epochs):
+            self.epoch = epoch
+            yield epoch
+
+    def batches(self) -> Iterator[Tensor]:
+        """The crops of the rest of this epoch: x (B, 3, H, W) in [0, 1], channels last."""
+        last_step = (self.epoch + 1) * self.steps_per_epoch
+        for images in data.loader(self.crops, self.step, last_step, self.batch_size,
+                                  processes.rank(), processes.world(), self.num_workers):
+            x = data.to_float(images.to(self.device, non_blocking=True))
+            yield x.contiguous(memory_format=torch.channels_last)
+
+    def check(self, values: dict[str, Tensor]) -> None:
+        """UserError when a loss or the gradient norm of this step is not finite."""
+        check_finite(values, self.step, self.checkpoints.last)
+
+    def end_step(self, values: dict[str, Any], every: int = 50, **state: Any) -> None:
+        """Count and log a step (to TensorBoard once in `every`), and save `latest` when it is due.
+
+        state: what the checkpoint holds besides the parts of the run.
+        """
+        self.step += 1
+        self.log.step(self.step, values, every)
+        due = self.step % 20 == 0 and time.monotonic() - self.saved > 60 * self.check_time
+        within = self.step < (self.epoch + 1) * self.steps_per_epoch
+        if within and processes.broadcast_flag(due):
+            self.save(self.latest, **state)
+
+    def end_epoch(self) -> tuple[str, dict[str, float]]:
+        """The line for the log, and the mean losses over the epoch."""
+        means = self.log.means()
+        return (f"epoch {self.epoch}  step {self.step}  train loss {means['loss']:.4f} "
+                f"bpp {means['bpp']:.4f}"), means
+
+    def settle(self) -> None:
+        """At the end of the run, solve for the quantiles of the entropy bottlenecks."""
+        if self.is_last_epoch:
+            self.checkpoints.update_tables(self.step, settle=True)
+
+    def save(self, name: str, **state: Any) -> None:
+        self.checkpoints.save(name, self.epoch, self.step, **state)
+        self.saved = time.monotonic()
