@@ -9,11 +9,12 @@ SHORT ?=
 VENV := .venv
 STAMP := $(VENV)/.stamp
 PY := $(VENV)/bin/python
-PAPERS := $(patsubst %/train.py,%,$(wildcard */train.py))
+# Every folder with a model.py and a train.py is a paper (common/papers.py).
+PAPERS := $(patsubst %/model.py,%,$(wildcard $(patsubst %/train.py,%/model.py,$(wildcard */train.py))))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint bench compare clean ablate-convnextic weights \
-    $(PAPERS:%=reproduce-%) $(PAPERS:%=weights-%)
+    $(PAPERS:%=reproduce-%) $(PAPERS:%=weights-%) $(PAPERS:%=report-%)
 
 help:
 	@echo "make setup              make $(VENV) and install the pinned packages (the others do it too)"
@@ -27,6 +28,7 @@ help:
 	@echo "make weights            those of all papers, the one with the least work first"
 	@echo "                        DATASET=/path (a folder, a .tar, or a quoted '/path/*.tar') THREADS=2"
 	@echo "                        JOBS=2 (stages at once); SHORT=1 tries it all in a minute or two"
+	@echo "make report-PAPER       evaluate the bundled weights of PAPER; write results/, plot, table rows"
 	@echo "make ablate-convnextic  train the rows of its ablation table at equal steps"
 	@echo "make compare            all papers' bundled results in one table and one plot, rd.png"
 	@echo "make bench              measure training and coding speed"
@@ -79,7 +81,10 @@ weights: $(STAMP)
 $(PAPERS:%=weights-%): weights-%: $(STAMP)
 	$(WEIGHTS) $*
 
-reproduce-% weights-%:
+$(PAPERS:%=report-%): report-%: $(STAMP)
+	$(PY) -m common.recipes.report $* $(if $(THREADS),--threads $(THREADS))
+
+reproduce-% weights-% report-%:
 	@echo "error: no paper '$*'; choose from: $(PAPERS)" >&2; exit 2
 
 clean:

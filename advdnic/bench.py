@@ -1,10 +1,10 @@
-"""Seconds of the ten at N = 128: part of `make bench`.
+"""Measure the speed of the ten experiments at N = 128: part of `make bench`.
 
     python -m common.evaluation.bench advdnic
 
-Coding of a 512x768 image, by part for the contexts; variant3_old's waves beside CompressAI's joint
-model, which decodes position by position; a training step in bf16 beside float32. Weights are
-random, scaled so that latents cost about half a bit per pixel.
+It times coding of a 512x768 image, with the part of the entropy model; the wavefronts of variant3_old
+against CompressAI's joint model, which decodes position by position; and a training step in bf16
+against float32. Weights are random, scaled so that latents take about half a bit per pixel.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run(rounds: int) -> None:
 
 @torch.no_grad()
 def lively(experiment: str) -> Experiment:
-    """Random weights whose latents have a deviation of 1.5."""
+    """A model with random weights whose latents have a standard deviation of 1.5."""
     torch.manual_seed(0)
     model = build(experiment).to(memory_format=torch.channels_last).eval()
     last = [m for m in model.g_a.modules() if isinstance(m, nn.Conv2d)][-1]
@@ -77,7 +77,7 @@ def waves(rounds: int) -> None:
 
 
 def training(rounds: int) -> None:
-    """A step on 8 crops of 256x256."""
+    """Time a training step on 8 crops of 256x256."""
     x = bench.tiles()
     for experiment in ("base", "variant3"):
         torch.manual_seed(0)

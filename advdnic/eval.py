@@ -1,4 +1,4 @@
-"""Code a folder of images into real files, decode them, and write what they cost and how they look.
+"""Compress a folder of images to files, decode them, and measure rate, distortion and time.
 
     python eval.py                                       bundled small weights, Kodak
     python eval.py --model-dir experiments/variant2      that folder's last checkpoint, one or more
@@ -6,8 +6,9 @@
     python eval.py --complexity                          parameters and GMACs of the ten
     torchrun --nproc_per_node=4 eval.py ...              images divided over processes
 
-bpp is the size of the file on disk * 8 / original pixels, header included. PSNR and MS-SSIM are
-those of 8-bit images without padding, averaged over images. The source's way: `main.py benchmark`.
+bpp is 8 * file size on disk / original pixels, including the header. PSNR and MS-SSIM are computed
+on 8-bit images without padding and averaged over the images. The source's command is
+`main.py benchmark`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from pathlib import Path
 from common import UserError, cli, data, processes
 from common.complexity import complexity_of_parts
 from common.evaluation import compare, evaluate
-from common.evaluation.results import merge_points
 
 from advdnic.main import last_checkpoint
 from advdnic.model import EXPERIMENTS, build, load
@@ -27,11 +27,13 @@ HERE = Path(__file__).parent
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = cli.Parser(description="Code images for real and measure rate and distortion.")
-    add = parser.add_argument_group("what to code, with which weights").add_argument
-    add("--model-dir", type=Path, nargs="+", help="of train.py: their last checkpoints")
-    add("--experiment", choices=EXPERIMENTS, help="of the bundled weights; none: all")
-    add("--dataset", "--data-dir", help="folder of images; none: Kodak")
+    parser = cli.Parser(description="Compress images to files and measure rate and distortion.")
+    add = parser.add_argument_group("images and weights").add_argument
+    add("--model-dir", type=Path, nargs="+",
+        help="folders of train.py, whose last checkpoints are evaluated")
+    add("--experiment", choices=EXPERIMENTS,
+        help="experiment of the bundled weights; all if not given")
+    add("--dataset", "--data-dir", help="folder of test images; Kodak if not given")
     evaluate.add_flags(parser)
     return parser
 
@@ -39,22 +41,12 @@ def flags() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
     device = processes.start(args.device, threads=args.threads)
-    entropy_device = processes.parse_device(args.entropy_device)
     if args.complexity:
         print_complexity()
         return
     images = data.list_images(args.dataset or data.KODAK)
-    curves = []
-    for name, checkpoints in find(args).items():
-        points = []
-        for checkpoint in checkpoints:
-            model = load(checkpoint, device)
-            model.coding_device = entropy_device
-            out = evaluate.output_folder(args.outdir, name, checkpoint)
-            points.append(evaluate.evaluate(model, images, name, str(checkpoint.name), out,
-                                            args.test_batch_size,
-                                            {"experiment": model.experiment}))
-        curves.append(merge_points(points))
+    curves = evaluate.fixed_rate_curves(args, find(args), load, images, device,
+                                        lambda model: {"experiment": model.experiment})
     if processes.rank() == 0:
         compare.report(curves, HERE / "results" / "published.json", images, Path(args.resultdir),
                        "advDNIC")

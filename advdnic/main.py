@@ -36,30 +36,36 @@ COLUMNS = ("image", "bytes", "actual bpp", "information bpp", "mse", "psnr", "ms
 
 def parser_of() -> argparse.ArgumentParser:
     parser = cli.Parser(description="Train an experiment, code images with it.")
-    parser.add_argument("--name", help="of the run, in its log")
-    parser.add_argument("--verbose", "-V", action="store_true", help="print what is measured")
-    parser.add_argument("--model-dir", type=Path, help="of params.json and checkpoints")
+    parser.add_argument("--name", help="name of the run, shown in its log")
+    parser.add_argument("--verbose", "-V", action="store_true", help="print the measurements")
+    parser.add_argument("--model-dir", type=Path, help="folder of params.json and checkpoints")
     parser.add_argument("--use_adversarial_loss", "--use-adversarial-loss", type=params.boolean,
-                        default=False, help="refused: there is no discriminator")
+                        default=False, help="not supported, as there is no discriminator")
     commands = parser.add_subparsers(dest="command", required=True)
-    train.add_flags(commands.add_parser("train", help="train --model-dir's experiment"))
-    for name, what in (("compress", "image -> .ncf"), ("decompress", ".ncf -> .png")):
+    train.add_flags(commands.add_parser("train", help="train the experiment of --model-dir"))
+    for name, what in (("compress", "code an image as a .ncf file"),
+                       ("decompress", "decode a .ncf file to a .png")):
         command = commands.add_parser(name, help=what)
-        command.add_argument("input_file", type=Path)
+        command.add_argument("input_file", type=Path, help="file to read")
         command.add_argument("output_file", type=Path, nargs="?",
-                             help=f"none: input and {'.ncf' if name == 'compress' else '.png'}")
+                             help="file to write; the name of the input with "
+                             f"{'.ncf' if name == 'compress' else '.png'} appended if not given")
         if name == "compress":
-            command.add_argument("--plot", type=Path, help="file of the ten panels; with -V "
-                                 "OUTPUT.panels.png")
+            command.add_argument("--plot", type=Path, help="image file for the ten panels; with "
+                                 "-V, OUTPUT.panels.png if not given")
     bench = commands.add_parser("benchmark", help="code a folder of images, decode and verify")
-    bench.add_argument("--data-dir", help="folder of images; none: Kodak")
-    bench.add_argument("--allow-growth", type=params.boolean, default=True, help="without effect")
+    bench.add_argument("--data-dir", help="folder of test images; Kodak if not given")
+    bench.add_argument("--allow-growth", type=params.boolean, default=True,
+                       help="without effect; GPU memory always grows on demand")
     bench.add_argument("--decode", action=argparse.BooleanOptionalAction, default=True,
                        help="decode each file and compare it with the encoder's reconstruction")
-    bench.add_argument("--outdir", type=Path, help="none: MODEL_DIR/benchmark")
+    bench.add_argument("--outdir", type=Path,
+                       help="folder of results; MODEL_DIR/benchmark if not given")
     for command in (*(commands.choices[c] for c in ("compress", "decompress")), bench):
-        command.add_argument("--device", default="auto", help="auto, cpu or cuda")
-        command.add_argument("--threads", type=cli.threads, default=0, help="CPU threads; 0: all")
+        command.add_argument("--device", default="auto",
+                             help="device that runs the codec: auto, cpu or cuda")
+        command.add_argument("--threads", type=cli.threads, default=0,
+                             help="number of CPU threads; 0 uses all")
     return parser
 
 

@@ -1,10 +1,10 @@
-"""Ten experiments of fl0wbar/advDNIC.estimator on one bench: transforms (base, mod1 to mod4) over a
-scale hyperprior (Balle et al., ICLR 2018), and entropy models (variant1 to variant4) with means
-(Minnen et al., NeurIPS 2018) and autoregressive contexts. There is no paper.
+"""Ten experiments of fl0wbar/advDNIC.estimator in one framework: transforms (base, mod1 to mod4)
+with a scale hyperprior (Balle et al., ICLR 2018), and entropy models (variant1 to variant4) with
+means (Minnen et al., NeurIPS 2018) and autoregressive contexts. There is no paper.
 
-The source's contexts cannot be decoded (README); here variant3 and variant4 have a PixelCNN++ that
-can, variant3_old one masked convolution. What is exact when coding: h_s, context, entropy
-parameters.
+The contexts of the source cannot be decoded (README). Here, variant3 and variant4 have a PixelCNN++
+that can be, and variant3_old has a masked convolution. In coding, h_s, context and entropy
+parameters are exact.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ EXPERIMENTS = ("base", "mod1", "mod2", "mod3", "mod4", "variant1", "variant2", "
                "variant3_old", "variant4")
 Symbols = Callable[[Tensor, Tensor, Tensor], Tensor]
 Code = Callable[[Tensor, Tensor, Tensor], Tensor]
-FILTERS = (3, 3, 3)  # of p(z)'s network, as in tensorflow-compression 1.2
+FILTERS = (3, 3, 3)  # of the network of p(z), as in tensorflow-compression 1.2
 
 
 class Experiment(Codec):
-    """One of the ten.
+    """The codec of one of the ten experiments.
 
         x (3,512,768) -> g_a -> y (C,32,48) ---------------> Q -> y_hat -> g_s -> x_hat
                                 |                            |      |
@@ -45,9 +45,9 @@ class Experiment(Codec):
                                 v                            |      v
                            h_a(|y|) -> z (Z,8,12) -> Q -> h_s -> psi, or scales, or both
 
-    base, mod1 to mod4, variant1: scales alone, means are 0. variant2: two h_s. variant3,
-    variant3_old, variant4: entropy_parameters of psi and phi. C = Z = num_filters, but in mod2 and
-    mod3, 192 and 320.
+    base, mod1 to mod4 and variant1 predict scales only, and means are 0. variant2 has two h_s.
+    variant3, variant3_old and variant4 have entropy_parameters, whose input is psi and phi.
+    C = Z = num_filters, except in mod2 and mod3, where they are 192 and 320.
     """
 
     tag = b"advd"  # in the header of this paper's files
@@ -58,12 +58,12 @@ class Experiment(Codec):
                  ep_compat: bool = False, mod2_down_inverse: bool = True, resnets: int = 1,
                  stages: int = 0, scales_min: float = 0.11, scales_max: float = 256.0,
                  scales_levels: int = 64):
-        """variant1: its transforms, "base" (the source's code) or "mod3" (its README).
+        """variant1: its transforms, "base" (the source's code) or "mod3" (the source's README).
 
-        ep_compat: entropy parameters without their first layer, which is dead in the source;
-        mod2_down_inverse: inverse GDN behind the encoder's steps down, as the source; resnets,
-        stages: PixelCNN++'s residual blocks of a level, its strided steps (2 in the paper);
-        scales_...: the table of scales that files are coded with.
+        ep_compat: entropy parameters without their first layer, which the source does not use;
+        mod2_down_inverse: inverse GDN after downsampling in the encoder, as in the source;
+        resnets, stages: residual blocks per level and strided steps of PixelCNN++ (the paper has 2
+        steps); scales_min, scales_max, scales_levels: the scale table of the coder.
         """
         super().__init__()
         if experiment not in EXPERIMENTS:
@@ -124,13 +124,13 @@ class Experiment(Codec):
 
     @property
     def tile_above(self) -> float:
-        """Image pixels; squeeze-excite and attention see the whole image: no tiles."""
+        """Image pixels above which tiles are used; never with squeeze-excite or attention."""
         local = not any(isinstance(m, (t.ExactSE, t.NonLocal, t.MBSignal)) for m in self.modules())
         return LIMIT if local else math.inf
 
     def update(self, scale_table: Tensor | None = None, force: bool = False,
                **more: bool) -> bool:
-        """Tables of the coder, from this bench's scales."""
+        """Compute the CDF tables, by default for the scale table of this model."""
         if scale_table is None:
             scale_table = torch.linspace(math.log(self.scales_min), math.log(self.scales_max),
                                          self.scales_levels).exp()
@@ -140,7 +140,7 @@ class Experiment(Codec):
     def forward(self, x: Tensor) -> dict[str, Any]:
         """x (B, 3, H, W) in [0, 1], H and W multiples of 64 -> x_hat and likelihoods of y, z.
 
-        The context sees y with the same noise as its likelihood. In eval mode y_hat is a file's.
+        The context and the likelihood see the same noise on y. In eval mode, y_hat is the file's.
         """
         y = self.g_a(x).float()
         z = self.h_a(y.abs()).float()
@@ -160,7 +160,7 @@ class Experiment(Codec):
         return {"x_hat": x_hat, "likelihoods": {"y": y_likelihoods, "z": z_likelihoods}}
 
     def _predict(self, z_hat: Tensor, y_hat: Tensor) -> tuple[Tensor, Tensor]:
-        """scales, means (B, C, h, w)"""
+        """Scales and means (B, C, h, w)."""
         if self.prior == "scales":
             scales = self.h_s(z_hat)
             return scales, torch.zeros_like(scales)
@@ -173,7 +173,7 @@ class Experiment(Codec):
     @torch.no_grad()
     def compress(self, x: Tensor) -> dict[str, Any]:
         """x as in forward -> {"strings": [y_strings, z_strings], "shape": (H / 64, W / 64)}, and
-        what was found on the way: y, z, y_hat, scales, means.
+        the intermediate results y, z, y_hat, scales, means.
         """
         y = tiled(self.g_a, x, down=16, limit=self.tile_above)
         z = self.h_a(y.abs())
@@ -188,12 +188,12 @@ class Experiment(Codec):
 
     @torch.no_grad()
     def decoded(self, y_hat: Tensor) -> Tensor:
-        """x_hat (B, 3, H, W) in [0, 1]."""
+        """g_s: y_hat -> x_hat (B, 3, H, W) in [0, 1]."""
         return tiled(self.g_s, y_hat, up=16, limit=self.tile_above).clamp_(0, 1)
 
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
-        """Inverse of compress -> {"x_hat": (B, 3, H, W) in [0, 1]}."""
+        """Inverse of `compress`; returns {"x_hat": (B, 3, H, W) in [0, 1]}."""
         y_strings, z_strings = strings
         z_hat = entropy.decode_bottleneck(self.entropy_bottleneck, z_strings, shape)
         y_hat = self._decode(y_strings, z_hat)
@@ -202,7 +202,7 @@ class Experiment(Codec):
     @torch.no_grad()
     @torch.compiler.disable
     def _encode(self, y: Tensor, z_hat: Tensor) -> tuple[Tensor, Tensor, Tensor, list]:
-        """y_hat, scales, means (B, C, h, w); [(symbols, CDF indexes), ...] in order of coding."""
+        """y_hat, scales, means (B, C, h, w); [(symbols, CDF indexes), ...] in coding order."""
         device = self.coding_device or y.device
         rows = y.to(device).double().flatten(2).transpose(1, 2)  # (B, h * w, C)
         coded = []
@@ -216,7 +216,7 @@ class Experiment(Codec):
 
     @torch.no_grad()
     def _decode(self, strings: list[bytes], z_hat: Tensor) -> Tensor:
-        """y_hat (B, C, h, w) from one string an image; ValueError when one is damaged."""
+        """Decode y_hat (B, C, h, w) from one string per image; ValueError if one is damaged."""
         h, w = (4 * side for side in z_hat.shape[-2:])
         decoder = entropy.Decoders(strings, self.M * h * w,
                                    entropy.Tables.of(self.gaussian_conditional))
@@ -226,9 +226,9 @@ class Experiment(Codec):
         return y_hat.to(z_hat)
 
     def _walk(self, z_hat: Tensor, symbols: Symbols) -> tuple[Tensor, Tensor, Tensor]:
-        """y_hat, scales, means in fixed point, some positions at a time.
+        """Compute y_hat, scales and means in fixed point, for groups of positions.
 
-        symbols(positions, indexes, means): y - means, rounded, at these positions (B, n, C).
+        symbols(positions, indexes, means): rounded y - means at these positions (B, n, C).
         """
         table = self.gaussian_conditional.scale_table
         h, w = (4 * side for side in z_hat.shape[-2:])
@@ -255,7 +255,7 @@ class Experiment(Codec):
         return tuple(part.transpose(1, 2).unflatten(2, (h, w)) for part in found)
 
     def _masked(self, psi: Tensor, code: Code) -> None:
-        """variant3_old: the masked 5x5, by waves."""
+        """variant3_old: the masked 5x5 convolution, wavefront by wavefront."""
         context = Context(self.context_model, self.entropy_parameters, psi,
                           self.gaussian_conditional.scale_table)
         for positions in wavefront(*psi.shape[-2:], psi.device):
@@ -263,7 +263,7 @@ class Experiment(Codec):
             context.put(positions, code(positions, scales, means))
 
     def _pixelcnn(self, psi: Tensor, code: Code) -> None:
-        """variant3, variant4: PixelCNN++ by waves, or with strides by pixels."""
+        """variant3, variant4: PixelCNN++, in wavefronts or, with strides, pixel by pixel."""
         batch, _, height, width = psi.shape
         first, *rest = (
             exact.Rows(layer, f"entropy_parameters.{i}", psi.device)
@@ -283,7 +283,7 @@ class Experiment(Codec):
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Tensor], **options: Any) -> Experiment:
-        """Build with the N of the weights and load them, strictly."""
+        """Build the model with the N of the weights and load them strictly."""
         if "experiment" not in options:
             raise UserError("these weights do not tell their experiment: give a checkpoint of "
                             "train.py")
@@ -297,13 +297,13 @@ class Experiment(Codec):
 
 
 def build(experiment: str = "base", num_filters: int = 128, **options: Any) -> Experiment:
-    """A new model of one of the ten experiments."""
+    """Build a model of one of the ten experiments."""
     return Experiment(experiment, num_filters, **options)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Experiment:
-    """A model from a checkpoint, ready to code."""
+    """Load a model from a checkpoint, ready to code."""
     model = load_model(path, Experiment, device)
-    if model.prior == "context":  # a few positions at a time: nothing for a GPU
+    if model.prior == "context":  # few positions at a time, too little for a GPU
         model.coding_device = torch.device("cpu")
     return model

@@ -1,15 +1,15 @@
-"""PixelCNN++ (Salimans et al., ICLR 2017, arXiv:1701.05517) over latents, as a context model that
-decodes; with `stages` strided steps down and up again (2 in the paper and in the source), or none.
+"""PixelCNN++ (Salimans et al., ICLR 2017, arXiv:1701.05517) over latents, as a decodable context
+model, with `stages` strided steps down and up again (2 in the paper and in the source), or none.
 
-Two streams walk over the plane: u sees the rows above, ul also what is to the left in its own row.
+It has two streams: u sees the rows above, and ul also sees the positions to the left in its row.
 
-    rows above      . . . . .           u  at (i, j): all of the rows above within its reach
+    rows above      . . . . .           u  at (i, j): the rows above within its receptive field
                     . . . . .
-    row i           . . x                ul at (i, j): u, and the pixels left of j
+    row i           . . x                ul at (i, j): u, and the positions left of j
 
-The plane's whole pass (`forward`, in training) and a decoder's give the same numbers, in fixed
-point the same bits. `Steps` decodes pixel by pixel: u once a row, ul once a pixel, what has been
-computed kept. `Waves` decodes the pixels of several rows at once; it knows no strides.
+A pass over the whole plane (`forward`, in training) and a decoder give the same values, in fixed
+point the same bits. `Steps` decodes pixel by pixel: it computes u once per row and ul once per
+pixel, and keeps all results. `Waves` decodes pixels of several rows at once, but has no strides.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ KINDS = {"down": (2, 3), "down_right": (2, 2), "row": (1, 3), "column": (2, 1)} 
 
 
 def concat_elu(x: Tensor, dim: int = 1) -> Tensor:
-    """ELU of x and of -x: twice the channels."""
+    """ELU of x and of -x, concatenated."""
     return F.elu(torch.cat([x, -x], dim))
 
 
 class ShiftedConv(nn.Module):
-    """Convolution that sees what is above and (down_right, column) to the left, or beside."""
+    """Convolution shifted to see positions above, and to the left (down_right, column) or both."""
 
     def __init__(self, inputs: int, outputs: int, kind: str, stride: int = 1):
         super().__init__()
@@ -53,7 +53,7 @@ class ShiftedConv(nn.Module):
 
 
 class ShiftedDeconv(nn.Module):
-    """The way up by 2 from a strided ShiftedConv: no position sees more than it may."""
+    """Upsampling by 2 after a strided ShiftedConv, such that the context stays causal."""
 
     def __init__(self, channels: int, kind: str):
         super().__init__()
@@ -88,7 +88,7 @@ class GatedResnet(nn.Module):
         self.elu, self.sigmoid = nn.ELU(), nn.Sigmoid()
 
     def forward(self, x: Tensor, aux: Tensor | None = None, run: Any = None) -> Tensor:
-        """run: how a layer acts on a plane; None: as it is."""
+        """run: applies a layer to a plane; None: layer(x)."""
         run = run or (lambda layer, x: layer(x))
         c = run(self.conv1, run(self.elu, torch.cat([x, -x], 1)))
         if self.aux is not None:
@@ -98,10 +98,10 @@ class GatedResnet(nn.Module):
 
 
 class PixelCNN(nn.Module):
-    """y_hat (B, N, h, w) -> phi (B, 2N, h, w), each position from those before it in raster order.
+    """y_hat (B, N, h, w) -> phi (B, 2N, h, w); positions depend on previous ones in raster order.
 
-    Reach of `resnets` = r without stages: 4r + 3 rows up, 4r + 2 to the left, 4r + 1 to the right.
-    With `stages` h and w are multiples of 2^stages.
+    Without stages, the receptive field for `resnets` = r is 4r + 3 rows up, 4r + 2 columns to the
+    left and 4r + 1 to the right. With `stages`, h and w must be multiples of 2^stages.
     """
 
     def __init__(self, N: int, resnets: int = 1, stages: int = 0):
@@ -109,7 +109,7 @@ class PixelCNN(nn.Module):
         self.N, self.resnets, self.stages = N, resnets, stages
         self.u_stem = ShiftedConv(N + 1, N, "down")
         self.ul_row, self.ul_column = ShiftedConv(N + 1, N, "row"), ShiftedConv(N + 1, N, "column")
-        # GatedResnets of each level on its way down and, one more where a level lies below, back up
+        # number of GatedResnets per level before the next level and, one more, after it
         below = [resnets] * (stages + 1)
         after = [resnets + 1] * stages + [resnets]
         self.ups, self.downs = numbered(below), numbered(after)
@@ -136,7 +136,7 @@ class PixelCNN(nn.Module):
         return act(self.out, act(self.elu, ul))
 
     def level(self, k: int, u: Tensor, ul: Tensor, run: Any) -> tuple[Tensor, Tensor]:
-        """Level k of the two streams, and those below it."""
+        """Apply level k of the two streams, and the levels below it."""
         act = run or (lambda layer, x: layer(x))
         us, uls = [u], [ul]
         for i in self.ups[k]:
@@ -154,7 +154,7 @@ class PixelCNN(nn.Module):
         return u, ul
 
     def exact(self, y_hat: Tensor, run: Any) -> Tensor:
-        """The whole plane in fixed point: what `Waves` and `Steps` find bit by bit."""
+        """The whole plane in fixed point; `Waves` and `Steps` give the same bits."""
         return self(y_hat, run)
 
 
@@ -165,20 +165,21 @@ def numbered(counts: list[int]) -> list[list[int]]:
 
 
 def with_ones(x: Tensor) -> Tensor:
-    """A channel of ones tells the border from a zero."""
+    """Append a channel of ones, which distinguishes padding from zeros."""
     return torch.cat([x, torch.ones_like(x[:, :1])], 1)
 
 
 class Waves:
-    """PixelCNN without stages in fixed point, all positions of a wave at once.
+    """PixelCNN without stages in fixed point, which computes all positions of a wavefront at once.
 
         waves = Waves(net, batch, height, width, device)
         for positions, phi in waves:  # i * width + j, (n,); (B, n, 2N)
             waves.put(y_hat)          # (B, n, N)
 
-    Behind u are L convolutions of three columns, so u at (i, j) sees row i - 1 up to column
-    j + L + 1. With t = j + (L + 2) i that latent has t - 1: those of equal t form a wave. At time t
-    the first u is due at column j + L, what is a convolution later at j + L - 1, ..., ul at j.
+    u is the result of L convolutions of three columns, so u at (i, j) sees row i - 1 up to column
+    j + L + 1. With t = j + (L + 2) i, that latent has t - 1, so latents of equal t form a
+    wavefront. At time t, the first u is computed at column j + L, the result of the next
+    convolution at j + L - 1, and so on, and ul at j.
     """
 
     @torch.no_grad()
@@ -189,14 +190,15 @@ class Waves:
         count = 2 * net.resnets
         self.ahead = 2 * count  # L
         self.lag = self.ahead + 2
-        # Rings of rows (B, places, C), a column of zeros on either side: those in flight, and two
-        # above. Zeros are above the first row: the last of the ring, which are not in use yet.
+        # Ring buffers of rows (B, places, C), with a column of zeros on either side: the rows in
+        # progress, and two above. The zeros above the first row are the last rows of the ring,
+        # which are not in use yet.
         stride = width + 2
         ring = min((width + self.ahead) // self.lag + 4, height + 2)
         self.ring = ring * stride
         planes = partial(torch.zeros, batch, self.ring, dtype=torch.float64, device=device)
         self.x = planes(net.N + 1)
-        self.u = [planes(net.N) for _ in range(count)]  # of the stem, of each net but the last
+        self.u = [planes(net.N) for _ in range(count)]  # outputs of the stem and of each net but the last
         wide = [[planes(2 * net.N) for _ in range(n)] for n in (count + 1, count, count, count)]
         self.u_elu, self.u_mid, self.ul_elu, self.ul_mid = wide  # inputs of convolutions
         rows = torch.arange(height, device=device)
@@ -238,16 +240,16 @@ class Waves:
                 yield self.positions[due[0]] + t, phi.unflatten(0, (self.batch, -1))
 
     def due(self, t: int) -> slice:
-        """Rows i with a column t - lag i."""
+        """Rows i for which column t - lag * i exists."""
         return slice(max(0, (t - self.width) // self.lag + 1), min(self.height, t // self.lag + 1))
 
     def put(self, y_hat: Tensor) -> None:
-        """Latents (B, n, N) of the positions that came last."""
+        """Store the latents (B, n, N) of the latest positions."""
         self.x[:, self.coded] = F.pad(y_hat, (0, 1), value=1.0)
 
     # -------------------------------------------------------------- rows are (B * places, channels)
     def seen(self, plane: Tensor, at: Tensor, kernel: str) -> Tensor:
-        """What a kernel sees at these places: (B n, taps * C)."""
+        """Inputs of a kernel at these places: (B * n, taps * C)."""
         places = (at[:, None] + self.taps[kernel]).flatten() % self.ring
         found = plane.index_select(1, places)
         return found.view(self.batch * len(at), -1)
@@ -263,19 +265,19 @@ class Waves:
         return x + a * exact.activate(self.net.u_up[0].sigmoid, "sigmoid", b)
 
     def twin(self, k: int) -> int | None:
-        """Which u, or input of an ul net, net k of the way down sees beside its own."""
+        """Index of the u, or of the input of an ul net, that is the shortcut input of net k."""
         return len(self.u_nets) - 1 - k if k >= self.net.resnets else None
 
     def u_stem(self, rows: slice, at: Tensor) -> None:
         if len(at):
             u = self.stem(self.seen(self.x, at, "stem"))
-            if rows.start == 0:  # nothing is above
+            if rows.start == 0:  # there is no row above
                 u.view(self.batch, len(at), -1)[:, 0] = 0
             self.keep(self.u[0], at, u)
             self.keep(self.u_elu[0], at, self.elus(u))
 
     def u_net(self, k: int, middle: Tensor, at: Tensor) -> None:
-        """Net k of u: its first convolution at places `middle`, its second at `at`."""
+        """Net k of u: the first convolution at places `middle`, the second one at `at`."""
         conv1, conv2, aux = self.u_nets[k]
         if len(middle):
             c = conv1(self.seen(self.u_elu[k], middle, "down"))
@@ -290,7 +292,7 @@ class Waves:
             self.keep(self.u_elu[k + 1], at, self.elus(u))
 
     def phi(self, rows: slice, at: Tensor, begins: bool) -> Tensor:
-        """ul there and its phi (B n, 2N); begins: the last place is the first of its row."""
+        """Compute ul and phi (B * n, 2N); begins: the last place is the first of its row."""
         x = self.row(self.seen(self.x, at, "row"))
         if rows.start == 0:
             x.view(self.batch, len(at), -1)[:, 0] = 0
@@ -310,10 +312,10 @@ class Waves:
 
 
 class Steps:
-    """PixelCNN in fixed point, one position after the other in raster order; used as `Waves`.
+    """PixelCNN in fixed point, one position after the other in raster order; used like `Waves`.
 
-    Level k has a row for every 2^k rows of y_hat and a column for every 2^k columns, found when the
-    first of them is due: what it sees is there by then.
+    Level k has a row for every 2^k rows of y_hat and a column for every 2^k columns. These are
+    computed when the first of them is needed, as their inputs are known by then.
     """
 
     @torch.no_grad()
@@ -326,20 +328,21 @@ class Steps:
         N, ups = net.N, len(net.u_up)
         self.downs = [[ups + k for k in numbers] for numbers in net.downs]
         self.u_nets, self.ul_nets = [*net.u_up, *net.u_down], [*net.ul_up, *net.ul_down]
-        # inputs of the convolutions of two rows, by (net, its convolution) and ("strided", level):
-        # their level, their channels
+        # (level, channels) of the inputs of the convolutions over two rows, by (net, number of its
+        # convolution) and ("strided", level)
         inputs = {(k, c): (level, 2 * N) for numbers in (net.ups, self.downs)
                   for level, ks in enumerate(numbers) for k in ks for c in (1, 2)}
         inputs |= {("strided", level): (level, N) for level in range(net.stages)}
         self.level_of = {key: level for key, (level, _) in inputs.items()}
-        # y_hat with its ones, and of each u convolution's input: this row and the one before
+        # two rows of y_hat with its channel of ones, and of the input of each u convolution: the
+        # previous row and the current one
         self.x = torch.zeros(batch, N + 1, 2, width, **kinds)
         self.u_rows = {key: torch.zeros(batch, channels, 2, width >> level, **kinds)
                        for key, (level, channels) in inputs.items()}
-        # of each ul convolution's input: two rows of positions, with a zero in front
+        # two rows of the input of each ul convolution, with a zero in front
         self.ul_rows = {key: torch.zeros(2, (width >> level) + 1, batch, channels, **kinds)
                         for key, (level, channels) in inputs.items()}
-        # what came up from the level below: two rows
+        # two rows of the upsampled result of the level below
         self.u_below = [torch.zeros(batch, N, 2, width >> k, **kinds) for k in range(net.stages)]
         self.ul_below = [torch.zeros(2, width >> k, batch, N, **kinds) for k in range(net.stages)]
         self.rows = {(k, c): exact.Rows(getattr(ul, f"conv{c}").conv, f"ul.{k}.conv{c}", device)
@@ -355,9 +358,9 @@ class Steps:
         for position in torch.arange(self.height * self.width, device=self.x.device)[:, None]:
             yield position, self.phi()[:, None]
 
-    # ------------------------------------------------------------------------- once a row: u
+    # ----------------------------------------------------------------------- once per row: u
     def begin_row(self) -> None:
-        """u of row i from the rows above; and what ul needs of it, pixel by pixel (w, B, C)."""
+        """Compute u of row i from the rows above, and store what ul needs per pixel (w, B, C)."""
         net, top = self.net, self.i == 0
         for key, level in self.level_of.items():
             if self.i % 2**level == 0:
@@ -372,7 +375,7 @@ class Steps:
         self.x[:, -1, 1] = 1
 
     def u_level(self, level: int, u: Tensor) -> Tensor:
-        """The row of level `level` that is due, and of those below it: (B, C, 1, w)."""
+        """Compute the current row (B, C, 1, w) of level `level`, and those of the levels below."""
         net, us = self.net, [u]
         for k in net.ups[level]:
             us.append(self.u_step(k, us[-1], None))
@@ -391,7 +394,7 @@ class Steps:
         return u
 
     def u_step(self, k: int, x: Tensor, aux: Tensor | None) -> Tensor:
-        """Row i of a GatedResnet of u: x (B, C, 1, w)."""
+        """Compute the current row of GatedResnet k of u; x: (B, C, 1, w)."""
         net, run = self.u_nets[k], exact.run
 
         def conv(c: int, x: Tensor) -> Tensor:
@@ -407,16 +410,16 @@ class Steps:
         self.u_of[k] = by_pixel(x)
         return x
 
-    # ----------------------------------------------------------------------- once a pixel: ul
+    # --------------------------------------------------------------------- once per pixel: ul
     def phi(self) -> Tensor:
-        """Of the position that comes next: (B, 2N) float64."""
+        """phi of the next position, (B, 2N), float64."""
         x = self.first[self.j]
         if self.j > 0:  # a convolution of two rows, shifted to the right
             x = x + self.column(self.x[:, :, :, self.j - 1].transpose(1, 2).flatten(1))
         return self.out(exact.activate(self.net.elu, "elu", self.ul_level(0, x)))
 
     def ul_level(self, level: int, x: Tensor) -> Tensor:
-        """The position of level `level` that is due, and of those below it: (B, C)."""
+        """Compute the current position (B, C) of level `level`, and those of the levels below."""
         net, uls, j = self.net, [x], self.j >> level
         for k in net.ups[level]:
             uls.append(self.ul_step(k, j, uls[-1], self.u_of[k][j]))
@@ -450,7 +453,7 @@ class Steps:
         return x + a * exact.activate(net.sigmoid, "sigmoid", b)
 
     def put(self, y_hat: Tensor) -> None:
-        """Latents (B, 1, N) of the position that came last."""
+        """Store the latent (B, 1, N) of the latest position."""
         self.x[:, :-1, 1, self.j] = y_hat[:, 0]
         self.j += 1
         if self.j == self.width:
@@ -464,5 +467,5 @@ def by_pixel(row: Tensor) -> Tensor:
 
 
 def taps(rows: Tensor, j: int) -> Tensor:
-    """What a 2x2 kernel at column j sees: (2, w + 1, B, C) -> (B, 4 C)."""
+    """Inputs of a 2x2 kernel at column j: (2, w + 1, B, C) -> (B, 4 C)."""
     return rows[:, j : j + 2].permute(2, 0, 1, 3).flatten(1)

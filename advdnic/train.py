@@ -45,44 +45,57 @@ SAME_RUN = (*params.DEFAULTS, "batchsize", "images", "steps_per_epoch", "random_
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `main.py train`, and ours."""
     add = parser.add_argument_group("the source's flags").add_argument
-    add("--train-data-dir", "--dataset", help="folder of images, tar shards; none: bundled")
-    add("--eval-data-dir", help="folder of images; none: Kodak")
-    add("--batchsize", type=cli.positive_int, default=4, help="over all processes")
-    add("--num-parallel-calls", type=cli.count, default=4, help="data loader processes")
-    add("--epochs", type=cli.positive_int, default=1000, help="passes over the images")
-    add("--steps", type=cli.positive_int, help="in place of --epochs; ends with an epoch")
-    add("--save-summary-steps", type=cli.positive_int, default=100, help="between log entries")
-    add("--random-seed", type=cli.seed_number, help="none: a new one each time")
-    add("--allow-growth", type=params.boolean, default=True, help="without effect: memory grows")
-    add("--xla", type=params.boolean, default=False, help="true: torch.compile")
-    add("--save-profiling-steps", type=cli.count, default=0, help="steps between traces; 0: none")
+    add("--train-data-dir", "--dataset",
+        help="folder or .tar shards of training images; bundled photographs if not given")
+    add("--eval-data-dir", help="folder of validation images; Kodak if not given")
+    add("--batchsize", type=cli.positive_int, default=4,
+        help="images per step, over all processes")
+    add("--num-parallel-calls", type=cli.count, default=4,
+        help="number of data loader processes")
+    add("--epochs", type=cli.positive_int, default=1000, help="number of epochs")
+    add("--steps", type=cli.positive_int,
+        help="number of training steps, in place of --epochs; rounded up to whole epochs")
+    add("--save-summary-steps", type=cli.positive_int, default=100,
+        help="steps between TensorBoard entries")
+    add("--random-seed", type=cli.seed_number,
+        help="seed of weights, noise and crops; a random one if not given")
+    add("--allow-growth", type=params.boolean, default=True,
+        help="without effect; GPU memory always grows on demand")
+    add("--xla", type=params.boolean, default=False,
+        help="true compiles the network with torch.compile")
+    add("--save-profiling-steps", type=cli.count, default=0,
+        help="steps between profiler traces; 0 writes none")
     add("--log-verbosity", choices=["DEBUG", "ERROR", "FATAL", "INFO", "WARN"], default="INFO",
-        help="INFO, DEBUG: progress on the terminal")
+        help="verbosity of the terminal; INFO and DEBUG show progress")
     add = parser.add_argument_group("keys of params.json").add_argument
     for key, value in params.DEFAULTS.items():
         if key == "use_adversarial_loss":  # stands before the command, too
             continue
         kind = params.boolean if isinstance(value, bool) else type(value)
         names = [f"--{key}"] if key != "lmbda" else ["--lmbda", "--lambda"]
-        add(*names, type=kind, choices=params.CHOICES.get(key), help=f"none: {value}, or as there")
+        add(*names, type=kind, choices=params.CHOICES.get(key),
+            help=f"{value} if neither this flag nor params.json gives it")
     add_training_flags(parser, lr_schedule="constant", without=(
         "--optimizer", "--aux-lr", "--lr-schedule", "--milestones", "--clip-max-norm",
         "--patch-size", "--flip", "--save-every", "--seed", "--compile", "--config"))
-    parser.add_argument("--init-ckpt", "--init_ckpt", help="start a new run from these weights")
+    parser.add_argument("--init-ckpt", "--init_ckpt",
+                        help="checkpoint whose weights a new run starts from")
     parser.add_argument("--eval-patchsize", type=cli.positive_int,
-                        help="central crops to validate with; none: whole images")
+                        help="side of the central validation crops in pixels; whole images if not "
+                        "given")
     parser.add_argument("--check-time", type=cli.minutes, default=10,
-                        help="minutes between saves within an epoch")
+                        help="minutes between checkpoints within an epoch")
 
 
 def flags() -> argparse.ArgumentParser:
     parser = cli.Parser(description="Train one of the ten experiments.")
-    parser.add_argument("--config", help="YAML file of flags; the command line wins over it")
-    parser.add_argument("--model-dir", type=Path, default=Path("experiments/base_model"))
-    parser.add_argument("--name", help="of the run, in its log")
+    parser.add_argument("--config", help="YAML file of flags; the command line overrides it")
+    parser.add_argument("--model-dir", type=Path, default=Path("experiments/base_model"),
+                        help="folder of params.json, checkpoints and logs")
+    parser.add_argument("--name", help="name of the run, shown in its log")
     parser.add_argument("--verbose", "-V", action="store_true", help="without effect in training")
     parser.add_argument("--use_adversarial_loss", "--use-adversarial-loss", type=params.boolean,
-                        default=False, help="refused: there is no discriminator")
+                        default=False, help="not supported, as there is no discriminator")
     add_flags(parser)
     return parser
 

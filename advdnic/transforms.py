@@ -1,8 +1,8 @@
 """Transforms of the ten experiments: g_a, g_s, h_a, h_s.
 
-What tensorflow-compression calls SignalConv is an ordinary convolution here, padded so that output
-0 lies on input 0. Widths, kernels and oddities (an inverse GDN in the encoder of mod2, the product
-in place of a sum in DPN) are the source's.
+The SignalConv of tensorflow-compression is an ordinary convolution here, padded so that output 0 is
+centred on input 0. Widths, kernels and peculiarities (an inverse GDN in the encoder of mod2, a
+product instead of a sum in DPN) are those of the source.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 
 Act = Callable[[], nn.Module]
-CHUNK = 2**24  # entries of an attention matrix that exist at a time
+CHUNK = 2**24  # maximum number of entries of an attention matrix in memory
 
 
 # -------------------------------------------------------------------------------- convolutions
 def conv(inputs: int, outputs: int, k: int, stride: int = 1, bias: bool = True,
          reflect: bool = False) -> nn.Module:
-    """SignalConv down: Conv2d whose first output lies on the first input."""
+    """SignalConv: a Conv2d whose first output is centred on the first input."""
     layer = nn.Conv2d(inputs, outputs, k, stride, 0 if reflect else k // 2, bias=bias)
     return nn.Sequential(Reflect(k // 2), layer) if reflect else layer
 
 
 def deconv(inputs: int, outputs: int, k: int, bias: bool = True) -> nn.ConvTranspose2d:
-    """SignalConv up by 2: every second output lies on an input."""
+    """SignalConv that upsamples by 2; every second output is centred on an input."""
     return nn.ConvTranspose2d(inputs, outputs, k, 2, k // 2, output_padding=1, bias=bias)
 
 
 class Reflect(nn.Module):
-    """Reflection at the borders; of maps too small for it, repetition."""
+    """Reflection padding; replication for feature maps that are too small for it."""
 
     def __init__(self, pad: int):
         super().__init__()
@@ -48,11 +48,11 @@ class Reflect(nn.Module):
         return F.pad(x, (self.pad,) * 4, mode=mode)
 
     def exact(self, x: Tensor, run: Any) -> Tensor:
-        return self(x)  # moves numbers, computes none
+        return self(x)  # copies values, without arithmetic
 
 
 class Down2(nn.Conv2d):
-    """Full 2x2 SignalConv of stride 2: its kernel reaches one up and one to the left."""
+    """Full 2x2 SignalConv of stride 2, whose kernel extends by one up and to the left."""
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 2, 2)
@@ -62,7 +62,7 @@ class Down2(nn.Conv2d):
 
 
 class Up2(nn.ConvTranspose2d):
-    """Full 2x2 SignalConv up by 2."""
+    """Full 2x2 SignalConv that upsamples by 2."""
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 2, 2, output_padding=1)
@@ -72,10 +72,11 @@ class Up2(nn.ConvTranspose2d):
 
 
 class Subpixel(nn.Module):
-    """1x1 convolution to s * s values a pixel, LeakyReLU, shuffle; at first nearest neighbours.
+    """1x1 convolution to s * s values per pixel, LeakyReLU, pixel shuffle.
 
-    ICNR (Aitken et al., arXiv:1707.02937): the s * s filters of a channel start equal. blur: mean
-    of 2x2, which takes the grid away that is left (Sugawara et al., arXiv:1806.02658).
+    Initially, it is nearest-neighbour upsampling (ICNR, Aitken et al., arXiv:1707.02937): the s * s
+    filters of a channel start equal. blur: averages 2x2 pixels, which removes checkerboard
+    artifacts (Sugawara et al., arXiv:1806.02658).
     """
 
     def __init__(self, channels: int, scale: int = 2, blur: bool = False):
@@ -95,7 +96,7 @@ class Subpixel(nn.Module):
         return self.smooth(run([self.conv, self.act, self.shuffle], x))
 
     def smooth(self, x: Tensor) -> Tensor:
-        """Mean of a pixel and those above, left, and above left of it, the border repeated."""
+        """Mean of a pixel and its upper, left and upper-left neighbours; the border is repeated."""
         if not self.blur:
             return x
         x = F.pad(x, (1, 0, 1, 0), mode="replicate")
@@ -103,7 +104,7 @@ class Subpixel(nn.Module):
 
 
 def same(x: Tensor, k: int, stride: int) -> Tensor:
-    """TensorFlow's "same" padding: what does not divide in two goes to the right and bottom."""
+    """TensorFlow's "same" padding: an odd remainder is added on the right and at the bottom."""
     pads = []
     for side in (x.shape[3], x.shape[2]):
         total = max((-(-side // stride) - 1) * stride + k - side, 0)
@@ -113,9 +114,9 @@ def same(x: Tensor, k: int, stride: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------- MB blocks
 class MBConv(nn.Module):
-    """Depthwise convolution, squeeze and excite, 1x1 (EfficientNet's block, expansion 1).
+    """Depthwise convolution, squeeze-and-excite, 1x1 (EfficientNet's block with expansion 1).
 
-    Stride 2 halves the resolution; scale 2 doubles it, by a Subpixel in the convolution's place.
+    Stride 2 halves the resolution; scale 2 doubles it, with Subpixel instead of the convolution.
     """
 
     def __init__(self, inputs: int, outputs: int, k: int = 3, stride: int = 1, scale: int = 1,
@@ -142,7 +143,7 @@ class MBConv(nn.Module):
 
 
 class ExactSE(SqueezeExcite):
-    """Squeeze and excite, whose mean has a fixed-point form: a sum of integers."""
+    """Squeeze-and-excite whose mean is exact: in fixed point, it is a sum of integers."""
 
     def exact(self, x: Tensor, run: Any) -> Tensor:
         mean = exact.round_to_grid(x.clamp(-4096, 4096), 12).sum((2, 3), keepdim=True) / (
@@ -155,9 +156,9 @@ class ExactSE(SqueezeExcite):
 
 
 class MBSignal(nn.Module):
-    """mod2's block: the same of SignalConvs with GDN (encoder) or inverse GDN (decoder).
+    """Block of mod2: MBConv with SignalConvs, and GDN (encoder) or inverse GDN (decoder).
 
-    Its steps of stride 2 are full 2x2 kernels, with an inverse GDN in the encoder, too.
+    Blocks of stride 2 have full 2x2 kernels and, in the encoder, an inverse GDN.
     """
 
     def __init__(self, inputs: int, outputs: int, k: int = 3, stride: int = 1, scale: int = 1,
@@ -187,13 +188,13 @@ class MBSignal(nn.Module):
 
 # --------------------------------------------------------------------- base, mod1, mod4, variants
 def base_analysis(N: int, between: Callable[[], list[nn.Module]] = list) -> nn.Sequential:
-    """g_a of Balle et al. 2018: (B, 3, H, W) -> y (B, N, H/16, W/16). between: behind each GDN."""
+    """g_a of Balle et al. 2018: (B, 3, H, W) -> y (B, N, H/16, W/16). between: after each GDN."""
     return nn.Sequential(conv(3, N, 5, 2), GDN(N), *between(), conv(N, N, 5, 2), GDN(N), *between(),
                          conv(N, N, 5, 2), GDN(N), *between(), conv(N, N, 5, 2))
 
 
 def base_synthesis(N: int, between: Callable[[], list[nn.Module]] = list) -> nn.Sequential:
-    """g_s: the way back."""
+    """g_s: y_hat (B, N, H/16, W/16) -> (B, 3, H, W). between: after each inverse GDN."""
     return nn.Sequential(deconv(N, N, 5), GDN(N, inverse=True), *between(), deconv(N, N, 5),
                          GDN(N, inverse=True), *between(), deconv(N, N, 5), GDN(N, inverse=True),
                          *between(), deconv(N, 3, 5))
@@ -205,13 +206,13 @@ def hyper_analysis(y: int, N: int, z: int, act: Act) -> nn.Sequential:
 
 
 def hyper_synthesis(z: int, N: int, y: int, act: Act) -> nn.Sequential:
-    """h_s: scales, or means, of y."""
+    """h_s: z_hat -> scales, or means, of y."""
     return nn.Sequential(deconv(z, z, 5) if z != N else deconv(N, N, 5), act(), deconv(z, N, 5),
                          act(), conv(N, y, 3))
 
 
 def subpixel_synthesis(N: int) -> nn.Sequential:
-    """g_s of mod4: reflection, 3x3 to four values a pixel, shuffle."""
+    """g_s of mod4: reflection padding, 3x3 convolution to four values per pixel, pixel shuffle."""
     def up(outputs: int) -> list[nn.Module]:
         return [conv(N, 4 * outputs, 3, reflect=True), nn.PixelShuffle(2)]
 
@@ -226,11 +227,11 @@ ENCODER = ((32, 16, 3, 1), (16, 16, 3, 1), (16, 24, 3, 2), (24, 24, 3, 1), (24, 
 DECODER = ((192, 112, 3, 1), (112, 112, 5, 1), (112, 80, 5, 1), (80, 80, 3, 1), (80, 40, 3, 2),
            (40, 40, 5, 1), (40, 24, 5, 2), (24, 24, 3, 1), (24, 16, 3, 2), (16, 16, 3, 1),
            (16, 32, 3, 1))  # in, out, kernel, scale
-EFF_Y, EFF_Z = 192, 320  # channels of y and z, whatever N is
+EFF_Y, EFF_Z = 192, 320  # channels of y and z, independent of N
 
 
 def signal_analysis(down_inverse: bool = True) -> nn.Sequential:
-    """g_a of mod2: EfficientNet-B0's widths in SignalConvs."""
+    """g_a of mod2: SignalConvs with the widths of EfficientNet-B0."""
     return nn.Sequential(
         conv(3, 16, 3), GDN(16), conv(16, 32, 3, 2), GDN(32),
         *(MBSignal(i, o, k, s, down_inverse=down_inverse) for i, o, k, s in ENCODER),
@@ -253,7 +254,7 @@ class SameConv(nn.Conv2d):
 
 
 def efficient_analysis() -> nn.Sequential:
-    """g_a of mod3: the same of ordinary convolutions, swish and batch norm."""
+    """g_a of mod3: as mod2, with ordinary convolutions, swish and batch norm."""
     return nn.Sequential(
         SameConv(3, 32, 3, 2, bias=False), nn.SiLU(), nn.BatchNorm2d(32, eps=1e-3, momentum=0.01),
         *(MBConv(i, o, k, s, norm=True) for i, o, k, s in ENCODER), conv(EFF_Y, EFF_Y, 5))
@@ -269,10 +270,10 @@ def efficient_synthesis() -> nn.Sequential:
 
 # -------------------------------------------------------------------------------------- variant4
 class NonLocal(nn.Module):
-    """x + W(softmax(theta(x) phi(x)^T) g(x)), every position to every other (Wang et al. 2018).
+    """x + W(softmax(theta(x) phi(x)^T) g(x)), attention over all positions (Wang et al. 2018).
 
-    phi and g keep the larger of two neighbours in a row. The softmax goes through rows in parts, so
-    memory does not grow with the square of the image.
+    phi and g are max-pooled over two neighbours in a row. Rows of the softmax are computed in
+    parts, so that memory does not grow with the square of the image.
     """
 
     def __init__(self, channels: int):
@@ -290,7 +291,7 @@ class NonLocal(nn.Module):
         return x + self.out(y.transpose(1, 2).unflatten(2, x.shape[-2:]))
 
     def product_macs(self, x: Tensor) -> int:
-        """Multiply-accumulates of positions with positions, twice."""
+        """Multiply-accumulates of the two products between positions."""
         positions = x.shape[2] * x.shape[3]
         return 2 * len(x) * positions * max(1, positions // 2) * self.out.in_channels
 
@@ -301,7 +302,7 @@ class NonLocal(nn.Module):
 
 
 class NLAM(nn.Module):
-    """Non-local attention: features times a mask, plus the input."""
+    """Non-local attention module: features times a mask, plus the input."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -319,9 +320,9 @@ class NLAM(nn.Module):
 
 
 class DPN(nn.Module):
-    """Dual path block, of which the source multiplies the residual with the dense path.
+    """Dual path block; as in the source, the residual and the dense path are multiplied.
 
-    Both have 128 channels only if N = 128.
+    This requires N = 128, as the dense path has 128 channels.
     """
 
     DENSE = 64
@@ -348,7 +349,7 @@ class DPN(nn.Module):
 
 
 class Variant4Analysis(nn.Module):
-    """g_a of variant4: four steps down, three short cuts to y, attention at 1/4 and 1/16."""
+    """g_a of variant4: four downsampling steps, three shortcuts to y, attention at 1/4 and 1/16."""
 
     def __init__(self, N: int):
         super().__init__()
@@ -377,7 +378,7 @@ def variant4_synthesis(N: int) -> nn.Sequential:
 
 
 class Variant4HyperAnalysis(nn.Module):
-    """h_a of variant4: |y| -> z, with three short cuts."""
+    """h_a of variant4: |y| -> z, with three shortcuts."""
 
     def __init__(self, N: int):
         super().__init__()

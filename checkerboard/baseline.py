@@ -1,7 +1,7 @@
-"""The same network in CompressAI's own classes, for tests and `make bench`.
+"""The same network built from CompressAI's classes, for tests and `make bench`.
 
-CompressAI has the checkerboard as a latent codec. It concatenates context and hyper parameters in
-the other order and names the parts differently; `load_state_dict` takes our weights.
+In CompressAI, the checkerboard is a latent codec. It concatenates context and hyper parameters in
+the opposite order and has other names; `load_state_dict` accepts our weights.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Baseline(SimpleVAECompressionModel):
                                       model.hyper_synthesis(N, M), quantizer="ste")})
 
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
-        """Our weights, by our names."""
+        """Load our weights, with our names."""
         weights = {}
         for key, value in state_dict.items():
             for ours, theirs in NAMES.items():

@@ -2,7 +2,7 @@
 Y. Wang, H. Qin, CVPR 2021 (arXiv:2103.15306), on the network of Minnen et al., NeurIPS 2018.
 
 State-dict keys are those of joint_ar (CompressAI's JointAutoregressiveHierarchicalPriors), whose
-weights can start this model. What the decoder must recompute is exact arithmetic
+weights can initialise this model. Everything that the decoder recomputes uses exact arithmetic
 (common/coding/context.py).
 """
 
@@ -81,11 +81,11 @@ class CheckerboardConv(CheckerboardMaskedConv2d):
 
         . 1 . 1 .
         1 . 1 . 1
-        . 1 x 1 .        x the latent that is predicted: not seen
+        . 1 x 1 .        x the predicted latent, which is masked, too
         1 . 1 . 1
         . 1 . 1 .
 
-    CompressAI's, but the weight is masked on the way and not overwritten.
+    It equals CompressAI's layer, but masks the weight in each call instead of overwriting it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,13 +93,13 @@ class CheckerboardConv(CheckerboardMaskedConv2d):
 
 
 def anchors(height: int, width: int, parity: str = "even") -> Tensor:
-    """(height, width) bool: the latents of the first pass, x + y even (or odd)."""
+    """Mask (height, width), bool, of the latents of the first pass: x + y even (or odd)."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return (x + y) % 2 == PARITIES.index(parity)
 
 
 class Checkerboard(Codec):
-    """As joint_ar, but latents are decoded in two passes instead of one by one.
+    """The codec of joint_ar, but latents are decoded in two passes instead of one by one.
 
         x (3,512,768) -> g_a -> y (M,32,48) ------------------> Q -> y_hat -> g_s -> x_hat
                                 |                               |      |
@@ -110,15 +110,15 @@ class Checkerboard(Codec):
                                 v                                      ^
                                h_a -> z (N,8,12) -> Q -> z_hat -> h_s -> params (2M,32,48)
 
-    Pass 1 decodes the anchors, every second latent, from the hyper parameters alone: their context
-    is zero. Pass 2 decodes the others, each of which sees anchors only. entropy_parameters is
-    pointwise, so in training one pass over noisy latents gives both (Section 3.2; `onepass`);
-    `twopass` rounds as coding does, with the identity as gradient.
+    Pass 1 decodes the anchors, every second latent, from the hyper parameters alone; their context
+    is zero. Pass 2 decodes the other latents, whose context consists of anchors only.
+    entropy_parameters is pointwise, so in training a single pass over noisy latents is enough
+    (Section 3.2; `onepass`). `twopass` rounds as in coding, with a straight-through gradient.
     """
 
     tag = b"ckbd"  # in the header of this paper's files
     exact_parts = ("h_s", "context_prediction", "entropy_parameters")
-    options = ("anchor_parity",)  # in a checkpoint's config, as the weights do not tell it
+    options = ("anchor_parity",)  # from a checkpoint's config, as weights do not reveal it
 
     def __init__(self, N: int = 192, M: int = 192, ckbd_forward: str = "onepass",
                  anchor_parity: str = "even"):
@@ -137,7 +137,7 @@ class Checkerboard(Codec):
     def forward(self, x: Tensor) -> dict[str, Any]:
         """x (B, 3, H, W) in [0, 1], H and W multiples of 64 -> x_hat and likelihoods of y, z.
 
-        In eval mode y_hat is that of a file.
+        In eval mode, y_hat is that of the file.
         """
         y = self.g_a(x).float()  # (B, M, H/16, W/16)
         z = self.h_a(y)  # (B, N, H/64, W/64)
@@ -179,7 +179,7 @@ class Checkerboard(Codec):
 
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
-        """Inverse of compress -> {"x_hat": (B, 3, H, W) in [0, 1]}."""
+        """Inverse of `compress`; returns {"x_hat": (B, 3, H, W) in [0, 1]}."""
         *y_strings, z_strings = strings
         z_hat = entropy.decode_bottleneck(self.entropy_bottleneck, z_strings, shape)
         params = self._params(z_hat)
@@ -203,7 +203,7 @@ class Checkerboard(Codec):
 
     @torch.no_grad()
     def _encode(self, y: Tensor, params: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """y_hat (B, M, h, w); for both passes symbols and CDF indexes (B, h*w/2, M)."""
+        """Return y_hat (B, M, h, w), and symbols and CDF indexes (B, h*w/2, M) of both passes."""
         context = self._context(params)
         y_rows = y.to(params.device).flatten(2).transpose(1, 2)  # (B, h*w, M)
         coded = []
@@ -218,16 +218,16 @@ class Checkerboard(Codec):
         return context.y_hat().to(y.device), coded
 
     def _passes(self, params: Tensor) -> list[tuple[bool, list[Tensor]]]:
-        """For both passes: whether they see the context, and their positions y * w + x in blocks.
+        """For each pass: whether it uses the context, and its positions y * w + x in blocks.
 
-        Only these are coded: zeros at the holes would cost as much as latents (0.5-3 bit each).
+        Only these positions are coded; zeros at the other positions would cost 0.5-3 bits each.
         """
         is_anchor = anchors(*params.shape[-2:], self.anchor_parity).flatten().to(params.device)
         return [(use_context, list(mask.nonzero().flatten().split(BLOCK)))
                 for use_context, mask in ((False, is_anchor), (True, ~is_anchor))]
 
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
-        """Also loads joint_ar's weights: of its kernel the taps that this mask has too."""
+        """Load weights, or those of joint_ar, from whose kernel the taps in both masks are used."""
         key = "context_prediction.mask"
         mask = self.context_prediction.mask
         if key in state_dict and state_dict[key].shape == mask.shape:
@@ -237,7 +237,7 @@ class Checkerboard(Codec):
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Tensor], **options: Any) -> Checkerboard:
-        """Build with the N and M of the weights and load them, strictly; joint_ar's are refused."""
+        """Build with the N and M of the weights and load them strictly; refuse joint_ar's."""
         net = cls(state_dict["g_a.0.weight"].size(0), state_dict["g_a.6.weight"].size(0), **options)
         mask = net.context_prediction.mask
         if not torch.equal(state_dict["context_prediction.mask"].to(mask), mask):
@@ -249,10 +249,10 @@ class Checkerboard(Codec):
 
 def build(N: int = 192, M: int = 192, ckbd_forward: str = "onepass",
           anchor_parity: str = "even") -> Checkerboard:
-    """A new model; (192, 192) is the report's low-rate size, (192, 320) its high-rate size."""
+    """Build a model; (192, 192) is the report's low-rate size, (192, 320) its high-rate size."""
     return Checkerboard(N, M, ckbd_forward, anchor_parity)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Checkerboard:
-    """A model from a checkpoint or a bare state dict, ready to code."""
+    """Load a model from a checkpoint or a bare state dict, ready to code."""
     return load_model(path, Checkerboard, device)

@@ -72,8 +72,8 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--M", type=cli.positive_int,
                         help="number of latent channels; overrides --code_rate")
     parser.add_argument("--ckbd_forward", default="onepass", choices=FORWARDS,
-                        help="forward pass in training: onepass predicts contexts from noisy anchors, "
-                        "twopass from rounded ones")
+                        help="forward pass in training: contexts of noisy anchors (onepass) or of "
+                        "rounded ones (twopass)")
     parser.add_argument("--anchor_parity", default="even", choices=PARITIES,
                         help="parity of x + y at the anchors")
     parser.add_argument("--quality", type=int, choices=range(1, 9),

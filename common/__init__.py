@@ -1,4 +1,4 @@
-"""What every paper's folder shares: data, losses, metrics, entropy coding, evaluation.
+"""Code shared by all papers: data, losses, metrics, entropy coding, training and evaluation.
 
 Scripts import `common` before anything else: the two settings below must be in place before the
 first large tensor is allocated and before anything imports torchvision.
@@ -16,15 +16,16 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # <malloc.h>
 
 
 class UserError(Exception):
-    """A mistake the user can repair: one line saying what is wrong and what to do about it."""
+    """An error that the user can correct: one line states the problem and its remedy."""
 
 
 def _keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensor.
 
-    By default it returns each large activation to the kernel when it is freed, and the next
-    iteration pays for zeroed pages again: 1.6x on training on a CPU. The price is a process that
-    stays at its peak size. LIC_DEFAULT_MALLOC=1 leaves the allocator alone, to measure this.
+    By default, glibc returns each large activation to the kernel when it is freed, and the next
+    iteration has to obtain zeroed pages again. Keeping the memory makes training on a CPU 1.6 times
+    faster, but the process stays at its peak size. LIC_DEFAULT_MALLOC=1 leaves the allocator
+    unchanged, to measure this effect.
     """
     if platform.libc_ver()[0] != "glibc" or os.environ.get("LIC_DEFAULT_MALLOC") == "1":
         return
@@ -40,10 +41,10 @@ def _keep_freed_memory() -> None:
 def _allow_torchvision():
     """Make `import torchvision` work where its compiled operators cannot load.
 
-    On Linux the torchvision of PyPI is built for CUDA. Beside a CPU-only torch its library does not
-    load, and the import stops at "operator torchvision::nms does not exist". CompressAI imports it
-    for image reading only, so declaring the two operators without a body is enough. A torchvision
-    that matches its torch is left alone and keeps its real operators.
+    On Linux, the torchvision of PyPI is built for CUDA. With a CPU-only torch its library does not
+    load, and the import fails with "operator torchvision::nms does not exist". CompressAI imports
+    torchvision for image reading only, so it is enough to declare the two operators without an
+    implementation. A torchvision that matches its torch keeps its real operators.
     """
     if sys.platform != "linux" or "torchvision" in sys.modules:
         return None
@@ -53,7 +54,7 @@ def _allow_torchvision():
     if torch.version.cuda or torch.version.hip or package is None:
         return None
     extension = PathFinder.find_spec("_C", package.submodule_search_locations)
-    try:  # what torchvision itself does first; loading the same library twice is harmless
+    try:  # torchvision does this first, too; loading a library twice is harmless
         if extension is not None:
             torch.ops.load_library(extension.origin)
     except (ImportError, OSError):

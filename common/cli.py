@@ -23,7 +23,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as e:
-        # a loader process sends its whole traceback; the message is the last line of it
+        # a data loader process sends its whole traceback, whose last line is the message
         _fail(str(e).strip().splitlines()[-1].removeprefix("common.UserError: "), 2)
     except OSError as e:
         _fail(f"{e.filename}: {e.strerror or e}" if e.filename else str(e.strerror or e), 2)
@@ -35,9 +35,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _fail(message: str, status: int) -> None:
-    """One line on stderr, once for all processes of `launch`, and the exit status."""
+    """Print one line on stderr, once for all processes of `launch`, and exit with `status`."""
     for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()  # ends its line
+        bar.close()  # so that the message starts a new line
     first = True
     if told := os.environ.get(processes.TOLD):
         try:
@@ -48,12 +48,12 @@ def _fail(message: str, status: int) -> None:
         print(f"error: {message}", file=sys.stderr, flush=True)
     if told:
         sys.stdout.flush()
-        os._exit(status)  # the others may wait for this process: `launch` ends them
+        os._exit(status)  # `launch` ends the others, which may wait for this process
     sys.exit(status)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with our manners: one line on errors, defaults shown in --help."""
+    """An ArgumentParser that prints errors on one line and shows defaults in --help."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse flags with the priority: defaults < YAML file of --config < command line.
+    """Parse flags; their priority is: defaults < YAML file of --config < command line.
 
     The keys of the YAML file are the flags' names; an unknown key or a wrong value is an error.
     """
@@ -78,7 +78,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The 'flag: value' lines of a configuration file."""
+    """Read the 'flag: value' lines of a configuration file."""
     try:
         values = yaml.safe_load(Path(path).read_text()) or {}
     except OSError as e:
@@ -92,7 +92,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def _read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     values = read_yaml(path)
-    actions = {a.dest: a for a in parser._actions} | {  # other names of a flag, too
+    actions = {a.dest: a for a in parser._actions} | {  # and all other names of a flag
         name.lstrip("-").replace("-", "_"): a for a in parser._actions for name in a.option_strings}
     result = {}
     for key, value in values.items():
@@ -124,7 +124,10 @@ def _convert(action: argparse.Action, value: Any, where: str) -> Any:
 
 
 def _number(name: str, kind: type, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """A type for argparse, which gives its name in error messages; NaN holds nothing."""
+    """Make a type for argparse: a number for which `holds` is true; NaN is never accepted.
+
+    name: what argparse calls the type in error messages.
+    """
     def parse(text: str) -> Any:
         value = kind(text)
         if not holds(value):
@@ -135,10 +138,10 @@ def _number(name: str, kind: type, holds: Callable[[Any], bool]) -> Callable[[st
     return parse
 
 
-positive_float = _number("positive_float", float, lambda v: 0 < v <= 1e30)  # float32 holds it
+positive_float = _number("positive_float", float, lambda v: 0 < v <= 1e30)  # fits float32
 number = _number("number", float, lambda v: 0 <= v <= 1e30)  # 0 or more
 positive_int = _number("positive_int", int, lambda v: v > 0)
 count = _number("count", int, lambda v: v >= 0)
 minutes = _number("minutes", float, lambda v: v >= 0)
-threads = _number("threads", int, lambda v: 0 <= v <= 1024)  # 0 leaves it to torch
-seed_number = _number("seed_number", int, lambda v: -(2**63) <= v < 2**63)  # a generator's range
+threads = _number("threads", int, lambda v: 0 <= v <= 1024)  # 0: torch chooses
+seed_number = _number("seed_number", int, lambda v: -(2**63) <= v < 2**63)  # as manual_seed

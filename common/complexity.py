@@ -1,4 +1,4 @@
-"""The size of a network: parameters and multiply-accumulates."""
+"""Complexity of a network: parameters and multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ _NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.InstanceNorm2d, nn.PReLU)
 
 def complexity(model: nn.Module, size: tuple[int, int] = (512, 768), **rate: float
                ) -> dict[str, int]:
-    """Parameters of a model, and multiply-accumulates (MACs) of forward on one (height, width).
+    """Count parameters, and multiply-accumulates (MACs) of forward on one image (height, width).
 
-    params_total  every parameter, quantiles of the entropy bottlenecks included
-    params_thop   what the tool thop counts: convolutions, linear layers and norms, but neither GDN
-                  nor entropy models nor masked convolutions
-    macs_true     convolutions and linear layers; a transposed convolution costs its weights once
-                  per input pixel
-    macs_thop     the same, but once per output pixel, as thop has it: 4x too much at stride 2
-    macs_gdn      the 1x1 convolutions inside GDN
-    macs_masked   convolutions with a `mask` (context models), all taps counted
-    macs_products products of two activations: what a module's `product_macs(x)` says of its input
-    Biases, activations and entropy models cost nothing here. The forward runs on tensors without
-    values, so that it takes no time. rate: what forward of a variable-rate model takes.
+    params_total  all parameters, including the quantiles of the entropy bottlenecks
+    params_thop   parameters that the tool thop counts: those of convolutions, linear layers and
+                  norms, but not of GDN, entropy models and masked convolutions
+    macs_true     MACs of convolutions and linear layers; a transposed convolution uses each weight
+                  once per input pixel
+    macs_thop     the same, but once per output pixel, as thop counts: 4x too many at stride 2
+    macs_gdn      MACs of the 1x1 convolutions inside GDN
+    macs_masked   MACs of convolutions with a `mask` (context models), all taps counted
+    macs_products MACs of products of two activations, as a module's `product_macs(x)` states them
+    Biases, activations and entropy models are not counted. The forward runs on tensors without
+    values and takes almost no time. rate: arguments of a variable-rate model's forward.
     """
     parts = complexity_of_parts(model, size, **rate).values()
     found = {key: sum(part[key] for part in parts) for key in next(iter(parts))}
-    # a parameter of the model itself is no child's
+    # parameters of the model itself belong to no child
     return found | {"params_total": sum(p.numel() for p in model.parameters())}
 
 
 def complexity_of_parts(model: nn.Module, size: tuple[int, int] = (512, 768), **rate: float
                         ) -> dict[str, dict[str, int]]:
-    """`complexity` of each of the model's children by name (g_a, h_s, ...)."""
-    model = copy.deepcopy(model).train()  # coding needs values, not shapes alone
+    """`complexity` of each child of the model (g_a, h_s, ...), by name."""
+    model = copy.deepcopy(model).train()  # in eval mode, forward needs values
     kinds = ("true", "thop", "gdn", "masked", "products")
 
     def count(part: dict[str, int], layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
@@ -76,7 +76,7 @@ def complexity_of_parts(model: nn.Module, size: tuple[int, int] = (512, 768), **
             if (isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear, *_NORMS))
                     and mask_of(layer) is None):
                 part["params_thop"] += sum(p.numel() for p in layer.parameters())
-            if isinstance(layer, EntropyBottleneck):  # its forward needs values, not shapes alone
+            if isinstance(layer, EntropyBottleneck):  # its forward needs values
                 layer.forward = lambda x, *_: (x, x)
     device = next(model.parameters()).device
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):

@@ -1,8 +1,8 @@
-"""Images in and out: the bundled photographs, image folders, Vimeo-90k, tar shards.
+"""Images and data sets: the bundled photographs, image folders, Vimeo-90k and tar shards.
 
-A training set is a list of `Item`s (a file, or a member of a tar shard) and `Crops`, which turns
-sample number k of the run into one random crop. Which image and which crop sample k gets depends
-only on (seed, k): a run that is resumed, or spread over more loader processes, sees the same data.
+A training set is a list of `Item`s (files, or members of a tar shard). `Crops` turns sample number
+k of a run into one random crop of it. Image and crop of sample k depend only on (seed, k), so a run
+that is resumed, or that uses more loader processes, sees the same data.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ IMAGES = Path(__file__).parent / "images"
 KODAK = IMAGES / "kodak"  # 24 test photographs, 768x512; never trained on
 TRAIN = IMAGES / "train"  # CC0 training tiles
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
-CACHE_PIXELS = 400_000_000  # decoded images are kept in memory up to this many (1.2 GB)
+CACHE_PIXELS = 400_000_000  # limit of the cache of decoded images (1.2 GB)
 
-Image.MAX_IMAGE_PIXELS = None  # large photographs are welcome; tiles bound the memory of the codec
+Image.MAX_IMAGE_PIXELS = None  # no limit: the codec processes large images in tiles
 
 
 # ------------------------------------------------------------------------------ single images
@@ -39,9 +39,10 @@ def read_image(path: str | Path | io.BytesIO, notice: Callable[[str], None] = pr
                name: str | None = None) -> Tensor:
     """Read an image as a uint8 tensor (3, H, W).
 
-    Anything Pillow opens is converted to 8-bit RGB: gray is repeated, transparency is laid on
-    white, 16 bits are cut to 8, CMYK and palettes are converted, EXIF orientation is applied.
-    `notice` is told of each conversion that loses something. Raises UserError naming the file.
+    Every image that Pillow opens is converted to 8-bit RGB: gray is repeated, transparent images
+    are composited on white, 16 bits are reduced to 8, CMYK and palettes are converted, and the EXIF
+    orientation is applied. `notice` receives a text for each lossy conversion. Raises UserError,
+    which names the file.
     """
     name = name or str(path)
     try:
@@ -61,7 +62,7 @@ def read_image(path: str | Path | io.BytesIO, notice: Callable[[str], None] = pr
 
 
 def _to_rgb(image: Image.Image, sixteen_bit: bool) -> tuple[Image.Image, str]:
-    """Convert to mode RGB; returns the image and what was lost ("" if nothing)."""
+    """Convert to mode RGB; returns the image and a text on what was lost ("" if nothing)."""
     mode = image.mode
     if mode == "RGB" and "transparency" not in image.info:
         return image, "16 bits a sample" if sixteen_bit else ""
@@ -81,7 +82,9 @@ def _to_rgb(image: Image.Image, sixteen_bit: bool) -> tuple[Image.Image, str]:
 
 
 def _peak(a: np.ndarray, mode: str) -> int:
-    """White in a file that does not say: the least of 1 (float), 255, 65535 that holds all."""
+    """Value of white if the file does not state it: the least of 1 (float), 255 and 65535 that is
+    not below any pixel.
+    """
     for peak in (1, 255, 65535) if mode == "F" else (255, 65535):
         if a.size == 0 or (a.min() >= 0 and a.max() <= peak):
             return peak
@@ -89,7 +92,7 @@ def _peak(a: np.ndarray, mode: str) -> int:
 
 
 def write_image(x: Tensor, path: str | Path) -> None:
-    """Write (3, H, W), uint8 or float in [0, 1] (rounded to 8 bits), as an image file."""
+    """Write x (3, H, W), uint8 or float in [0, 1], as an 8-bit image file."""
     if x.dtype != torch.uint8:
         x = to_uint8(x)
     refuse_folder(path)
@@ -105,7 +108,7 @@ def write_image(x: Tensor, path: str | Path) -> None:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Round a float image in [0, 1] to 8 bits; values outside are clamped."""
+    """Round a float image in [0, 1] to 8 bits; values outside the range are clamped."""
     return (x.detach() * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -141,7 +144,7 @@ class Item:
 
 
 def list_images(path: str | Path) -> list[Path]:
-    """Image files of a folder (sorted by name, not recursive), or the one file given."""
+    """Image files in a folder (sorted by name, not recursive), or the single file given."""
     path = Path(path)
     if path.is_file():
         return [path]
@@ -154,13 +157,13 @@ def list_images(path: str | Path) -> list[Path]:
 
 
 def find_items(root: str | Path | None, split: str = "train") -> list[Item]:
-    """All images of a data set, whatever its layout.
+    """All images of a data set, whose layout is detected.
 
-    None: the bundled photographs. A glob such as "/data/train_*/*_free.tar": all that match it, in
-    the order of their names. Otherwise, first match: a tar shard; `<split>_*/*.tar` or
-    `*.tar`; Vimeo-90k as published (`sequences/`, `sep_<split>list.txt`) or as
-    `<split>/<sequence>/im1.png`, of which the first frame of each septuplet is used;
-    `<split>/` or the folder itself with images in it, at any depth.
+    root: None for the bundled photographs, or a glob such as "/data/train_*/*_free.tar" for all
+    data sets that match it, in the order of their names. Otherwise, the first layout that fits: a
+    tar shard; shards `*.tar` or `<split>_*/*.tar`; Vimeo-90k as published (`sequences/`,
+    `sep_<split>list.txt`) or as `<split>/<sequence>/im1.png`, with the first frame of each
+    septuplet; images at any depth in `<split>/` or in the folder itself.
     """
     if root is None:
         return [Item(p) for p in list_images(TRAIN)]
@@ -193,13 +196,13 @@ def find_items(root: str | Path | None, split: str = "train") -> list[Item]:
 
 
 def centre(x: Tensor, height: int, width: int) -> Tensor:
-    """The central height x width of (3, H, W), which is not smaller."""
+    """The central height x width of x (3, H, W), which must not be smaller."""
     top, left = (x.shape[1] - height) // 2, (x.shape[2] - width) // 2
     return x[:, top : top + height, left : left + width]
 
 
 def digest(items: list[Item]) -> str:
-    """What tells one training set from another, wherever it lies: number and hash of the names."""
+    """Identify a training set, wherever it is stored, by number and hash of its image names."""
     names = "\n".join(item.member or "/".join(item.path.parts[-2:]) for item in items)
     return f"{len(items)} images {hashlib.sha256(names.encode()).hexdigest()[:8]}"
 
@@ -217,17 +220,18 @@ def _tar_items(path: Path) -> list[Item]:
 
 
 class Crops(Dataset):
-    """Random crops of a list of images, addressed by the sample number k = 0, 1, 2, ... of a run.
+    """Random crops of a list of images, indexed by the sample number k = 0, 1, 2, ... of a run.
 
-    Pass p = k // len(items) visits every image once in an order drawn from (seed, p); crop position
-    and flip are drawn from (seed, k). `self[k]` -> uint8 (3, *crop); an int is a square's side.
+    Pass p = k // len(items) visits every image once, in an order drawn from (seed, p); the position
+    of the crop and the flip are drawn from (seed, k). `self[k]` is a uint8 tensor (3, *crop).
+    crop: (height, width), or the side of a square.
     """
 
     def __init__(self, items: list[Item], crop: int | tuple[int, int], seed: int = 0,
                  flip: bool = False):
         self.items, self.flip = items, flip
         self.crop = (crop, crop) if isinstance(crop, int) else crop
-        self.seed = seed % 2**32  # Philox wants a key >= 0; keys from 2**32 on order the passes
+        self.seed = seed % 2**32  # a Philox key is >= 0; keys from 2**32 on are for the order
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
         self._cache: dict[int, Tensor] = {}
         self._cached_pixels = 0
@@ -266,7 +270,7 @@ class Crops(Dataset):
 
 
 class _Steps:
-    """Batch sampler: the sample numbers of steps first..last-1 for one of `world` processes."""
+    """Batch sampler: sample numbers of steps first, ..., last - 1 on one of `world` processes."""
 
     def __init__(self, first: int, last: int, batch: int, rank: int, world: int):
         self.steps = range(first, last)
@@ -283,18 +287,18 @@ class _Steps:
 
 def loader(crops: Crops, first: int, last: int, batch: int, rank: int = 0, world: int = 1,
            num_workers: int = 0) -> DataLoader:
-    """Batches uint8 (batch, 3, *crop) of steps first..last-1; `batch` is per process."""
+    """Batches (batch, 3, *crop), uint8, of the steps first, ..., last - 1; batch: per process."""
     return DataLoader(
         crops,
         batch_sampler=_Steps(first, last, batch, rank, world),
         num_workers=num_workers,
-        generator=torch.Generator(),  # leaves the global one alone, so a resumed run draws the same
+        generator=torch.Generator(),  # so that the global generator is the same in resumed runs
         pin_memory=torch.cuda.is_available(),
     )
 
 
 def batches(paths: Iterable[Path], batch_size: int) -> Iterator[tuple[list[Path], Tensor]]:
-    """Whole images as uint8 (B, 3, H, W): neighbours of equal size together, B <= batch_size."""
+    """Whole images in batches (B, 3, H, W), uint8: neighbours of equal size, B <= batch_size."""
     group: list[tuple[Path, Tensor]] = []
     for path in paths:
         image = read_image(path)

@@ -1,4 +1,4 @@
-"""Reading and writing files: atomic writes, and errors that name the file."""
+"""Read and write files: atomic writes, and errors that name the file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from common import UserError
 
 
 def read_file(path: str | Path) -> bytes:
-    """The bytes of a file; UserError when it cannot be read."""
+    """Return the bytes of a file; UserError if it cannot be read."""
     try:
         return Path(path).read_bytes()
     except OSError as e:
@@ -18,9 +18,9 @@ def read_file(path: str | Path) -> bytes:
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
-    """Write to a temporary file beside `path`, then rename; UserError when it cannot."""
+    """Write to a temporary file next to `path` and rename it; UserError if that fails."""
     refuse_folder(path)
-    name, path = path, Path(os.path.realpath(path))  # a link stays one
+    name, path = path, Path(os.path.realpath(path))  # a symbolic link stays a link
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.exists() and not path.is_file():  # /dev/stdout, a pipe
@@ -40,6 +40,6 @@ def write_atomic(path: str | Path, data: bytes) -> None:
 
 
 def refuse_folder(path: str | Path) -> None:
-    """UserError when a file is to be written where a folder is."""
+    """Raise UserError if `path`, which is to become a file, is a folder."""
     if Path(path).is_dir():
         raise UserError(f"cannot write {path}: it is a folder")

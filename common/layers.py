@@ -1,4 +1,4 @@
-"""Layers of CompressAI's networks: one in a form that is safe on a CPU, and masks."""
+"""Layers of CompressAI's networks: a shortcut that is safe on CPUs, and masks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 
 class Shortcut(nn.Conv2d):
-    """1x1 convolution of stride 2: the pixels that it skips are left out first.
+    """1x1 convolution of stride 2, computed as subsampling and a convolution of stride 1.
 
-    oneDNN's own (3.7, float32, channels last) writes beyond its buffers in the backward pass.
+    oneDNN's strided convolution (3.7, float32, channels last) writes beyond its buffers in the
+    backward pass.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -22,12 +23,12 @@ class Shortcut(nn.Conv2d):
 
 
 def replace_shortcuts(model: nn.Module) -> None:
-    """Put a `Shortcut` into every ResidualBlockWithStride of `model`; keys and results stay."""
+    """Replace the shortcut in every ResidualBlockWithStride; keys and results do not change."""
     for module in model.modules():
         if isinstance(module, ResidualBlockWithStride) and module.skip is not None:
             module.skip = Shortcut(*module.skip.weight.shape[1::-1])
 
 
 def mask_of(layer: nn.Module) -> Tensor | None:
-    """The mask of a masked convolution (context models): its weight counts where it is 1."""
+    """The mask of a masked convolution (context model), 1 where the weight is used; or None."""
     return dict(layer.named_buffers(recurse=False)).get("mask")

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 METRICS = ("mse", "ms-ssim")
-MS_SSIM_SIDE = 161  # pixels: below, the coarsest of its five scales is smaller than the window
+MS_SSIM_SIDE = 161  # pixels; below, the coarsest of the five scales is smaller than the window
 
 
 class RateDistortionLoss(nn.Module):
-    """R + lmbda * D, or D + beta * R.
+    """Rate-distortion loss R + lmbda * D, or D + beta * R.
 
     With `lmbda`:  loss = bpp + lmbda * 255^2 * MSE        (metric "mse")
                    loss = bpp + lmbda * (1 - MS-SSIM)      (metric "ms-ssim")
     With `beta`:   loss = 255^2 * MSE + beta * bits of one crop (bits = bpp * H * W)
 
-    The MSE is that of images in [0, 1]; bpp = sum of -log2 p over all latents / (B * H * W)
+    The MSE is computed on images in [0, 1]; bpp = sum of -log2 p over all latents / (B * H * W)
     (seminar report, eq. of section 2.1). Everything is computed in float32.
     """
 
@@ -38,11 +38,11 @@ class RateDistortionLoss(nn.Module):
     def forward(self, output: dict, x: Tensor, lmbda: Tensor | None = None) -> dict[str, Tensor]:
         """output: a model's forward result for x (B, 3, H, W) in [0, 1].
 
-        lmbda: (B,), in place of the one number: mean over the batch of each sample's lmbda * MSE.
+        lmbda: (B,), replaces the single lmbda; the loss averages lmbda * MSE over the samples.
 
-        Returns scalars: "loss"; "bpp" and one "bpp_<latent>" per latent; "mse" (times 255^2, as
-        logged everywhere); "ms_ssim" if that is the metric. Raises UserError where x is too small
-        for that metric.
+        Returns scalars: "loss"; "bpp" and one "bpp_<latent>" per latent; "mse" (times 255^2, as in
+        all logs); "ms_ssim" if that is the metric. Raises UserError if x is too small for
+        MS-SSIM.
         """
         batch, _, height, width = x.shape
         check_size(self.metric, (height, width))
@@ -65,7 +65,7 @@ class RateDistortionLoss(nn.Module):
 
 
 def check_size(metric: str, size: Iterable[int], name: object = "") -> None:
-    """UserError when an image, or a crop of --patch-size, of (height, width) is too small."""
+    """Raise UserError if (height, width) of an image or a crop is too small for the metric."""
     height, width = size
     if metric == "ms-ssim" and min(height, width) < MS_SSIM_SIDE:
         what, remedy = (f"{name}: ", "remove it") if name else ("", "set a larger --patch-size")

@@ -1,7 +1,7 @@
-"""Rate, distortion, curves, and the size of a network.
+"""Rate, distortion, and the comparison of rate-distortion curves.
 
-Distortion is measured on 8-bit images, as they would be saved, per image; averages over a data set
-are means of the images' values in dB.
+Distortion is measured per image, on 8-bit images as they would be saved. Averages over a data set
+are means of the values of the images; those of PSNR are means in dB.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ MS_SSIM_SIDE = 161  # five scales of an 11-tap window need more than 160 pixels
 
 
 def bpp(num_bytes: int, height: int, width: int) -> float:
-    """Bits per pixel of the image as it was before padding."""
+    """Bits per pixel of the original image, without padding."""
     return 8 * num_bytes / (height * width)
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """PSNR in dB of uint8 images (3, H, W); the mean over the images of (B, 3, H, W).
+    """PSNR in dB of a uint8 image (3, H, W), or the mean over a batch (B, 3, H, W).
 
     10 log10(255^2 / MSE), MSE over all three channels; inf for identical images.
     """
@@ -34,9 +34,9 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 def ms_ssim(a: Tensor, b: Tensor) -> float:
-    """MS-SSIM in 0..1 of uint8 images (3, H, W); the mean over the images of (B, 3, H, W).
+    """MS-SSIM in [0, 1] of a uint8 image (3, H, W), or the mean over a batch (B, 3, H, W).
 
-    NaN when a side is shorter than 161 pixels: five scales are not defined there.
+    NaN if a side is shorter than 161 pixels, where the five scales are not defined.
     """
     a, b = _batch(a).float(), _batch(b).float()
     if min(a.shape[-2:]) < MS_SSIM_SIDE:
@@ -51,9 +51,9 @@ def _batch(image: Tensor) -> Tensor:
 
 
 def interpolate(bpp: Sequence[float], psnr: Sequence[float], at_bpp: float) -> float | None:
-    """PSNR of a rate-distortion curve at a rate: monotone cubic (PCHIP) over log(bpp).
+    """PSNR of a rate-distortion curve at a given rate, by PCHIP interpolation over log(bpp).
 
-    None outside the curve's rates: nothing is extrapolated.
+    None outside the rates of the curve, which is not extrapolated.
     """
     rates, order = np.unique(bpp, return_index=True)
     if len(rates) < 2 or not rates[0] <= at_bpp <= rates[-1]:
@@ -66,9 +66,9 @@ def bd_rate(rate_a: Sequence[float], psnr_a: Sequence[float], rate_b: Sequence[f
             psnr_b: Sequence[float]) -> float | None:
     """Bjontegaard delta rate of curve b against the reference a, in percent.
 
-    -10 means that b needs 10 % fewer bits at equal PSNR, averaged over the common range of PSNR;
-    log-rate is interpolated by PCHIP, which allows any number of points. None when there is no
-    common range, or a curve has fewer than two points or does not rise.
+    -10 means that b needs 10 % fewer bits at equal PSNR, averaged over the common range of PSNR.
+    The log-rate is interpolated by PCHIP, which allows any number of points. None if there is no
+    common range, or if a curve has fewer than two points or does not rise.
     """
     curves = []
     for rate, quality in ((rate_a, psnr_a), (rate_b, psnr_b)):

@@ -1,4 +1,4 @@
-"""Processes and devices: --gpu_id, torchrun, the rank of a process, the hardware it runs on."""
+"""Processes and devices: --gpu_id, torchrun, the rank of a process, and its hardware."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ import torch
 import torch.distributed as dist
 
 PRECISIONS = ("bf16", "fp32")
-TOLD = "LIC_ERROR_TOLD"  # file that the first of several processes makes when it reports an error
+TOLD = "LIC_ERROR_TOLD"  # path of a file that the first process to report an error creates
 
 
 def launch(gpu_ids: str) -> None:
-    """Obey --gpu_id '0 1 2': one process per id, as torchrun would start them.
+    """Start one process per GPU index of --gpu_id, e.g. '0 1 2', as torchrun does.
 
-    Without a GPU the same number of processes runs on the CPU (gloo). Returns in the processes
-    that do the work; the one that started them ends with the exit status of the first to fail.
+    Without a GPU, the same number of processes runs on the CPU (gloo). The function returns in the
+    worker processes only; the process that started them exits with the status of the first worker
+    that fails.
     """
     ids = gpu_ids.replace(",", " ").split()
     if not ids or not all(i.isdigit() for i in ids):
         raise UserError(f"--gpu_id '{gpu_ids}': give GPU numbers separated by spaces, as '0 1 2'")
     if "RANK" in os.environ:
         return
-    if gpu_ids != "0":  # numbers count within a list that is set already, as clusters do
+    if gpu_ids != "0":  # indexes refer to CUDA_VISIBLE_DEVICES where a cluster has set it
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         names = [visible[int(i)] if int(i) < len(visible) and visible != [""] else i for i in ids]
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)
@@ -42,7 +43,7 @@ def launch(gpu_ids: str) -> None:
 
 
 def _run_processes(world: int) -> int:
-    """Run this command `world` times at once; when one fails the others are ended."""
+    """Run this command in `world` processes; when one fails, the others are stopped."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -60,7 +61,7 @@ def _run_processes(world: int) -> int:
                     return failed[0] if failed[0] > 0 else 1
                 time.sleep(0.1)
             return max(abs(p.returncode) for p in running)
-        except KeyboardInterrupt:  # the terminal has told all of them
+        except KeyboardInterrupt:  # the terminal has interrupted all of them
             return 130
         finally:
             for p in running:
@@ -69,9 +70,10 @@ def _run_processes(world: int) -> int:
 
 
 def start(device: str = "auto", seed: int | None = None, threads: int = 0) -> torch.device:
-    """Join the process group if torchrun started us, pick the device, seed every generator.
+    """Join the process group if torchrun started this process, choose the device and set the seed.
 
-    Each process draws its own noise (seed + rank); the data order is common (`common.data`).
+    Each process draws its own noise (seed + rank); the order of the data is common to all
+    (`common.data`).
     """
     if threads:
         torch.set_num_threads(threads)
@@ -89,7 +91,7 @@ def start(device: str = "auto", seed: int | None = None, threads: int = 0) -> to
 
 
 def parse_device(device: str) -> torch.device:
-    """A device by name; UserError when this machine has none of it."""
+    """Return the device of this name; UserError if this machine does not have it."""
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"device {device}: choose cpu, or cuda on a machine with a GPU")
     return torch.device(device)
@@ -104,7 +106,7 @@ def world() -> int:
 
 
 def per_process_batch(batch_size: int) -> int:
-    """This process's part of a batch that is divided over all of them."""
+    """Number of images per process in a batch that is divided over all processes."""
     if batch_size < 1 or batch_size % world():
         raise UserError(f"a batch of {batch_size} cannot be shared by {world()} process(es): give "
                         "a multiple of their number")
@@ -112,7 +114,7 @@ def per_process_batch(batch_size: int) -> int:
 
 
 def broadcast_flag(flag: bool) -> bool:
-    """The first process's answer, on every process."""
+    """Return the flag of the first process on every process."""
     if world() == 1:
         return flag
     answer = [flag]
@@ -121,7 +123,7 @@ def broadcast_flag(flag: bool) -> bool:
 
 
 def describe_hardware(device: torch.device) -> str:
-    """The hardware in words, for results and checkpoints."""
+    """Describe the hardware in words, for results and checkpoints."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = "CPU"

@@ -48,11 +48,14 @@ def main(argv: list[str] | None = None) -> None:
     extra = words[words.index("--") + 1 :] if "--" in words else []
     words = words[: words.index("--")] if "--" in words else words
     parser = cli.Parser(description="Train and compare the rows of the ablation table.")
-    parser.add_argument("--config", type=Path, default=HERE / "ablation.yaml")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--name", default="ablation", help="results/<name>-<row>")
-    parser.add_argument("--seed", type=cli.seed_number, default=0)
-    parser.add_argument("--output", type=Path, help="write the table as JSON too")
+    parser.add_argument("--config", type=Path, default=HERE / "ablation.yaml",
+                        help="YAML file of flags of train.py")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS),
+                        help="rows of the table to train")
+    parser.add_argument("--name", default="ablation", help="name of the runs: results/<name>-<row>")
+    parser.add_argument("--seed", type=cli.seed_number, default=0,
+                        help="seed of weights, noise and crops")
+    parser.add_argument("--output", type=Path, help="JSON file that the table is also written to")
     args = parser.parse_args(words)
     found = {}
     for row in args.rows:

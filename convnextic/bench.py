@@ -1,10 +1,10 @@
-"""Speed at 128, 192 channels: part of `make bench`.
+"""Measure the speed with 128, 192 channels: part of `make bench`.
 
     python -m common.evaluation.bench convnextic
 
-CompressAI has no such codec, so a training step is compared with its own in PyTorch's defaults
-(float32, contiguous tensors, its gradient of depthwise weights), and of coding it is printed how
-much the transforms take.
+CompressAI has no such codec, so a training step is compared with the same step in PyTorch's defaults
+(float32, contiguous tensors, its gradient of depthwise weights). For coding, the share of time that
+the transforms take is printed.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def stopwatch(model: ConvNeXTIC) -> Iterator[list[float]]:
 
 @torch.no_grad()
 def lively(variant: str) -> ConvNeXTIC:
-    """Random weights whose latents cost about a bit per pixel."""
+    """A model with random weights whose latents take about one bit per pixel."""
     torch.manual_seed(0)
     model = build(variant).to(memory_format=torch.channels_last)
     x = data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None, :, :256, :256]
@@ -92,7 +92,7 @@ def lively(variant: str) -> ConvNeXTIC:
 
 # ------------------------------------------------------------------------------------- training
 def training(variant: str, rounds: int) -> None:
-    """A step on 8 crops of 256x256: ours in bf16, channels last, against PyTorch's defaults."""
+    """Time a step on 8 crops of 256x256: ours in bf16, channels last, and PyTorch's defaults."""
     x = bench.tiles()
     torch.manual_seed(0)
     ours = build(variant).to(memory_format=torch.channels_last)

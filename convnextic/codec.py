@@ -63,18 +63,21 @@ def arguments(argv: list[str]) -> argparse.Namespace:
             break
     parser, encoder, decoder = codec_cli.flags("Code one image file.", BUNDLED, "kind")
     for command in (encoder, decoder):
-        command.add_argument("--model", choices=MODELS, default=MODELS[0])
-        command.add_argument("-m", "--metric", choices=METRICS, default="mse")
+        command.add_argument("--model", choices=MODELS, default=MODELS[0],
+                             help="name of the model")
+        command.add_argument("-m", "--metric", choices=METRICS, default="mse",
+                             help="distortion measure that the weights were trained for")
         command.add_argument("-q", "--quality", type=int, choices=range(1, 9),
-                             help="in the source's header; the rate of a variable-rate model "
-                             "without -lb")
-        command.add_argument("-c", "--coder", choices=["ans"], default="ans")
+                             help="quality in the source's header; without -lb, also the rate of a "
+                             "variable-rate model")
+        command.add_argument("-c", "--coder", choices=["ans"], default="ans",
+                             help="entropy coder")
     decoder.add_argument("--show", action="store_true", help="open the decoded image")
     add = encoder.add_argument
-    add("--format", choices=["ours", "source"], default="ours")
-    add("-lb", "--lamb", type=int, help=f"of a variable-rate model: lmbda * {LMBDA_UNIT}")
-    add("-ph", type=side, help=f"code patches of this height (the source: {PATCH[0]})")
-    add("-pw", type=side, help=f"and of this width (the source: {PATCH[1]})")
+    add("--format", choices=["ours", "source"], default="ours", help="file format")
+    add("-lb", "--lamb", type=int, help=f"lmbda * {LMBDA_UNIT}, for a variable-rate model")
+    add("-ph", type=side, help=f"height of the patches in pixels (the source: {PATCH[0]})")
+    add("-pw", type=side, help=f"width of the patches in pixels (the source: {PATCH[1]})")
     args = parser.parse_args(words)
     if args.metric != "mse" and not args.checkpoint:
         raise UserError(f"-m {args.metric}: the bundled weights are for mse; give --checkpoint")

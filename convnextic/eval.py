@@ -1,4 +1,4 @@
-"""Code a folder of images into real files, decode them, and write what they cost and how they look.
+"""Compress a folder of images to files, decode them, and measure rate, distortion and time.
 
     python eval.py                                  bundled small weights, Kodak
     python eval.py --snapshot ./results/VCIP/7/snapshots/best.pt --testset /path/to/Kodak
@@ -6,8 +6,8 @@
     python eval.py --snapshot VR.pt --lmbda 0.0035 0.0067 0.013     rates of a variable-rate model
     torchrun --nproc_per_node=4 eval.py ...         images divided over processes
 
-bpp is the size of the file on disk * 8 / original pixels, header included. PSNR and MS-SSIM are
-those of 8-bit images without padding, averaged over images.
+bpp is 8 * file size on disk / original pixels, including the header. PSNR and MS-SSIM are computed
+on 8-bit images without padding and averaged over the images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 from common import UserError, cli, data, processes
 from common.complexity import complexity
 from common.evaluation import compare, evaluate
-from common.evaluation.results import merge_points
 
 import numpy as np
 
@@ -31,14 +30,14 @@ RATES = 6  # of a variable-rate model, between its lambda_min and lambda_max
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = cli.Parser(description="Code images for real and measure rate and distortion.")
+    parser = cli.Parser(description="Compress images to files and measure rate and distortion.")
     add = parser.add_argument_group("the source's flags").add_argument
-    add("--snapshot", type=Path, help="weights; none: the bundled ones")
-    add("--quality", help="without effect: weights know their own")
-    add("--testset", help="folder of images; none: Kodak")
-    add = parser.add_argument_group("ours, of this codec").add_argument
+    add("--snapshot", type=Path, help="weights file; bundled weights if not given")
+    add("--quality", help="without effect; the checkpoint determines the rate")
+    add("--testset", help="folder of test images; Kodak if not given")
+    add = parser.add_argument_group("our flags for this codec").add_argument
     add("--lmbda", type=cli.positive_float, nargs="+",
-        help=f"rates of a variable-rate model; none: {RATES} over the range it was trained for")
+        help=f"lmbdas of a variable-rate model; {RATES} over its trained range if not given")
     evaluate.add_flags(parser)
     return parser
 
@@ -46,25 +45,26 @@ def flags() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
     device = processes.start(args.device, threads=args.threads)
-    entropy_device = processes.parse_device(args.entropy_device)
+    coding_device = processes.parse_device(args.entropy_device)
     if args.complexity:
         print_complexity()
         return
     images = data.list_images(args.testset or data.KODAK)
-    curves = []
-    for name, checkpoints in find_checkpoints(args).items():
+
+    def measure(name: str, checkpoint: Path) -> list[dict[str, Any]]:
+        model = load(checkpoint, device)
+        model.coding_device = coding_device
+        out = evaluate.output_folder(args.outdir, name, checkpoint)
         points = []
-        for checkpoint in checkpoints:
-            model = load(checkpoint, device)
-            model.coding_device = entropy_device
-            out = evaluate.output_folder(args.outdir, name, checkpoint)
-            for rate in rates(model, args):
-                folder = out / f"lmbda_{rate['lmbda']:g}" if rate else out
-                meta = {"variant": model.variant, "steps_source": SOURCE_STEPS}
-                meta |= {key: float(f"{value:.6g}") for key, value in rate.items()}
-                points.append(evaluate.evaluate(model, images, name, str(checkpoint.name),
-                                                folder, args.test_batch_size, meta, rate=rate))
-        curves.append(merge_points(points))
+        for rate in rates(model, args):
+            folder = out / f"lmbda_{rate['lmbda']:g}" if rate else out
+            meta = {"variant": model.variant, "steps_source": SOURCE_STEPS}
+            meta |= {key: float(f"{value:.6g}") for key, value in rate.items()}
+            points.append(evaluate.evaluate(model, images, name, str(checkpoint.name), folder,
+                                            args.test_batch_size, meta, rate=rate))
+        return points
+
+    curves = evaluate.curves_of(find_checkpoints(args), measure)
     if processes.rank() == 0:
         compare.report(curves, HERE / "results" / "published.json", images, Path(args.resultdir),
                        "ConvNeXTIC")

@@ -2,8 +2,8 @@
 TinyLIC (Lu, Ma, arXiv:2204.11448) with ConvNeXt blocks (Liu et al., CVPR 2022) in place of
 attention. There is no paper; six revisions of the code are variants here, its ablations options.
 
-State-dict keys are ours: no weights were published. What the decoder must recompute (h_s, context
-model, entropy parameters) is exact arithmetic (common/coding/exact.py, common/coding/context.py).
+State-dict keys are ours, as no weights were published. Everything that the decoder recomputes (h_s,
+context model, entropy parameters) uses exact arithmetic (exact.py, context.py in common/coding).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from compressai.ops import quantize_ste
 from timm.layers import DropPath, LayerNorm2d, LayerScale, trunc_normal_
 from torch import Tensor, nn
 
-HALO = 24  # latents that g_a and g_s see to each side
+HALO = 24  # latents that g_a and g_s see on each side
 BLOCK = 4096  # positions coded at a time, to bound memory
 LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18)  # qualities 1 to 8
-GROUPS = (16, 16, 32, 64)  # channels of SCCTX's groups; the last one has the rest
+GROUPS = (16, 16, 32, 64)  # channels of the groups of SCCTX; the last has the rest
 
 BASELINE = {
     "depths": (2, 4, 6, 2, 2, 2), "kernel_size": 7, "mlp_ratio": 4, "dw_groups": 0,
@@ -60,9 +60,9 @@ SAMPLERS = {"patch4": (4, 4, 0, 0), "k2s2": (2, 2, 0, 0), "k3s2": (3, 2, 1, 1),
 
 # -------------------------------------------------------------------------------------- transforms
 class Block(nn.Module):
-    """ConvNeXt block (B, dim, H, W) -> the same: depthwise 7x7, norm, two 1x1, layer scale.
+    """ConvNeXt block on (B, dim, H, W): depthwise 7x7, norm, two 1x1, layer scale.
 
-    Liu et al. 2022, Figure 4. `gamma` starts at 1e-6: at first the block is the identity.
+    Liu et al. 2022, Figure 4. `gamma` starts at 1e-6, so the block is initially the identity.
     """
 
     def __init__(self, dim: int, options: dict[str, Any], drop: float, decoder: bool = False):
@@ -103,9 +103,10 @@ class Depthwise(nn.Conv2d):
 
 
 class DepthwiseFunction(torch.autograd.Function):
-    """oneDNN computes the gradient of depthwise weights without its matrix units. That of dense
-    blocks of 16 channels, of which the diagonals are kept, is 16 times the work in a third of the
-    time.
+    """Depthwise convolution whose weight gradient uses dense blocks of 16 channels.
+
+    oneDNN does not use matrix units for the gradient of depthwise weights. With dense blocks, of
+    which only the diagonals are kept, 16 times the work takes a third of the time.
     """
 
     @staticmethod
@@ -129,7 +130,7 @@ class DepthwiseFunction(torch.autograd.Function):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d whose evaluation is elementwise, and so exact."""
+    """BatchNorm2d; in evaluation it is elementwise and therefore exact."""
 
     def exact(self, x: Tensor, run: Any) -> Tensor:
         mean, variance, weight, bias = (exact.values(t, x).view(-1, 1, 1) for t in (
@@ -138,11 +139,11 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class Down(nn.Module):
-    """Encoder stage: downsample, blocks, and a skip around all blocks."""
+    """Encoder stage: downsampling, then blocks with a skip connection around all of them."""
 
     def __init__(self, dim_in: int, dim_out: int, sampler: str, blocks: list[Block],
                  norm: str = "", attention: bool = False):
-        """norm: a LayerNorm "before" or "after" the convolution."""
+        """norm: place of a LayerNorm, "before" or "after" the convolution."""
         super().__init__()
         kernel, stride, padding, _ = SAMPLERS[sampler]
         self.down = nn.Sequential(*filter(None, (
@@ -158,7 +159,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Decoder stage: blocks, a skip around them, upsample."""
+    """Decoder stage: blocks with a skip connection around all of them, then upsampling."""
 
     def __init__(self, dim_in: int, dim_out: int, sampler: str, blocks: list[Block],
                  norm: str = "", attention: bool = False):
@@ -181,7 +182,7 @@ class Up(nn.Module):
 
 
 class ExternalAttention(nn.Module):
-    """Attention to 64 learned tokens in place of the image's own (Guo et al., arXiv:2105.02358)."""
+    """Attention to 64 learned tokens instead of positions (Guo et al., arXiv:2105.02358)."""
 
     TOKENS = 64
 
@@ -199,7 +200,7 @@ class ExternalAttention(nn.Module):
         return torch.relu(x + self.conv2(self.values(attention)))
 
     def exact(self, x: Tensor, run: Any) -> Tensor:
-        """Both sums run over integers: exp comes from a table."""
+        """Both sums are over integers, and exp is read from a table."""
         logits = run([self.conv1, self.keys], x)
         peak = logits.flatten(2).amax(2)[..., None, None]
         weight = exact_tables.exp(logits - peak)
@@ -210,10 +211,10 @@ class ExternalAttention(nn.Module):
 
 
 class ScalingNet(nn.Module):
-    """lmbda (B,) -> a multiplier for each channel (B, C, 1, 1); 1 at initialisation.
+    """lmbda (B,) -> a factor for each channel (B, C, 1, 1), initially 1.
 
-    The source's nets are given lmbda itself, which is so small that they stay constants for
-    thousands of steps ("raw"); here they are given log(lmbda / 0.01) ("log").
+    In the source, the input is lmbda itself ("raw"), which is so small that the networks stay
+    constant for thousands of steps; here it is log(lmbda / 0.01) ("log").
     """
 
     def __init__(self, channels: int, lambda_input: str):
@@ -223,7 +224,7 @@ class ScalingNet(nn.Module):
                                     nn.Linear(channels // 2, channels))
 
     def initialise(self) -> None:
-        if self.log:  # units that bend at different rates
+        if self.log:  # kinks at different rates
             nn.init.normal_(self.layers[0].weight)
             nn.init.normal_(self.layers[0].bias)
         nn.init.zeros_(self.layers[2].weight)
@@ -237,7 +238,7 @@ class ScalingNet(nn.Module):
 
 # ---------------------------------------------------------------------------------- context models
 class MaskedConv(nn.Conv2d):
-    """Convolution that sees some of its taps; the weight is masked on the way."""
+    """Convolution with some taps masked; the weight is masked in each call."""
 
     def __init__(self, in_channels: int, out_channels: int, taps: list[list[int]]):
         size = len(taps)
@@ -248,14 +249,14 @@ class MaskedConv(nn.Conv2d):
         return self._conv_forward(x, self.weight * self.mask, self.bias)
 
 
-CORNERS = [[1, 0, 1], [0, 0, 0], [1, 0, 1]]  # see y1 from y2
-EDGES = [[0, 1, 0], [1, 0, 1], [0, 1, 0]]  # y1 and y2 from y3
-AROUND = [[1, 1, 1], [1, 0, 1], [1, 1, 1]]  # y1, y2 and y3 from y4
+CORNERS = [[1, 0, 1], [0, 0, 0], [1, 0, 1]]  # context of y2: y1
+EDGES = [[0, 1, 0], [1, 0, 1], [0, 1, 0]]  # context of y3: y1, y2
+AROUND = [[1, 1, 1], [1, 0, 1], [1, 1, 1]]  # context of y4: y1, y2, y3
 CHECKERBOARD = [[(i + j) % 2 for j in range(5)] for i in range(5)]
 
 
 def lattices(height: int, width: int) -> list[Tensor]:
-    """(height, width) bool masks of y1 to y4: rows and columns (even, even), (odd, odd), (even,
+    """Masks (height, width), bool, of y1 to y4: (row, column) is (even, even), (odd, odd), (even,
     odd), (odd, even).
     """
     row, column = torch.meshgrid(torch.arange(height) % 2, torch.arange(width) % 2, indexing="ij")
@@ -263,12 +264,12 @@ def lattices(height: int, width: int) -> list[Tensor]:
 
 
 class MCM(nn.Module):
-    """Multistage context model (TinyLIC): four sub-lattices of y, each from those before it.
+    """Multistage context model (TinyLIC): four sub-lattices of y, each predicted from the previous.
 
-        y1 . y1 .       y1 from the hyper parameters alone,
-        . y2 . y2       y2 from the corners (y1),
-        y1 . y1 .       y3 from the edges (y1, y2), at (even, odd),
-        . y2 . y2       y4 from all around, at (odd, even).
+        y1 . y1 .       y1 is predicted from the hyper parameters alone,
+        . y2 . y2       y2 also from the corners (y1),
+        y1 . y1 .       y3 also from the edges (y1, y2), at (even, odd),
+        . y2 . y2       y4 also from all neighbours, at (odd, even).
     """
 
     def __init__(self, M: int):
@@ -282,7 +283,7 @@ class MCM(nn.Module):
 
     def forward(self, y: Tensor, params: Tensor, y_hat: Tensor | None
                 ) -> tuple[Tensor, Tensor, Tensor]:
-        """y_hat, scales, means (B, M, h, w). y_hat None: y with noise, as in training."""
+        """Return y_hat, scales, means (B, M, h, w). y_hat None: y with noise, as in training."""
         if y_hat is None:
             y_hat = y + torch.empty_like(y).uniform_(-0.5, 0.5)
         kept = [mask.to(y.device) for mask in lattices(*y.shape[-2:])[1:]]
@@ -291,7 +292,7 @@ class MCM(nn.Module):
         return y_hat, scales, means
 
     def passes(self, params: Tensor, table: Tensor) -> Iterator[tuple[int, Context, list]]:
-        """What is coded, in order: the group of channels, its context, [(context, positions)]."""
+        """Yield in coding order: group of channels, its Context, [(context number, positions)]."""
         context = Context(list(self.contexts), self.parameters_network, params, table)
         masks = [mask.flatten().to(params.device) for mask in lattices(*params.shape[-2:])]
         yield 0, context, [(k, block) for k, mask in enumerate(masks)
@@ -299,18 +300,19 @@ class MCM(nn.Module):
 
 
 class SCCTX(nn.Module):
-    """Space-channel context model: five groups of channels, each a checkerboard of two passes.
+    """Space-channel context model: five groups of channels, each coded in two checkerboard passes.
 
-    A group sees the hyper parameters and the groups before it (5x5 convolutions); of its own
-    latents the second half, at row + column even, sees the first. After ELIC (He et al. 2022), with
-    GELU, and hyper parameters in the channel context. If M <= 128 all widths shrink by M / 192.
+    A group depends on the hyper parameters and on the previous groups (5x5 convolutions); its
+    second pass, at row + column even, also depends on its first. It follows ELIC (He et al. 2022),
+    but with GELU and with hyper parameters in the channel context. If M <= 128, all widths shrink
+    by M / 192.
     """
 
     def __init__(self, M: int):
         super().__init__()
         if M < 12:
             raise UserError(f"latent_dim {M}: this context model needs 12 or more")
-        small = 1 if M > sum(GROUPS) else M / 192  # below the source's sizes, all widths shrink
+        small = 1 if M > sum(GROUPS) else M / 192  # for smaller sizes than the source's
         groups = [int(small * c) for c in GROUPS]
         self.M, self.sizes = M, (*groups, M - sum(groups))
         width, narrow = int(small * 224), int(small * 128)
@@ -328,7 +330,7 @@ class SCCTX(nn.Module):
 
     def forward(self, y: Tensor, params: Tensor, y_hat: Tensor | None
                 ) -> tuple[Tensor, Tensor, Tensor]:
-        """y_hat, scales, means (B, M, h, w). y_hat None: rounded, with the identity as gradient."""
+        """Return y_hat, scales, means (B, M, h, w). y_hat None: y rounded, straight-through."""
         anchor = anchors(*y.shape[-2:]).to(y.device)
         given = None if y_hat is None else y_hat.split(self.sizes, 1)
         done: list[Tensor] = []
@@ -352,7 +354,7 @@ class SCCTX(nn.Module):
         return self.parameters_networks[k](torch.cat([params, space, channel], 1)).chunk(2, 1)
 
     def passes(self, params: Tensor, table: Tensor) -> Iterator[tuple[int, Context, list]]:
-        """As MCM's; a group's context must be full when the next one is asked for."""
+        """As in MCM; the Context of a group must be complete before the next one is requested."""
         anchor = anchors(*params.shape[-2:]).flatten().to(params.device)
         order = [(k, block) for k, mask in enumerate((anchor, ~anchor))
                  for block in mask.nonzero().flatten().split(BLOCK)]
@@ -366,14 +368,14 @@ class SCCTX(nn.Module):
 
 
 def anchors(height: int, width: int) -> Tensor:
-    """(height, width) bool: the latents of the first pass, row + column odd."""
+    """Mask (height, width), bool, of the latents of the first pass: row + column odd."""
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return (row + column) % 2 == 1
 
 
 # ------------------------------------------------------------------------------------------- model
 class ConvNeXTIC(Codec):
-    """v2 at N, M = 128, 192:
+    """The codec. Shapes are those of v2 with N, M = 128, 192:
 
         x (3,512,768) -> g_a: 4 Down -> y (M,32,48) -------------------> Q -> y_hat -> g_s: 4 Up
                                         |                                |     |
@@ -381,16 +383,16 @@ class ConvNeXTIC(Codec):
                                         v                                |     v
                                h_a: 2 Down -> z (N,8,12) -> Q -> h_s: 2 Up -> params (2M,32,48)
 
-    With the patch stem (v0, v1) y is at 1/32 and z at 1/128 of the image's resolution.
+    With the patch stem (v0, v1), y is at 1/32 and z at 1/128 of the resolution of the image.
     """
 
     tag = b"cnxt"  # in the header of this paper's files
     exact_parts = ("h_s", "context_model")
-    options = ("variant", *BASELINE)  # in a checkpoint's config, as the weights do not tell them
+    options = ("variant", *BASELINE)  # from a checkpoint's config, as weights do not reveal them
 
     def __init__(self, variant: str = "v2_stride2", embed_dim: int = 128, latent_dim: int = 192,
                  **options: Any):
-        """options: those of BASELINE, in place of the variant's."""
+        """options: options of BASELINE, which replace those of the variant."""
         super().__init__()
         o = merged(variant, options)
         if o["dw_groups"] and (embed_dim % o["dw_groups"] or latent_dim % o["dw_groups"]):
@@ -441,12 +443,12 @@ class ConvNeXTIC(Codec):
 
     @property
     def stride(self) -> int:
-        """Image pixels to a latent of y."""
+        """Image pixels per position of y."""
         return SAMPLERS[self.stem][1] * 8
 
     @property
     def tile_above(self) -> float:
-        """Image pixels; external attention sees the whole image, so there are no tiles."""
+        """Image pixels above which tiles are used; never with external attention."""
         return math.inf if self.external_attention else LIMIT
 
     @property
@@ -455,9 +457,9 @@ class ConvNeXTIC(Codec):
 
     def forward(self, x: Tensor, lmbda: Tensor | float | None = None) -> dict[str, Any]:
         """x (B, 3, H, W) in [0, 1], H and W multiples of 64 (patch stem: 128) -> x_hat and
-        likelihoods of y, z. In eval mode y_hat is that of a file.
+        likelihoods of y, z. In eval mode, y_hat is that of the file.
 
-        lmbda: of a variable-rate model, a number or (B,).
+        lmbda: rate of a variable-rate model, a number or (B,).
         """
         y = self.analyse(x, lmbda).float()
         z = self.h_a(y).float()
@@ -475,14 +477,14 @@ class ConvNeXTIC(Codec):
         return {"x_hat": x_hat, "likelihoods": {"y": y_likelihoods, "z": z_likelihoods}}
 
     def analyse(self, x: Tensor, lmbda: Tensor | float | None = None) -> Tensor:
-        """g_a: x (B, 3, H, W) -> y (B, M, H/16, W/16), or 1/32; scaled for lmbda (v5)."""
+        """g_a: x (B, 3, H, W) -> y (B, M, H/16, W/16), or 1/32; scaled by lmbda in v5."""
         gains = self._gains("scale_a", x, lmbda)
         for stage, gain in zip(self.g_a, gains, strict=True):
             x = stage(x) * gain if gain is not None else stage(x)
         return x
 
     def synthesize(self, y_hat: Tensor, lmbda: Tensor | float | None = None) -> Tensor:
-        """g_s: the way back."""
+        """g_s: y_hat -> x_hat (B, 3, H, W), scaled by lmbda in v5."""
         gains = self._gains("scale_s", y_hat, lmbda)
         for stage, gain in zip(self.g_s, gains, strict=True):
             y_hat = stage(y_hat * gain if gain is not None else y_hat)
@@ -516,7 +518,7 @@ class ConvNeXTIC(Codec):
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int],
                    lmbda: float | None = None) -> dict[str, Tensor]:
-        """Inverse of compress -> {"x_hat": (B, 3, H, W) in [0, 1]}."""
+        """Inverse of `compress`; returns {"x_hat": (B, 3, H, W) in [0, 1]}."""
         *y_strings, z_strings = strings
         z_hat = entropy.decode_bottleneck(self.entropy_bottleneck, z_strings, shape)
         params, tables = self._params(z_hat), entropy.Tables.of(self.gaussian_conditional)
@@ -537,7 +539,7 @@ class ConvNeXTIC(Codec):
         return {"x_hat": x_hat.clamp_(0, 1)}
 
     def _decoders(self, strings: list[list[bytes]], params: Tensor, tables: entropy.Tables) -> list:
-        """One for each of y's strings: four of MCM's lattices, one of SCCTX."""
+        """Decoders of the strings of y: one per lattice of MCM, or one for SCCTX."""
         height, width = params.shape[-2:]
         counts = ([int(mask.sum()) for mask in lattices(height, width)] if self.context == "mcm"
                   else [height * width])
@@ -546,7 +548,7 @@ class ConvNeXTIC(Codec):
 
     @staticmethod
     def read_parameters(parameters: bytes) -> dict[str, Any]:
-        """lmbda, as the header of a variable-rate file holds it."""
+        """Return lmbda from the header of a variable-rate file."""
         return {"lmbda": struct.unpack("<f", parameters)[0]} if len(parameters) == 4 else {}
 
     def _params(self, z_hat: Tensor) -> Tensor:
@@ -558,7 +560,7 @@ class ConvNeXTIC(Codec):
     @torch.no_grad()
     @torch.compiler.disable
     def _encode(self, y: Tensor, params: Tensor) -> tuple[Tensor, list[list]]:
-        """y_hat (B, M, h, w); for each string of y [(symbols, CDF indexes), ...], in order."""
+        """Return y_hat (B, M, h, w), and [(symbols, CDF indexes), ...] for each string of y."""
         coded: list[list] = [[] for _ in range(4 if self.context == "mcm" else 1)]
         groups = []
         sections = y.to(params.device).split(self.context_model.sizes, 1)
@@ -574,9 +576,9 @@ class ConvNeXTIC(Codec):
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Tensor], **options: Any) -> ConvNeXTIC:
-        """Build with the N and M of the weights and load them, strictly.
+        """Build the model with the N and M of the weights and load them strictly.
 
-        options: what a checkpoint's config tells; without a variant the weights do (`options_of`).
+        options: of a checkpoint's config; without a variant, those of the weights (`options_of`).
         """
         N = len(state_dict["entropy_bottleneck.quantiles"])
         M = len(state_dict["g_a.3.blocks.0.scale.gamma"])
@@ -587,7 +589,7 @@ class ConvNeXTIC(Codec):
 
 
 def merged(variant: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a variant, with some replaced; UserError for what there is not."""
+    """The options of a variant, with some replaced; UserError for unknown names and values."""
     if variant not in VARIANTS:
         raise UserError(f"variant {variant}: choose from {', '.join(VARIANTS)}")
     result = dict(VARIANTS[variant])
@@ -609,10 +611,10 @@ def merged(variant: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def options_of(state_dict: dict[str, Tensor]) -> dict[str, Any]:
-    """The options that names and shapes of weights tell.
+    """The options that names and shapes of weights reveal.
 
-    Not told: `decoder_dw` of depthwise kernels (taken as "conv"), `lambda_input` ("log"), and what
-    acts in training only.
+    They do not reveal `decoder_dw` of depthwise kernels (assumed to be "conv"), `lambda_input`
+    ("log"), and options that only affect training.
     """
     def kernel(stage: str) -> int:
         return next(t.shape[2] for key, t in state_dict.items()
@@ -639,10 +641,10 @@ def options_of(state_dict: dict[str, Tensor]) -> dict[str, Any]:
 
 def build(variant: str = "v2_stride2", embed_dim: int = 128, latent_dim: int = 192,
           **options: Any) -> ConvNeXTIC:
-    """A new model: a revision of the source, with options of BASELINE in place of its own."""
+    """Build a variant, i.e. a revision of the source; options of BASELINE replace its own."""
     return ConvNeXTIC(variant, embed_dim, latent_dim, **options)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> ConvNeXTIC:
-    """A model from a checkpoint or a bare state dict, ready to code."""
+    """Load a model from a checkpoint or a bare state dict, ready to code."""
     return load_model(path, ConvNeXTIC, device)

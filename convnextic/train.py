@@ -51,62 +51,83 @@ SAME_RUN = ("variant", "embed_dim", "latent_dim", *BASELINE, "metric", "lmbda", 
 
 def flags() -> argparse.ArgumentParser:
     parser = cli.Parser(description="Train a ConvNeXt image codec (VCIP 2022 challenge).")
-    add = parser.add_argument_group("the source's flags and keys of its config.yaml").add_argument
+    add = parser.add_argument_group("flags of the source and keys of its config.yaml").add_argument
     add("--name", default="VCIP", help="folder of the run under ./results")
-    add("--resume", nargs="?", const="", help="continue this run; with FILE: start from weights")
-    add("--seed", type=cli.seed_number, default=0, help="of weights, noise, crops")
-    add("--snapshot_save_epoch", type=cli.positive_int, default=10, help="epochs between kept")
-    add("--log_itr", type=cli.positive_int, default=1000, help="without effect: each is logged")
+    add("--resume", nargs="?", const="", metavar="FILE",
+        help="continue this run; with FILE, start a new run from its weights")
+    add("--seed", type=cli.seed_number, default=0, help="seed of weights, noise and crops")
+    add("--snapshot_save_epoch", type=cli.positive_int, default=10,
+        help="epochs between kept checkpoints")
+    add("--log_itr", type=cli.positive_int, default=1000,
+        help="without effect; the log takes all steps into account")
     add("--startepoch", type=cli.count, default=0, help="first epoch, with --resume FILE")
-    add("--epochs", type=cli.positive_int, default=400, help="last epoch, exclusive")
-    add("--lr", type=cli.positive_float, default=1e-4)
-    add("--lr_aux", type=cli.positive_float, default=1e-3, help="of the quantiles")
-    add("--clip_max_norm", type=cli.number, default=1.0, help="gradient norm limit; 0: none")
-    add("--metric", choices=["mse", "ms-ssim"], default="mse")
-    add("--gpu_id", default="0", help="'0 1 2': three processes")
-    add("--quality_level", default="7", help="1 to 8: sub-folder, and lmbda unless that is given")
-    add("--lmbda", type=cli.positive_float, help="weight of 255^2 MSE; none: by quality_level")
-    add("--lambda_min", type=cli.positive_float, help="of v5_vr; none: by quality_level")
-    add("--lambda_max", type=cli.positive_float, help="of v5_vr; none: by quality_level")
-    add("--in_chans", type=int, choices=[3], default=3)
-    add("--embed_dim", type=cli.positive_int, default=128, help="N")
-    add("--latent_dim", type=cli.positive_int, default=192, help="M")
+    add("--epochs", type=cli.positive_int, default=400,
+        help="number of epochs, counting those before --startepoch")
+    add("--lr", type=cli.positive_float, default=1e-4, help="initial learning rate")
+    add("--lr_aux", type=cli.positive_float, default=1e-3, help="learning rate of the quantiles")
+    add("--clip_max_norm", type=cli.number, default=1.0,
+        help="maximum gradient norm; 0 disables clipping")
+    add("--metric", choices=["mse", "ms-ssim"], default="mse",
+        help="distortion measure of the loss")
+    add("--gpu_id", default="0",
+        help="GPU indexes, e.g. '0 1 2'; several start one process each")
+    add("--quality_level", default="7",
+        help="sub-folder of the run; 1 to 8 also choose lmbda if that is not given")
+    add("--lmbda", type=cli.positive_float,
+        help="rate-distortion weight: loss = bpp + lmbda * 255^2 * MSE; that of --quality_level "
+        "if not given")
+    add("--lambda_min", type=cli.positive_float,
+        help="smallest lmbda of v5_vr; that of --quality_level if not given")
+    add("--lambda_max", type=cli.positive_float,
+        help="largest lmbda of v5_vr; that of --quality_level if not given")
+    add("--in_chans", type=int, choices=[3], default=3, help="number of image channels")
+    add("--embed_dim", type=cli.positive_int, default=128,
+        help="number N of hidden channels")
+    add("--latent_dim", type=cli.positive_int, default=192,
+        help="number M of latent channels")
     add("--trainset", "--dataset",
-        help="folder with train/ and test/; none: bundled photographs, Kodak")
-    add("--batchsize", type=cli.positive_int, default=8, help="over all processes")
-    add("--batchsize_test", type=cli.positive_int, default=1)
-    add("--patchsize", type=cli.positive_int, default=256, help="side of the crops, pixels")
-    add("--worker_num", type=cli.count, default=8, help="data loader processes")
+        help="folder with train/ and test/; bundled photographs and Kodak if not given")
+    add("--batchsize", type=cli.positive_int, default=8,
+        help="images per step, over all processes")
+    add("--batchsize_test", type=cli.positive_int, default=1,
+        help="number of validation images per batch")
+    add("--patchsize", type=cli.positive_int, default=256, help="side of the crops in pixels")
+    add("--worker_num", type=cli.count, default=8, help="number of data loader processes")
     for dead in ("lr_shedule_step", "lr_shedule_scale", "set_lr", "p"):
         add(f"--{dead}", help="without effect, as in the source")
-    add = parser.add_argument_group("ablations; none: as in --variant").add_argument
+    add = parser.add_argument_group("ablations; the values of --variant if not given").add_argument
     add("--variant", choices=list(VARIANTS), default="v2_stride2", help="revision of the source")
-    add("--depths", type=cli.positive_int, nargs=6, help="blocks of g_a's and h_a's stages")
-    add("--kernel_size", type=cli.positive_int, help="of depthwise convolutions")
-    add("--mlp_ratio", type=cli.positive_int)
-    add("--dw_groups", type=cli.count, help="groups of that convolution; 0: depthwise")
-    add("--drop_path_rate", type=cli.number, help="of the deepest block")
-    add("--layer_scale_init", type=cli.positive_float)
+    add("--depths", type=cli.positive_int, nargs=6, help="blocks in each stage of g_a and h_a")
+    add("--kernel_size", type=cli.positive_int, help="kernel size of the depthwise convolutions")
+    add("--mlp_ratio", type=cli.positive_int, help="expansion factor of the MLPs")
+    add("--dw_groups", type=cli.count,
+        help="groups of the depthwise convolutions; 0 uses one per channel")
+    add("--drop_path_rate", type=cli.number, help="stochastic depth rate of the deepest block")
+    add("--layer_scale_init", type=cli.positive_float, help="initial value of the layer scales")
     for key in CHOICES:
         add(f"--{key}", choices=CHOICES[key])
     for key in ("variable_rate", "external_attention"):
         add(f"--{key}", action=argparse.BooleanOptionalAction, default=None)
-    add("--optimizer", choices=["adam", "adamw", "muon"], default="adam")
-    add("--weight_decay", type=cli.number, default=0.05, help="of adamw")
+    add("--optimizer", choices=["adam", "adamw", "muon"], default="adam",
+        help="optimiser of the main parameters")
+    add("--weight_decay", type=cli.number, default=0.05, help="weight decay of adamw")
     add("--wd_exclude_1d", action=argparse.BooleanOptionalAction, default=False,
-        help="no weight decay of biases, norms, scales")
+        help="exempt biases, norms and scales from weight decay")
     add("--eb_group", choices=["main", "aux"], default="main",
-        help="optimiser of p(z)'s network; the source: aux")
-    add("--lr_schedule", choices=SCHEDULES, default="multistep", help="stepped once an epoch")
-    add("--gamma", type=cli.positive_float, default=0.1, help="of multistep")
-    add("--T_max", type=cli.positive_int, help="of the cosine; none: all epochs")
-    add("--eta_min", type=cli.number, default=0.0, help="of the cosine")
+        help="optimiser of the network of p(z); the source uses aux")
+    add("--lr_schedule", choices=SCHEDULES, default="multistep",
+        help="learning-rate schedule, stepped once per epoch")
+    add("--gamma", type=cli.positive_float, default=0.1,
+        help="factor of the learning rate at each milestone of multistep")
+    add("--T_max", type=cli.positive_int,
+        help="period of the cosine in epochs; --epochs if not given")
+    add("--eta_min", type=cli.number, default=0.0, help="smallest learning rate of the cosine")
     add_training_flags(parser, lr_schedule="multistep", without=(
         "--resume", "--metric", "--optimizer", "--aux-lr", "--lr-schedule", "--clip-max-norm",
         "--patch-size", "--seed", "--save-every"))
     parser.set_defaults(milestones=[250, 350])
     parser.add_argument("--check_time", type=cli.minutes, default=10,
-                        help="minutes between saves within an epoch")
+                        help="minutes between checkpoints within an epoch")
     return parser
 
 

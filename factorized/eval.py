@@ -1,12 +1,12 @@
-"""Code a folder of images into real files, decode them, and write what they cost and how they look.
+"""Compress a folder of images to files, decode them, and measure rate, distortion and time.
 
     python eval.py                                  bundled small weights, Kodak
     python eval.py --epoch_num 199                  every run under ./ckpts that has this epoch
-    python eval.py --checkpoint A.pth B.pth         these weights: one point of the curve each
+    python eval.py --checkpoint A.pth B.pth         these weights, one point of the curve each
     torchrun --nproc_per_node=4 eval.py ...         images divided over processes
 
-bpp is the size of the file on disk * 8 / original pixels, header included. PSNR and MS-SSIM are
-those of 8-bit images without padding, averaged over images.
+bpp is 8 * file size on disk / original pixels, including the header. PSNR and MS-SSIM are computed
+on 8-bit images without padding and averaged over the images.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 from common import cli, data, processes
 from common.complexity import complexity
 from common.evaluation import compare, evaluate
-from common.evaluation.results import merge_points
 
 from factorized.model import build, load
 
@@ -28,7 +27,7 @@ SOURCE_STEPS = 200_000  # of the seminar: 200 epochs of about 1,010; CompressAI 
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = cli.Parser(description="Code images for real and measure rate and distortion.")
+    parser = cli.Parser(description="Compress images to files and measure rate and distortion.")
     add = parser.add_argument_group("the source's flags").add_argument
     add("--model_name", default="Factorized", choices=MODEL_NAMES, help="name of the model")
     add("--load_model_epoch", "--epoch_num", type=int,
@@ -41,21 +40,13 @@ def flags() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
     device = processes.start(args.device, threads=args.threads)
-    processes.parse_device(args.entropy_device)
     if args.complexity:
         print_complexity()
         return
     images = data.list_images(args.dataset_path or data.KODAK)
-    curves = []
-    found = evaluate.find_checkpoints(args, HERE / "weights", prefix="FactorizedPrior")
-    for name, checkpoints in found.items():
-        points = []
-        for checkpoint in checkpoints:
-            model = load(checkpoint, device)
-            out = evaluate.output_folder(args.outdir, name, checkpoint)
-            points.append(evaluate.evaluate(model, images, name, str(checkpoint.name), out,
-                                            args.test_batch_size, {"steps_source": SOURCE_STEPS}))
-        curves.append(merge_points(points))
+    checkpoints = evaluate.find_checkpoints(args, HERE / "weights", prefix="FactorizedPrior")
+    curves = evaluate.fixed_rate_curves(args, checkpoints, load, images, device,
+                                        lambda _: {"steps_source": SOURCE_STEPS})
     if processes.rank() == 0:
         compare.report(curves, HERE / "results" / "published.json", images, Path(args.resultdir),
                        args.model_name)

@@ -21,7 +21,7 @@ from compressai.models import FactorizedPrior
 from compressai.models.utils import conv, deconv
 from torch import Tensor, nn
 
-BASELINE = FactorizedPrior  # same network and keys: tests and `make bench` compare with it
+BASELINE = FactorizedPrior  # same network and keys, for tests and `make bench`
 
 
 def analysis(N: int, M: int) -> nn.Sequential:
@@ -45,18 +45,18 @@ def synthesis(N: int, M: int) -> nn.Sequential:
 
 
 class Factorized(Codec):
-    """Transform coding with one learned density per latent channel.
+    """Transform coding with a learned density for each latent channel.
 
         x (3,512,768) -> g_a -> y (M,32,48) -> Q -> y_hat -> g_s -> x_hat
                                                |
                               p(y_hat) = prod_i p_channel(i)(y_hat_i)   entropy_bottleneck
 
-    Q adds uniform noise in training (ICLR 2017, eq. 6) and rounds around the channel's median
-    otherwise.
+    In training, Q adds uniform noise (ICLR 2017, eq. 6); otherwise it rounds around the median of
+    the channel.
     """
 
     tag = b"fact"  # in the header of this paper's files
-    exact_parts = ()  # the decoder recomputes nothing but integers: symbols and stored CDF tables
+    exact_parts = ()  # the decoder only uses integers: symbols and stored CDF tables
     downsampling_factor = 16
 
     def __init__(self, N: int = 128, M: int = 192):
@@ -83,7 +83,7 @@ class Factorized(Codec):
 
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
-        """Inverse of compress -> {"x_hat": (B, 3, H, W) in [0, 1]}."""
+        """Inverse of `compress`; returns {"x_hat": (B, 3, H, W) in [0, 1]}."""
         (y_strings,) = strings
         y_hat = entropy.decode_bottleneck(self.entropy_bottleneck, y_strings, shape)
         x_hat = tiled(self.g_s, y_hat, up=16)
@@ -91,17 +91,17 @@ class Factorized(Codec):
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Tensor]) -> Factorized:
-        """Build with the N and M of the weights and load them, strictly."""
+        """Build the model with the N and M of the weights and load them strictly."""
         net = cls(state_dict["g_a.0.weight"].size(0), state_dict["g_a.6.weight"].size(0))
         net.load_state_dict(state_dict)
         return net
 
 
 def build(N: int = 128, M: int = 192) -> Factorized:
-    """A new model; (128, 192) is the report's low-rate size, (192, 320) its high-rate size."""
+    """Build a model; (128, 192) is the report's low-rate size, (192, 320) its high-rate size."""
     return Factorized(N, M)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Factorized:
-    """A model from a checkpoint or a bare state dict, ready to code."""
+    """Load a model from a checkpoint or a bare state dict, ready to code."""
     return load_model(path, Factorized, device)

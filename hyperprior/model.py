@@ -3,7 +3,7 @@ S. J. Hwang, N. Johnston, ICLR 2018 (arXiv:1802.01436).
 
 State-dict keys are those of CompressAI's ScaleHyperprior, so its published weights load.
 Coding differs from CompressAI in two points. h_s runs in exact arithmetic (common/coding/exact.py),
-so that a file decodes on every machine. Of the 64 CDF tables, a latent uses the one with the
+so that files can be decoded on every machine. Of the 64 CDF tables, a latent uses the one with the
 nearest scale; CompressAI uses the one with the next larger scale.
 """
 
@@ -24,7 +24,7 @@ from compressai.models import ScaleHyperprior
 from compressai.models.utils import conv, deconv
 from torch import Tensor, nn
 
-BASELINE = ScaleHyperprior  # same network and keys: tests and `make bench` compare with it
+BASELINE = ScaleHyperprior  # same network and keys, for tests and `make bench`
 
 
 def analysis(N: int, M: int) -> nn.Sequential:
@@ -66,7 +66,7 @@ def hyper_synthesis(N: int, M: int) -> nn.Sequential:
 
 
 class Hyperprior(Codec):
-    """The latents' scales are sent as side information z.
+    """Codec that transmits the scales of the latents as side information z.
 
         x (3,512,768) -> g_a -> y (M,32,48) ------------------> Q -> y_hat -> g_s -> x_hat
                                 |                               |
@@ -77,7 +77,7 @@ class Hyperprior(Codec):
                                         entropy_bottleneck: p(z_hat)
 
     Q adds uniform noise in training and rounds otherwise (eq. 4 and 5). The decoder needs the same
-    scales as the encoder, to the last bit: both compute h_s in exact arithmetic.
+    scales as the encoder, to the last bit, so both compute h_s in exact arithmetic.
     """
 
     tag = b"hype"  # in the header of this paper's files
@@ -118,7 +118,7 @@ class Hyperprior(Codec):
 
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
-        """Inverse of compress -> {"x_hat": (B, 3, H, W) in [0, 1]}."""
+        """Inverse of `compress`; returns {"x_hat": (B, 3, H, W) in [0, 1]}."""
         y_strings, z_strings = strings
         z_hat = entropy.decode_bottleneck(self.entropy_bottleneck, z_strings, shape)
         y_hat = entropy.decode(y_strings, self._indexes(z_hat),
@@ -127,24 +127,24 @@ class Hyperprior(Codec):
         return {"x_hat": x_hat.clamp_(0, 1)}
 
     def _indexes(self, z_hat: Tensor) -> Tensor:
-        """Which CDF table codes each y: (B, M, H/16, W/16). Same bits on every machine."""
+        """Index of the CDF table of each y, (B, M, H/16, W/16); the same on every machine."""
         scales = exact.run(self.h_s, z_hat.to(self.coding_device or z_hat.device))
         table = self.gaussian_conditional.scale_table
         return exact.scale_indexes(scales, table.to(scales.device))
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Tensor]) -> Hyperprior:
-        """Build with the N and M of the weights and load them, strictly."""
+        """Build the model with the N and M of the weights and load them strictly."""
         net = cls(state_dict["g_a.0.weight"].size(0), state_dict["g_a.6.weight"].size(0))
         net.load_state_dict(state_dict)
         return net
 
 
 def build(N: int = 128, M: int = 192) -> Hyperprior:
-    """A new model; (128, 192) is the report's low-rate size, (192, 320) its high-rate size."""
+    """Build a model; (128, 192) is the report's low-rate size, (192, 320) its high-rate size."""
     return Hyperprior(N, M)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Hyperprior:
-    """A model from a checkpoint or a bare state dict, ready to code."""
+    """Load a model from a checkpoint or a bare state dict, ready to code."""
     return load_model(path, Hyperprior, device)

@@ -2,8 +2,8 @@
 G. Toderici, NeurIPS 2018 (arXiv:1809.02736).
 
 State-dict keys are those of CompressAI's JointAutoregressiveHierarchicalPriors, so its published
-weights load. Coding differs from CompressAI in two points: it goes wave by wave instead of pixel by
-pixel, and all that the decoder must recompute is exact arithmetic (common/coding/context.py).
+weights load. Coding differs from CompressAI in two points: it processes wavefronts instead of
+pixels, and everything that the decoder recomputes uses exact arithmetic (common/coding/context.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 BASELINE = JointAutoregressiveHierarchicalPriors  # same network and keys, for `make bench`
 
-# The report mixes GDN and GDN1, whose parameters have equal names and shapes: g_a, g_s
+# for g_a, g_s; the report mixes GDN and GDN1, whose parameters have the same names and shapes
 ACTIVATIONS = {"paper": ((GDN, GDN, GDN), (GDN, GDN, GDN)),
                "seminar": ((GDN1, GDN, GDN), (GDN1, GDN1, GDN1))}
 QUANTIZERS = ("centred", "rounded")
@@ -82,7 +82,7 @@ def parameters_network(M: int) -> nn.Sequential:
 
 
 class JointAutoregressive(Codec):
-    """Means and scales come from side information z and from latents already decoded.
+    """Codec that predicts means and scales from side information z and from decoded latents.
 
         x (3,512,768) -> g_a -> y (M,32,48) ------------------> Q -> y_hat -> g_s -> x_hat
                                 |                               |      |
@@ -93,15 +93,16 @@ class JointAutoregressive(Codec):
                                 v                                      ^
                                h_a -> z (N,8,12) -> Q -> z_hat -> h_s -> params (2M,32,48)
 
-    Q adds uniform noise in training. Otherwise y_hat = round(y - means) + means, in forward as in
-    compress, so that the estimate is that of the file; the means depend on y_hat, so this goes wave
-    by wave. `quantize="rounded"` makes forward do as CompressAI's: y_hat = round(y) for context and
-    g_s, the likelihood that of round(y - means); parallel, but not what a file holds.
+    Q adds uniform noise in training. Otherwise y_hat = round(y - means) + means, in `forward` as in
+    `compress`, so that the estimated rate is that of the file; the means depend on y_hat, so it is
+    computed wavefront by wavefront. With `quantize="rounded"`, forward works as in CompressAI:
+    context and g_s see y_hat = round(y), and the likelihood is that of round(y - means). This is
+    parallel, but differs from the file.
     """
 
     tag = b"join"  # in the header of this paper's files
     exact_parts = ("h_s", "context_prediction", "entropy_parameters")
-    options = ("gdn_variant",)  # in a checkpoint's config, as the weights do not tell it
+    options = ("gdn_variant",)  # from a checkpoint's config, as weights do not reveal it
 
     def __init__(self, N: int = 192, M: int = 192, gdn_variant: str = "paper",
                  quantize: str = "centred"):
@@ -149,7 +150,7 @@ class JointAutoregressive(Codec):
 
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
-        """Inverse of compress -> {"x_hat": (B, 3, H, W) in [0, 1]}."""
+        """Inverse of `compress`; returns {"x_hat": (B, 3, H, W) in [0, 1]}."""
         y_strings, z_strings = strings
         z_hat = entropy.decode_bottleneck(self.entropy_bottleneck, z_strings, shape)
         y_hat = self._decode_waves(y_strings, self._params(z_hat)).to(z_hat.device)
@@ -165,7 +166,7 @@ class JointAutoregressive(Codec):
 
     @torch.no_grad()
     def _encode_waves(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """y_hat (B, M, h, w); symbols and CDF indexes (B, h*w, M) in the order of coding."""
+        """Return y_hat (B, M, h, w), and symbols and CDF indexes (B, h*w, M) in coding order."""
         context = self._context(params)
         y_rows = y.to(params).flatten(2).transpose(1, 2).contiguous()  # (B, h*w, M)
         all_symbols, all_indexes = [], []
@@ -178,7 +179,7 @@ class JointAutoregressive(Codec):
         return context.y_hat().to(y.device), torch.cat(all_symbols, 1), torch.cat(all_indexes, 1)
 
     def _decode_waves(self, strings: list[bytes], params: Tensor) -> Tensor:
-        """y_hat (B, M, h, w) from one string an image."""
+        """Decode y_hat (B, M, h, w) from one string per image."""
         context, tables = self._context(params), entropy.Tables.of(self.gaussian_conditional)
         h, w = params.shape[-2:]
         decoder = entropy.Decoders(strings, self.M * h * w, tables)
@@ -189,7 +190,7 @@ class JointAutoregressive(Codec):
         return context.y_hat()
 
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
-        """RuntimeError also for another mask: it would show the model latents not yet decoded."""
+        """Load weights; RuntimeError also for another mask, as it could reveal future latents."""
         mask, given = self.context_prediction.mask, state_dict.get("context_prediction.mask")
         if given is not None and not torch.equal(given.to(mask), mask):
             raise RuntimeError("its context_prediction.mask is not causal, or of another M "
@@ -198,7 +199,7 @@ class JointAutoregressive(Codec):
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Tensor], **options: Any) -> JointAutoregressive:
-        """Build with the N and M of the weights and load them, strictly."""
+        """Build the model with the N and M of the weights and load them strictly."""
         net = cls(state_dict["g_a.0.weight"].size(0), state_dict["g_a.6.weight"].size(0), **options)
         net.load_state_dict(state_dict)
         return net
@@ -206,10 +207,10 @@ class JointAutoregressive(Codec):
 
 def build(N: int = 192, M: int = 192, gdn_variant: str = "paper",
           quantize: str = "centred") -> JointAutoregressive:
-    """A new model; (192, 192) is the report's low-rate size, (192, 320) its high-rate size."""
+    """Build a model; (192, 192) is the report's low-rate size, (192, 320) its high-rate size."""
     return JointAutoregressive(N, M, gdn_variant, quantize)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> JointAutoregressive:
-    """A model from a checkpoint or a bare state dict, ready to code."""
+    """Load a model from a checkpoint or a bare state dict, ready to code."""
     return load_model(path, JointAutoregressive, device)

@@ -72,10 +72,10 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--M", type=cli.positive_int,
                         help="number of latent channels; overrides --code_rate")
     parser.add_argument("--gdn_variant", default="paper", choices=sorted(ACTIVATIONS),
-                        help="activations: paper uses GDN, seminar the report's mix of GDN and GDN1")
+                        help="activations: GDN (paper) or the report's GDN and GDN1 (seminar)")
     parser.add_argument("--quantize", default="centred", choices=QUANTIZERS,
-                        help="quantisation in validation: centred rounds as the file does, rounded as "
-                        "CompressAI's forward does")
+                        help="quantisation in validation: as in the file (centred), or as in "
+                        "CompressAI's forward (rounded)")
     parser.add_argument("--quality", type=int, choices=range(1, 9),
                         help="CompressAI's quality level of lmbda; overrides --lmbda")
     return parser

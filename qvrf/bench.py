@@ -1,10 +1,10 @@
-"""Speed beside CompressAI's classes, at the paper's widths: part of `make bench`.
+"""Compare the speed with CompressAI's classes, at the paper's widths: part of `make bench`.
 
     python -m common.evaluation.bench qvrf
 
-Decoding is timed with and without g_s. Stage 3 of training rounds every latent around a mean that
-depends on latents already rounded; `Serial` does this as the paper's code does, one position after
-the other, each with a convolution of its own, and is what our waves are compared with.
+Decoding is timed with and without g_s. Stage 3 of training rounds each latent around a mean that
+depends on previously rounded latents. Our wavefronts are compared with `Serial`, which works like
+the paper's code: one position after the other, with a separate convolution for each.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def run(rounds: int) -> None:
 
 # -------------------------------------------------------------------------------------- coding
 def decoding(base: str, rounds: int) -> None:
-    """compress and decompress a 512x768 image at level 0, which the fixed-rate base can code."""
+    """Time compress and decompress of a 512x768 image at level 0, where the base is equivalent."""
     ours, baseline = pair(base)
     x = data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None]
     files = ours.compress(x, s=0), baseline.compress(x)
@@ -52,10 +52,10 @@ def decoding(base: str, rounds: int) -> None:
 
 
 def pair(base: str) -> tuple[QVRF, nn.Module]:
-    """(ours, CompressAI's) with the same weights, at the paper's width.
+    """Our model and CompressAI's with the same weights, at the width of the paper.
 
-    Where bundled weights are of this base they are widened, else weights are random, scaled so that
-    latents and their scales are those of a photograph at about 1 bit per pixel.
+    They are the bundled weights of this base, widened; if there are none, random weights, scaled so
+    that latents and their scales are those of a photograph at about 1 bit per pixel.
     """
     ours = build(base)
     bundled = HERE / "weights" / f"small-{base}.pth"
@@ -71,7 +71,7 @@ def pair(base: str) -> tuple[QVRF, nn.Module]:
 
 @torch.no_grad()
 def make_lively(model: QVRF) -> None:
-    """Random weights whose latents are not all zero, with scales that fit them."""
+    """Scale random weights so that not all latents are zero, with matching scales."""
     torch.manual_seed(0)
     x = data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None, :, :256, :256]
     y = model.g_a(x)
@@ -82,9 +82,10 @@ def make_lively(model: QVRF) -> None:
 
 # ------------------------------------------------------------------------------------- training
 def training(base: str, rounds: int) -> None:
-    """A step of stage 3, 8 crops of 256x256: ours in bf16 against fp32 and the serial loop.
+    """Time a step of stage 3 on 8 crops of 256x256: ours in bf16 against fp32 and a serial loop.
 
-    And its rounding alone, from y and h_s' output to the likelihoods of y, forward and backward.
+    The rounding is also timed alone, from y and the output of h_s to the likelihoods of y, forward
+    and backward.
     """
     torch.manual_seed(0)
     ours, theirs = build(base).train(), build(base).train()
@@ -120,12 +121,12 @@ def training(base: str, rounds: int) -> None:
 
 
 def once(name: str, ours: bench.Step, serial: bench.Step, rounds: int) -> None:
-    """As bench.compare, but the loop, of half a minute or more, is called once a round."""
+    """As bench.compare, but the serial loop, which takes half a minute, is called once per round."""
     bench.show(name, [(bench.seconds(serial), bench.timed(ours)) for _ in range(rounds)])
 
 
 class Serial(nn.Module):
-    """Stage 3 with a loop over positions in raster order, in floats, as the paper's code has it."""
+    """Stage 3 with a loop over positions in raster order, in floats, as in the paper's code."""
 
     def __init__(self, model: QVRF):
         super().__init__()

@@ -3,9 +3,9 @@
     python codec.py encode IN.png [-o OUT.bin] [--level 3 | --factor 1.5 | --bpp 0.5 | --psnr 34]
     python codec.py decode OUT.bin [-o OUT.png]
 
---bpp gives the largest file that is not larger, --psnr the smallest that is not worse: the factor
-is searched for this image. The file tells its rate, and with --checkpoint P left out, which of the
-bundled weights decode it.
+--bpp gives the largest file within this rate, --psnr the smallest file with at least this quality;
+the factor is searched for each image. The file states its rate and, by its fingerprint, which of
+the bundled weights decode it if there is no --checkpoint.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ from qvrf.eval import factor
 from qvrf.model import QVRF, SMALLEST_GAIN, check_factor, load
 
 LEVEL = 2  # the source's
-SPREAD = 8  # a search goes so far beyond the first and the last gain
-CLOSE = {"bpp": 1e-3, "psnr": 1e-4}  # of the target: good enough to stop
+SPREAD = 8  # factor by which the search range exceeds the gains
+CLOSE = {"bpp": 1e-3, "psnr": 1e-4}  # relative tolerance of the search
 STEPS = 20
 
 
 def main(argv: list[str] | None = None) -> None:
     parser, encode, _ = codec_cli.flags("Code one image file at any rate.", "balle", "base codec")
     add = encode.add_mutually_exclusive_group().add_argument
-    add("--level", type=int, help=f"discrete rate, 0 the lowest; {LEVEL} if none is given")
-    add("--factor", type=factor, help="regulator, as 1.5 or 1/2.5: larger is better and costs more")
-    add("--bpp", type=cli.positive_float, help="bits per pixel of the whole file to reach")
-    add("--psnr", type=cli.positive_float, help="PSNR of the decoded image to reach, dB")
+    add("--level", type=int, help=f"discrete rate, 0 is the lowest; {LEVEL} if no rate is given")
+    add("--factor", type=factor,
+        help="regulator, e.g. 1.5 or 1/2.5; a larger one gives better quality and a larger file")
+    add("--bpp", type=cli.positive_float, help="target rate of the whole file in bits per pixel")
+    add("--psnr", type=cli.positive_float, help="target PSNR of the decoded image in dB")
     args = parser.parse_args(argv)
     weights = Path(__file__).parent / "weights"
     codec_cli.run(args, QVRF, load, weights, partial(encode_at, args=args))
 
 
 def encode_at(model: QVRF, x: Tensor, args: argparse.Namespace) -> tuple[bytes, str]:
-    """x (3, H, W) in [0, 1] -> the file, and what to print of its rate."""
+    """Encode x (3, H, W) in [0, 1]; return the file and a text about its rate."""
     if args.bpp is None and args.psnr is None:
         rate = ({"factor": check_factor(args.factor)} if args.factor is not None
                 else {"s": LEVEL if args.level is None else args.level})
@@ -59,10 +60,10 @@ def describe(model: QVRF, rate: dict[str, float]) -> str:
 
 
 def search(model: QVRF, x: Tensor, kind: str, target: float) -> tuple[bytes, float, str]:
-    """The file of x (3, H, W) that comes closest to `target` bpp from below or PSNR from above.
+    """Find the file of x (3, H, W) closest to `target`, in bpp from below or in PSNR from above.
 
-    Returns the file, its factor and a text with what was reached. The image is analysed once. Both
-    measures rise with the factor, so it is found by halving intervals of its logarithm.
+    Returns the file, its factor and a text with the result. The image is analysed once. As both
+    measures increase with the factor, it is found by bisection of its logarithm.
     """
     size = x.shape[-2:]
     latents = model.analyse(image_file.pad(x[None], model.downsampling_factor))
@@ -90,7 +91,7 @@ def search(model: QVRF, x: Tensor, kind: str, target: float) -> tuple[bytes, flo
 
 def bisect(measure: Callable[[float], float], kind: str, target: float, low: float, high: float
            ) -> float:
-    """The factor in [low, high] where `measure` passes `target`, on the side that keeps to it."""
+    """The factor in [low, high] at which `measure` reaches `target`, on the side that meets it."""
     reach = measure(low), measure(high)
     if not reach[0] <= target <= reach[1]:
         unit = "bpp" if kind == "bpp" else "dB"

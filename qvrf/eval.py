@@ -1,4 +1,4 @@
-"""Code a folder of images at the rates of one model, decode them, and write cost and quality.
+"""Compress a folder of images at all rates of a model, decode them, and measure the results.
 
     python eval.py                                          bundled weights, Kodak, all levels
     python eval.py -p ./Cheng2020VR.pth.tar --dataset ./dataset/Kodak --s 8      the source's call
@@ -7,8 +7,8 @@
     python eval.py --checkpoint A.pth B.pth --s 0           one point of the curve from each
     torchrun --nproc_per_node=4 eval.py ...                 images divided over processes
 
-bpp is the size of the file on disk * 8 / original pixels, header included. PSNR and MS-SSIM are
-those of 8-bit images without padding, averaged over images.
+bpp is 8 * file size on disk / original pixels, including the header. PSNR and MS-SSIM are computed
+on 8-bit images without padding and averaged over the images.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from common import UserError, cli, data, metrics, processes
 from common.coding import bitstream
 from common.complexity import complexity
 from common.evaluation import compare, evaluate
-from common.evaluation.results import image_names, load_results, merge_points
+from common.evaluation.results import image_names, load_results
 from common.files import read_file, write_atomic
 
 from qvrf.model import FACTORS, LMBDAS, QVRF, WIDTHS, build, load
@@ -32,32 +32,37 @@ HERE = Path(__file__).parent
 SWEEP = (.5, .7, .9, 1.1, 1.25, 1.45, 1.7, 2, 2.4, 2.8, 3.3, 3.8, 4, 4.6, 5.4, 5.8, 6.5, 6.8, 7.5,
          7.9, 8.3, 9.1, 9.4, 9.7, 10.5, 11, 12)
 SOURCE_STEPS = 3_219_000  # 3,000 epochs of 1,073
-BUNDLED = "small-balle.pth"  # the better one; small-minnen.pth codes with a context
+BUNDLED = "small-balle.pth"  # the better of two; small-minnen.pth has a context model
 COLUMNS = ("name", "bits", "pixels", "bpp", "y_bpp", "z_bpp", "mse", "psnr(dB)", "ms-ssim",
            "enc_time(s)", "dec_time(s)")
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = cli.Parser(description="Code images for real and measure rate and distortion.")
+    parser = cli.Parser(description="Compress images to files and measure rate and distortion.")
     add = parser.add_argument_group("the source's flags").add_argument
-    add("--dataset", help="folder of images; none: Kodak")
-    add("--output_path", help="name of the folder, beside the dataset's, of decoded images; none: "
-        "--outdir")
-    add("-c", "--entropy-coder", choices=["ans"], default="ans")
-    add("--cuda", action="store_true", help="a GPU must be there (it is used anyway if it is)")
-    add("--half", action="store_true", help="g_a and g_s in float16")
-    add("--entropy-estimation", action="store_true", help="no files: the likelihoods' bits")
-    add("-p", "--path", help="checkpoint; none: bundled weights")
-    add("--factormode", type=int, choices=[0, 1], default=0, help="1: --factor instead of --s")
+    add("--dataset", help="folder of test images; Kodak if not given")
+    add("--output_path",
+        help="name of the folder of decoded images, next to the dataset; --outdir if not given")
+    add("-c", "--entropy-coder", choices=["ans"], default="ans", help="entropy coder")
+    add("--cuda", action="store_true",
+        help="require a GPU; without the flag, one is used if present")
+    add("--half", action="store_true", help="run g_a and g_s in float16")
+    add("--entropy-estimation", action="store_true",
+        help="estimate the rate from the likelihoods instead of writing files")
+    add("-p", "--path", help="checkpoint; bundled weights if not given")
+    add("--factormode", type=int, choices=[0, 1], default=0,
+        help="parameter that sets the rate: --s (0) or --factor (1)")
     add("--factor", type=factor, default=1.5,
-        help="regulator, as 1.5 or 1/2.5; "
-        f"a decimal outside [{FACTORS[0]:g}, {FACTORS[1]:g}]: --sweep")
-    add("--patch", type=cli.positive_int, default=64, help="images are padded to multiples of it")
-    add("--s", type=int, help="level; the number of levels or more: all of them. "
-        "None: all, or with --path the source's 2")
-    add = parser.add_argument_group("ours, of this paper").add_argument
-    add("--sweep", action="store_true", help="with --factormode 1: the source's 27 factors")
-    add("--name", help="of the curve; none: that of the weights")
+        help="regulator, e.g. 1.5 or 1/2.5; "
+        f"a decimal outside [{FACTORS[0]:g}, {FACTORS[1]:g}] means --sweep")
+    add("--patch", type=cli.positive_int, default=64,
+        help="number of pixels of which height and width are padded to a multiple")
+    add("--s", type=int, help="level of rate; the number of levels or more means all of them. "
+        "If not given, all levels, or with --path the source's 2")
+    add = parser.add_argument_group("our flags for this paper").add_argument
+    add("--sweep", action="store_true",
+        help="evaluate the source's 27 factors, with --factormode 1")
+    add("--name", help="name of the curve; that of the weights if not given")
     evaluate.add_flags(parser)
     return parser
 
@@ -66,23 +71,22 @@ def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
     check(args)
     device = processes.start("cuda" if args.cuda else args.device, threads=args.threads)
-    entropy_device = processes.parse_device(args.entropy_device)
+    coding_device = processes.parse_device(args.entropy_device)
     if args.complexity:
         print_complexity()
         return
     images = data.list_images(args.dataset or data.KODAK)
-    curves = []
-    for name, checkpoints in find_checkpoints(args).items():
-        points = []
-        for checkpoint in checkpoints:
-            model = load(checkpoint, device)
-            model.coding_device = entropy_device
-            if args.half:
-                for part in (model.g_a, model.g_s):
-                    evaluate.in_half(part, device)
-            for rate in rates(model, args):
-                points.append(evaluate_rate(model, images, rate, name, checkpoint, args))
-        curves.append(merge_points(points))
+
+    def measure(name: str, checkpoint: Path) -> list[dict[str, Any]]:
+        model = load(checkpoint, device)
+        model.coding_device = coding_device
+        if args.half:
+            for part in (model.g_a, model.g_s):
+                evaluate.in_half(part, device)
+        return [evaluate_rate(model, images, rate, name, checkpoint, args)
+                for rate in rates(model, args)]
+
+    curves = evaluate.curves_of(find_checkpoints(args), measure)
     if args.reproduce and (HERE / "results" / "fixed.json").exists():
         curves.append(load_results(HERE / "results" / "fixed.json"))
     if processes.rank() == 0:
@@ -90,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
                        "QVRF")
         if args.reproduce and curves[-1]["name"] == "fixed":
             print(against_fixed(curves[0], curves[-1]))
-        if args.path:  # what the source's script prints
+        if args.path:  # the output of the source's script
             keys = {"psnr-rgb": "psnr", "bpp": "bpp", "encoding_time": "encoding_time",
                     "decoding_time": "decoding_time"}
             kind = "entropy estimation" if args.entropy_estimation else "ans"
@@ -99,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what cannot be meant."""
+    """Raise UserError for flags that contradict each other."""
     if args.factormode == 1 and not args.factor > 0:
         raise UserError(f"--factor {args.factor:g}: give a positive number, as 1.5 or 1/2.5")
     if args.sweep and args.factormode == 0:
@@ -114,7 +118,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
-    """What to evaluate, by the name of its curve."""
+    """Weights to evaluate, by the name of the curve."""
     small = [HERE / "weights" / BUNDLED]
     if args.path:
         return {args.name or Path(args.path).name.split(".")[0]: [exported(Path(args.path))]}
@@ -132,7 +136,7 @@ def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
 
 
 def exported(path: Path) -> Path:
-    """`path`, or the file to whose name update.py has added a hash: NAME-1a2b3c4d.pth.tar."""
+    """Return `path`, or the file with a hash that update.py has written: NAME-1a2b3c4d.pth.tar."""
     stem, dot, suffixes = path.name.partition(".")
     found = sorted(path.parent.glob(f"{stem}-????????{dot}{suffixes}"))
     if not path.exists() and len(found) > 1:
@@ -141,7 +145,7 @@ def exported(path: Path) -> Path:
 
 
 def rates(model: QVRF, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The operating points that the flags ask for."""
+    """The operating points that the flags request."""
     if args.factormode == 1:
         low, high = factor_range(model)
         meant = low <= args.factor <= high or isinstance(args.factor, Ratio)
@@ -158,13 +162,13 @@ def rates(model: QVRF, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def factor_range(model: QVRF) -> tuple[float, float]:
-    """The source's range; with eleven levels it ends as far above the last gain."""
+    """The source's range of factors; with eleven levels, its end is scaled with the last gain."""
     return FACTORS[0], FACTORS[1] * math.sqrt(LMBDAS[model.levels - 1] / LMBDAS[7])
 
 
 def evaluate_rate(model: QVRF, images: list[Path], rate: dict[str, Any], name: str,
                   checkpoint: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """One operating point; decoded images and the source's CSV in a folder of their own."""
+    """Evaluate one operating point; decoded images and the source's CSV go to a separate folder."""
     label = f"s_{rate['s']}" if "s" in rate else f"factor_{rate['factor']:g}"
     if args.output_path:
         dataset = Path(args.dataset or data.KODAK).resolve()
@@ -195,7 +199,7 @@ def evaluate_rate(model: QVRF, images: list[Path], rate: dict[str, Any], name: s
 
 
 def csv(rows: list[dict[str, Any]], images: list[Path], folder: Path | None) -> str:
-    """The source's table: a row for each image. mse on the 255 scale; y_bpp and z_bpp: payload."""
+    """The source's table, a row per image: mse on the 255 scale, y_bpp and z_bpp of the payload."""
     lines = [",".join(COLUMNS)]
     files = {name: path.name for path, name in image_names(images).items()}
     for row in rows:
@@ -215,7 +219,7 @@ def csv(rows: list[dict[str, Any]], images: list[Path], folder: Path | None) -> 
 
 
 def against_fixed(ours: dict[str, Any], fixed: dict[str, Any]) -> str:
-    """BD-rate of one variable-rate model against a model per rate."""
+    """BD-rate of a variable-rate model against one model per rate."""
     curves = [(c["results"]["bpp"], c["results"]["psnr-rgb"]) for c in (fixed, ours)]
     value = metrics.bd_rate(*curves[0], *curves[1])
     text = "no common range of PSNR" if value is None else f"{value:+.1f} %"
@@ -235,11 +239,11 @@ def print_complexity() -> None:
 
 
 class Ratio(float):
-    """A factor written as a fraction: it is meant, however small; 0.1 asks for the sweep."""
+    """A factor written as a fraction, which is always used, while a small decimal means --sweep."""
 
 
 def factor(text: str) -> float:
-    """A number or a fraction as 1/2.5, the reciprocal of the quantisation step."""
+    """Parse a number or a fraction, e.g. 1/2.5: the reciprocal of the quantisation step."""
     try:
         numerator, slash, denominator = text.partition("/")
         value = Ratio(float(numerator) / float(denominator)) if slash else float(text)

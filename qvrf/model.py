@@ -1,10 +1,11 @@
 """QVRF: a quantization-error-aware variable rate framework for learned image compression, K. Tong,
 Y. Wu, Y. Li, K. Zhang, L. Zhang, X. Jin, ICIP 2023 (arXiv:2303.05744).
 
-One scalar, the regulator `a`, multiplies the latent before it is rounded: a large one rounds finely
-and costs rate. A vector of eight, `Gain`, is learned together with eight Lagrange multipliers; any
-other positive number gives a rate between them. Three codecs get it here, with CompressAI's layers
-and state-dict keys: Balle (scale hyperprior), Minnen (joint autoregressive), Cheng (attention).
+A scalar, the regulator `a`, multiplies the latent before rounding: a larger value gives finer
+quantisation and a higher rate. The vector `Gain` holds the regulators of eight levels, one for each
+Lagrange multiplier, and is learned; any other positive number gives a rate between the levels. It
+is implemented for three codecs with CompressAI's layers and state-dict keys: Balle (scale
+hyperprior), Minnen (joint autoregressive) and Cheng (attention).
 """
 
 from __future__ import annotations
@@ -35,42 +36,42 @@ from torch import Tensor, nn
 BASES = {"balle": ScaleHyperprior, "minnen": JointAutoregressiveHierarchicalPriors,
          "cheng": Cheng2020Attention}
 WIDTHS = {"balle": (192, 320), "minnen": (192, 320), "cheng": (192, 192)}  # the paper's N, M
-HALO = {"balle": 2, "minnen": 2, "cheng": 12}  # latents that g_a and g_s see to each side
+HALO = {"balle": 2, "minnen": 2, "cheng": 12}  # latents that g_a and g_s see on each side
 LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18, 0.36, 0.72, 1.44)
-LEVELS = (8, 11)  # how many of them a model has
+LEVELS = (8, 11)  # possible numbers of levels
 SMALLEST_GAIN = 1e-4
 FACTORS = (0.5, 12.0)  # the source's range of continuous rates
 
 
 @dataclass
 class Latents:
-    """What does not depend on the rate: analysed once, coded at any."""
+    """The latents of an image, which do not depend on the rate."""
 
     y: Tensor  # (B, M, H/16, W/16)
     z: Tensor  # (B, N, H/64, W/64)
     z_hat: Tensor  # rounded
     params: Tensor  # of h_s, exact (float64): scales (B, M, ...) in balle, else (B, 2M, ...)
-    z_strings: list[bytes] | None = None  # made when first coded
+    z_strings: list[bytes] | None = None  # set when first coded
 
 
 class QVRF(Codec):
-    """A codec and its regulator a, which is `Gain[s]` at level s or any factor one likes.
+    """A codec with a regulator a, which is `Gain[s]` at level s, or any other positive factor.
 
         y --( - means )--( * a )-- Q --> symbols --( / a )--( + means )--> y_hat -- g_s -> x_hat
                                           |
                                 p = N(0, (a * scales)^2) * U
 
-    g_a, h_a, z and h_s never see a: one analysis serves all rates, and z costs the same at each.
-    The context model reads y_hat, in the latent's own units. Rate grows with s and with a.
+    g_a, h_a, z and h_s do not depend on a: one analysis serves all rates, and z always has the same
+    rate. The context model reads y_hat in the units of y. The rate increases with s and with a.
 
-    `Gain[0]` is 1 for ever: no gradient reaches it, so that level 0 is the base codec, to the byte.
+    `Gain[0]` stays 1, as it gets no gradient, so level 0 gives the same bytes as the base codec.
     """
 
     tag = b"qvrf"  # in the header of this paper's files
 
     def __init__(self, model: str = "cheng", levels: int = 8, N: int | None = None,
                  M: int | None = None):
-        """model: balle, minnen, cheng (whose M is N); levels: 8 or 11; N, M: None: the paper's."""
+        """model: balle, minnen or cheng (M = N); levels: 8 or 11; N, M: None for the paper's."""
         super().__init__()
         if model not in BASES or levels not in LEVELS:
             raise UserError(f"--model {model} --levels {levels}: choose from {', '.join(BASES)} "
@@ -91,11 +92,11 @@ class QVRF(Codec):
 
     # ------------------------------------------------------------------------------- the rate
     def gain(self, s: int | None = None, factor: float | None = None) -> Tensor:
-        """The regulator a of level s, or `factor` itself: a float32 scalar.
+        """The regulator a of level s, or `factor` if given, as a float32 scalar.
 
-        Raises UserError for a level that the model has not and a factor that is no positive number.
+        Raises UserError for an unknown level, or a factor that is not a positive number.
         """
-        unused = 0 * self.Gain.sum()  # in the graph at each level, as DistributedDataParallel asks
+        unused = 0 * self.Gain.sum()  # DDP needs all parameters in the graph at each level
         if factor is not None:
             return check_factor(factor) + unused
         if s is None or not 0 <= s < self.levels:
@@ -107,9 +108,9 @@ class QVRF(Codec):
                 ) -> dict[str, Any]:
         """x (B, 3, H, W) in [0, 1], H and W multiples of 64 -> x_hat and likelihoods of y, z.
 
-        In training: at level s, with additive noise (stages 1 and 2 of the paper) or, `ste`,
-        rounded around the means with the identity as gradient (stage 3). In evaluation: as
-        `compress` and `decompress` do, whatever `ste`.
+        In training, at level s: additive noise (stages 1 and 2 of the paper) or, with `ste`,
+        rounding around the means with a straight-through gradient (stage 3). In evaluation, as in
+        `compress` and `decompress`, regardless of `ste`.
         """
         if not self.training:
             latents = self.analyse(x)
@@ -131,10 +132,10 @@ class QVRF(Codec):
         return {"x_hat": x_hat, "likelihoods": {"y": y_likelihoods, "z": z_likelihoods}}
 
     def round_ste(self, y: Tensor, params: Tensor, a: Tensor) -> Tensor:
-        """y_hat of stage 3: rounded around the means, with the identity as gradient.
+        """y_hat of stage 3: rounded around the means, with a straight-through gradient.
 
-        The means get no gradient from here: they learn from the rate. No gradient
-        passes the decoder's 1 / a either.
+        The means get no gradient here, only from the rate; nor does the factor 1 / a of the
+        decoder.
         """
         symbols, _, means = self._quantize(y.detach(), params.detach().double(), a.detach())
         symbols, means = symbols.float(), means.float()
@@ -142,14 +143,14 @@ class QVRF(Codec):
         return (scaled + (symbols - scaled).detach()) / a.detach() + means
 
     def y_likelihoods(self, y: Tensor, y_hat: Tensor, params: Tensor, a: Tensor) -> Tensor:
-        """Of y, given what the decoder knows: h_s' params and y_hat. With noise in training."""
+        """Likelihoods of y, given params of h_s and y_hat; with noise in training."""
         scales, means = self._distribution(params, y_hat)
         with torch.autocast(y.device.type, enabled=False):
             means = means.float() if isinstance(means, Tensor) else means
             return self.gaussian_conditional((y - means) * a, scales.float() * a)[1]
 
     def _distribution(self, params: Tensor, y_hat: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Scales and means of y, by convolution over all of y_hat."""
+        """Scales and means of y, by a convolution over the whole y_hat."""
         if self.model == "balle":
             return params, 0.0
         context = self.context_prediction(y_hat)
@@ -158,7 +159,7 @@ class QVRF(Codec):
     # --------------------------------------------------------------------------------- coding
     @torch.no_grad()
     def analyse(self, x: Tensor) -> Latents:
-        """x as in forward -> all that can be computed before the rate is known."""
+        """Analyse x, as in `forward`: everything that does not depend on the rate."""
         y = tiled(self.g_a, x, down=16, halo=HALO[self.model])
         z = self.h_a(y.abs() if self.model == "balle" else y)
         z_hat = entropy.dequantize(self.entropy_bottleneck, z)
@@ -167,7 +168,7 @@ class QVRF(Codec):
     @torch.no_grad()
     def estimate(self, latents: Latents, s: int = 2, factor: float | None = None
                  ) -> dict[str, Any]:
-        """x_hat as it will be decoded, and the likelihoods of y; those of z are `z_likelihoods`."""
+        """x_hat as decoded, and the likelihoods of y; `z_likelihoods` gives those of z."""
         y_hat, a = self._round(latents, s, factor), self.gain(s, factor)
         params = self.h_s(latents.z_hat)
         return {"x_hat": self._synthesize(y_hat),
@@ -175,7 +176,7 @@ class QVRF(Codec):
 
     @torch.no_grad()
     def reconstruct(self, latents: Latents, s: int = 2, factor: float | None = None) -> Tensor:
-        """x_hat (B, 3, H, W) as it will be decoded."""
+        """x_hat (B, 3, H, W) as decoded."""
         return self._synthesize(self._round(latents, s, factor)).clamp_(0, 1)
 
     @torch.no_grad()
@@ -185,22 +186,22 @@ class QVRF(Codec):
     @torch.no_grad()
     def compress(self, x: Tensor, s: int = 2, factor: float | None = None) -> dict[str, Any]:
         """x as in forward -> {"strings": [y_strings, z_strings], "shape": (H/64, W/64),
-        "parameters": what `read_parameters` understands}.
+        "parameters": the rate, for `read_parameters`}.
 
-        s: the level; factor: instead of it, the regulator itself.
+        s: the level; factor: the regulator itself, instead of a level.
         """
         return self.encode(self.analyse(x), s, factor)
 
     @torch.no_grad()
     def encode(self, latents: Latents, s: int = 2, factor: float | None = None) -> dict[str, Any]:
-        """`compress` for what `analyse` found, so that a search for a rate repeats little."""
+        """`compress` for the result of `analyse`, so that a search for a rate analyses x once."""
         a = self.gain(s, factor)
         symbols, indexes, _ = self._quantize(latents.y, latents.params, a)
         if self.model != "balle":  # in the order of decoding
             order = torch.cat(wavefront(*latents.y.shape[-2:], symbols.device))
             symbols, indexes = (t.flatten(2).transpose(1, 2)[:, order] for t in (symbols, indexes))
         y_strings = entropy.encode(symbols, indexes, entropy.Tables.of(self.gaussian_conditional))
-        if latents.z_strings is None:  # they serve all rates
+        if latents.z_strings is None:  # the same for all rates
             latents.z_strings = entropy.encode_bottleneck(self.entropy_bottleneck, latents.z)
         parameters = bytes([s]) if factor is None else struct.pack("<f", check_factor(factor))
         return {"strings": [y_strings, latents.z_strings], "shape": tuple(latents.z.shape[-2:]),
@@ -209,7 +210,7 @@ class QVRF(Codec):
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int], s: int = 2,
                    factor: float | None = None) -> dict[str, Tensor]:
-        """Inverse of compress -> {"x_hat": (B, 3, H, W) in [0, 1]}."""
+        """Inverse of `compress`; returns {"x_hat": (B, 3, H, W) in [0, 1]}."""
         y_strings, z_strings = strings
         a = self.gain(s, factor)
         z_hat = entropy.decode_bottleneck(self.entropy_bottleneck, z_strings, shape)
@@ -224,7 +225,7 @@ class QVRF(Codec):
 
     @staticmethod
     def read_parameters(parameters: bytes) -> dict[str, Any]:
-        """The rate that a file's header holds, as `decompress` takes it."""
+        """Return the rate in the header of a file, as arguments of `decompress`."""
         if len(parameters) == 1:
             return {"s": parameters[0]}
         if len(parameters) == 4:
@@ -244,7 +245,7 @@ class QVRF(Codec):
         return exact.run(self.h_s, z_hat.to(self.coding_device or z_hat.device))
 
     def _indexes(self, scales: Tensor, a: Tensor) -> Tensor:
-        """CDF tables of the scaled latents. The table's bounds hold after the multiplication."""
+        """CDF indexes of the scaled latents; the scale table applies to scales times a."""
         table = self.gaussian_conditional.scale_table.to(scales.device)
         boundaries = exact.scale_boundaries(table) / float(a)
         return torch.bucketize(scales.contiguous(), boundaries, out_int32=True)
@@ -255,7 +256,7 @@ class QVRF(Codec):
 
     @staticmethod
     def _dequantize(symbols: Tensor, means: Tensor | float, a: Tensor | float) -> Tensor:
-        """float32 from float64: each operation is one that IEEE 754 defines."""
+        """y_hat in float32, by float64 operations that IEEE 754 defines exactly."""
         return (symbols * (1 / float(a)) + means).float()
 
     @torch.no_grad()
@@ -264,8 +265,9 @@ class QVRF(Codec):
                   ) -> tuple[Tensor, Tensor, Tensor]:
         """Symbols, CDF indexes and means, each (B, M, h, w); the means of balle are 0.
 
-        params: of h_s, exact where a decoder must find the same. With a context model the means
-        depend on y_hat = symbols / a + means further up and left, so this goes wave by wave.
+        params: result of h_s, exact if a decoder has to reproduce it. With a context model, the
+        means depend on y_hat = symbols / a + means above and to the left, so they are computed
+        wavefront by wavefront.
         """
         with torch.autocast(y.device.type, enabled=False):
             y = y.to(params)
@@ -286,7 +288,7 @@ class QVRF(Codec):
 
     def _decode_waves(self, strings: list[bytes], params: Tensor, tables: entropy.Tables, a: float
                       ) -> Tensor:
-        """y_hat (B, M, h, w), float32, from one string an image."""
+        """Decode y_hat (B, M, h, w), float32, from one string per image."""
         context, (height, width) = self._context(params, a), params.shape[-2:]
         decoder = entropy.Decoders(strings, self.M * height * width, tables)
         for positions in wavefront(height, width, params.device):
@@ -298,7 +300,7 @@ class QVRF(Codec):
 
     # -------------------------------------------------------------------------------- weights
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
-        """All spellings of CompressAI's keys. RuntimeError also for a mask that is not causal."""
+        """Load weights with any of CompressAI's key names; RuntimeError also for another mask."""
         state_dict = load_pretrained(state_dict)  # as `module.`, `_matrices.0`, `downsample`
         if self.model != "balle":
             mask, given = self.context_prediction.mask, state_dict.get("context_prediction.mask")
@@ -308,7 +310,7 @@ class QVRF(Codec):
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Tensor]) -> QVRF:
-        """Build the base, widths and number of levels that the weights are of, and load them."""
+        """Build the model with the base, widths and levels of the weights, and load them."""
         state_dict = load_pretrained(state_dict)
         levels = state_dict["Gain"].numel()
         if levels not in LEVELS:
@@ -319,12 +321,12 @@ class QVRF(Codec):
 
 
 def initial_gain(levels: int) -> Tensor:
-    """sqrt(lmbda_s / lmbda_0): the step for which rounding noise matches the multiplier."""
+    """sqrt(lmbda_s / lmbda_0), for which the quantisation noise matches the multiplier."""
     return torch.tensor([math.sqrt(lmbda / LMBDAS[0]) for lmbda in LMBDAS[:levels]])
 
 
 def check_factor(factor: float) -> float:
-    """`factor` as float32, which is what a file holds; UserError unless positive and finite."""
+    """Return `factor` in float32, as in files; UserError unless it is positive and finite."""
     if not (SMALLEST_GAIN <= factor <= 1 / SMALLEST_GAIN):  # false for NaN
         raise UserError(f"factor {factor:g}: give a positive number from {SMALLEST_GAIN:g} to "
                         f"{1 / SMALLEST_GAIN:g}, as 1.5 or 1/2.5; {FACTORS[0]:g} to {FACTORS[1]:g} "
@@ -333,14 +335,14 @@ def check_factor(factor: float) -> float:
 
 
 def base_of(state_dict: dict[str, Tensor]) -> str:
-    """Which of the three codecs a state dict belongs to."""
+    """Name of the codec that a state dict belongs to."""
     if "context_prediction.weight" not in state_dict:
         return "balle"
     return "cheng" if "g_a.0.conv1.weight" in state_dict else "minnen"
 
 
 def widths_of(state_dict: dict[str, Tensor]) -> tuple[int, int]:
-    """N and M of a state dict; KeyError when it is of none of the three codecs."""
+    """N and M of a state dict; KeyError if it belongs to none of the three codecs."""
     if "g_a.0.conv1.weight" in state_dict:
         return (state_dict["g_a.0.conv1.weight"].size(0),) * 2
     return state_dict["g_a.0.weight"].size(0), state_dict["g_a.6.weight"].size(0)
@@ -348,10 +350,10 @@ def widths_of(state_dict: dict[str, Tensor]) -> tuple[int, int]:
 
 def build(model: str = "cheng", levels: int = 8, N: int | None = None, M: int | None = None
           ) -> QVRF:
-    """A new model. N, M: None for the paper's, (192, 320) or, cheng, (192, 192)."""
+    """Build a model. N, M: None for the paper's, i.e. (192, 320), or (192, 192) for cheng."""
     return QVRF(model, levels, N, M)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> QVRF:
-    """A model from a checkpoint or a bare state dict, ready to code."""
+    """Load a model from a checkpoint or a bare state dict, ready to code."""
     return load_model(path, QVRF, device)

@@ -1,4 +1,4 @@
-"""The learned gains, and rate and PSNR against the regulator, from results of eval.py.
+"""Plot the learned gains, and rate and PSNR against the regulator, from results of eval.py.
 
     python eval.py
     python eval.py --factormode 1 --sweep --name sweep
@@ -19,9 +19,11 @@ from qvrf.model import LMBDAS, initial_gain
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(description="Plot gains, and rate and PSNR against the regulator.")
-    parser.add_argument("levels", type=Path, help="results at a model's levels")
-    parser.add_argument("sweep", type=Path, help="of the same model, with --factormode 1 --sweep")
-    parser.add_argument("-o", "--output", type=Path, default=Path("rate.png"))
+    parser.add_argument("levels", type=Path, help="results JSON at the levels of a model")
+    parser.add_argument("sweep", type=Path,
+                        help="results JSON of the same model with --factormode 1 --sweep")
+    parser.add_argument("-o", "--output", type=Path, default=Path("rate.png"),
+                        help="image file to write")
     args = parser.parse_args(argv)
     levels, sweep = (load_results(path) for path in (args.levels, args.sweep))
     for path, curve, key in ((args.levels, levels, "level"), (args.sweep, sweep, "factor")):

@@ -1,15 +1,16 @@
-"""Make the paper's training set: large images, halved once, as PNG.
+"""Make the training set of the paper: large images, downsampled by 2, as PNG.
 
     python preprocess.py --imagenet ILSVRC2012/train --clic CLIC2020/train --out ./dataset/train
 
-The `-n` images with the most pixels of ImageNet (8,000) and all of CLIC 2020 professional (584),
-each: noise, 8 bits, cubic resize to half if the shorter side exceeds 512 pixels, PNG.
+It uses the `-n` images of ImageNet with the most pixels (8,000) and all of CLIC 2020 professional
+(584). Noise is added to each image, it is rounded to 8 bits, downsampled by 2 with a cubic filter
+if the shorter side exceeds 512 pixels, and written as PNG.
 
-The source adds noise drawn from [0, 1) to 8-bit values and then cuts them to integers, which gives
-back the same values: it changes nothing. `--noise source` does just that; `--noise proper` adds it
-in floating point, halves, and rounds at the end, so that it hides traces of JPEG as was intended
-(in images that are halved: in others rounding takes it back). Halving is Pillow's, with an
-antialiasing bicubic filter; the source's, OpenCV's, has none.
+The source adds noise in [0, 1) to 8-bit values and then truncates them to integers, which has no
+effect. `--noise source` does the same. `--noise proper` adds noise in floating point, downsamples,
+and rounds at the end, so that it hides traces of JPEG as intended (only in images that are
+downsampled, as rounding removes it in others). The filter is Pillow's, bicubic with antialiasing;
+the source uses OpenCV's, without antialiasing.
 """
 
 from __future__ import annotations
@@ -32,13 +33,17 @@ LARGEST_SHORT_SIDE = 512
 
 def flags() -> argparse.ArgumentParser:
     parser = cli.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--imagenet", type=Path, help="folder, at any depth; the -n largest of it")
-    parser.add_argument("--clic", type=Path, help="folder, at any depth; all of it")
+    parser.add_argument("--imagenet", type=Path,
+                        help="folder of images at any depth; the -n largest are used")
+    parser.add_argument("--clic", type=Path, help="folder of images at any depth; all are used")
     parser.add_argument("--out", type=Path, default=Path("dataset/train"), help="folder to write")
-    parser.add_argument("-n", type=cli.positive_int, default=8000, help="images from --imagenet")
-    parser.add_argument("--noise", choices=["source", "proper", "none"], default="source")
-    parser.add_argument("--seed", type=cli.count, default=0, help="of the noise")
-    parser.add_argument("--num-workers", type=cli.count, default=os.cpu_count(), help="processes")
+    parser.add_argument("-n", type=cli.positive_int, default=8000,
+                        help="number of images from --imagenet")
+    parser.add_argument("--noise", choices=["source", "proper", "none"], default="source",
+                        help="noise added to the images, see the top of this file")
+    parser.add_argument("--seed", type=cli.count, default=0, help="seed of the noise")
+    parser.add_argument("--num-workers", type=cli.count, default=os.cpu_count(),
+                        help="number of processes")
     return parser
 
 
@@ -68,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def files(folder: Path) -> list[Path]:
-    """Image files at any depth, by name."""
+    """Image files at any depth, sorted by name."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in data.SUFFIXES)
@@ -78,7 +83,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def largest(paths: list[Path], n: int) -> list[Path]:
-    """The n images with the most pixels, as their headers say; the first of equal ones."""
+    """The n images with the most pixels according to their headers, ties in order."""
     if len(paths) < n:
         raise UserError(f"{n} images were asked for, {len(paths)} are there: give a smaller -n")
     sizes = [pixels(path) for path in tqdm(paths, desc="headers", unit="image", disable=None)]
@@ -87,7 +92,7 @@ def largest(paths: list[Path], n: int) -> list[Path]:
 
 
 def pixels(path: Path) -> int:
-    """From the header alone."""
+    """Number of pixels, read from the header alone."""
     try:
         with Image.open(path) as image:
             return image.width * image.height
@@ -96,7 +101,7 @@ def pixels(path: Path) -> int:
 
 
 def unique_names(paths: Iterable[Path]) -> list[str]:
-    """<stem>.png, or with a number where two would be equal (the source loses the first)."""
+    """<stem>.png, numbered where stems are equal (the source overwrites the first)."""
     seen: dict[str, int] = {}
     names = []
     for path in paths:
@@ -107,7 +112,7 @@ def unique_names(paths: Iterable[Path]) -> list[str]:
 
 
 def convert(job: tuple[Path, Path, int], noise: str) -> bool:
-    """One image; whether it was halved."""
+    """Convert one image; return whether it was downsampled."""
     path, output, seed = job
     image = data.read_image(path, notice=lambda _: None).permute(1, 2, 0).numpy()
     height, width = image.shape[:2]

@@ -1,19 +1,20 @@
-"""Train QVRF: one base codec in stage 1, all its rates in stages 2 and 3.
+"""Train QVRF: a fixed-rate base codec in stage 1, and all its rates in stages 2 and 3.
 
     python train.py --stage 1                            the source's recipe on the bundled tiles
-    python train.py --stage 2                            goes on from stage 1's best weights, here
+    python train.py --stage 2                            starts from the best weights of stage 1
     python train.py --stage 3
-    python train.py --config quick.yaml                  the three of them, small
+    python train.py --config quick.yaml                  all three stages, small
     python train.py -d ./dataset -e 2000 500 500 --stage 1 2 3 --batch-size 8
     torchrun --nproc_per_node=4 train.py ...             more processes or machines
 
     stage   level s of a batch    lmbda       regulator     rounding in training
     1       the last              the last    1             noise
     2       drawn                 lmbda[s]    Gain[s]       noise
-    3       drawn                 lmbda[s]    Gain[s]       true, identity as gradient (STE)
+    3       drawn                 lmbda[s]    Gain[s]       true, straight-through gradient (STE)
 
-Checkpoints: ./checkpoint.pth.tar, ./checkpoint_best_loss.pth.tar (--out: elsewhere); when a stage
-begins, those of the one before stay as ..._stage<n>.pth.tar. Logs: ./logs/stage<n>/.
+Checkpoints: checkpoint.pth.tar and checkpoint_best_loss.pth.tar in --out (by default the current
+folder); when a stage begins, those of the previous one are kept as ..._stage<n>.pth.tar. Logs:
+logs/stage<n>/.
 """
 
 from __future__ import annotations
@@ -50,55 +51,65 @@ from qvrf.model import BASES, LEVELS, LMBDAS, QVRF, WIDTHS, build, initial_gain
 
 SOURCE_EPOCH = 1_073  # steps of the source's epochs, for the few bundled photographs
 NEWEST, BEST = "checkpoint.pth.tar", "checkpoint_best_loss.pth.tar"
-ANEW = "--checkpoint FILE --refresh 1 and another --out"  # what begins another run
+ANEW = "--checkpoint FILE --refresh 1 and another --out"  # flags that start another run
 SAME_RUN = ("model", "levels", "N", "M", "stage", "ste", "lmbda", "optimizer", "learning_rate",
             "aux_learning_rate", "lr_schedule", "milestones", "batch_size", "patch_size", "flip",
             "start_gain", "start_level", "images", "steps_per_epoch", "seed",
-            "clip_max_norm")  # what --resume must not change
+            "clip_max_norm")  # flags that --resume must not change
 
 
 def flags() -> argparse.ArgumentParser:
     parser = cli.Parser(description="Train a variable-rate codec (Tong et al. 2023).")
     add = parser.add_argument_group("the source's flags").add_argument
-    add("-d", "--dataset", help="folder with train/ and test/; none: bundled photographs, Kodak")
+    add("-d", "--dataset",
+        help="folder with train/ and test/; bundled photographs and Kodak if not given")
     add("-e", "--epochs", type=cli.positive_int, nargs="+", default=[100],
-        help="one number, or one for each stage")
+        help="number of epochs; one value, or one per stage")
     add("-lr", "--learning-rate", type=cli.positive_float, nargs="+", default=[1e-4],
-        help="one number, or one for each stage")
-    add("-n", "--num-workers", type=cli.count, default=4, help="data loader processes")
-    add("--batch-size", type=cli.positive_int, default=16, help="over all processes")
-    add("--test-batch-size", type=cli.positive_int, default=64)
-    add("--aux-learning-rate", type=cli.positive_float, default=1e-3, help="of the quantiles")
+        help="initial learning rate; one value, or one per stage")
+    add("-n", "--num-workers", type=cli.count, default=4, help="number of data loader processes")
+    add("--batch-size", type=cli.positive_int, default=16,
+        help="images per step, over all processes")
+    add("--test-batch-size", type=cli.positive_int, default=64,
+        help="number of validation images per batch")
+    add("--aux-learning-rate", type=cli.positive_float, default=1e-3,
+        help="learning rate of the quantiles")
     add("--patch-size", type=cli.positive_int, nargs=2, default=[256, 256],
-        help="height and width of crops: random in training, central in validation")
-    add("--cuda", action="store_true", help="a GPU must be there (it is used anyway if it is)")
-    add("--save", action="store_true", default=True, help="checkpoints are always saved")
-    add("--seed", type=seed, default=0, help="of weights, noise, crops, levels")
-    add("--clip_max_norm", type=cli.positive_float, default=1.0, help="gradient norm limit")
-    add("--checkpoint", help="go on from this one; with --refresh 1, from its weights alone")
+        help="height and width of the crops in pixels: random in training, central in validation")
+    add("--cuda", action="store_true",
+        help="require a GPU; without the flag, one is used if present")
+    add("--save", action="store_true", default=True,
+        help="without effect; checkpoints are always saved")
+    add("--seed", type=seed, default=0, help="seed of weights, noise, crops and levels")
+    add("--clip_max_norm", type=cli.positive_float, default=1.0, help="maximum gradient norm")
+    add("--checkpoint",
+        help="checkpoint to continue; with --refresh 1, only its weights are used")
     add("--stage", type=int, nargs="+", choices=[0, 1, 2, 3], default=[0],
-        help="0 is 1; several: one after the other")
-    add("--ste", type=int, choices=[0, 1], default=0, help="1: true rounding in any stage")
+        help="stages of training, one after the other; 0 means 1")
+    add("--ste", type=int, choices=[0, 1], default=0,
+        help="1 rounds with a straight-through gradient in all stages")
     add("--loadFromPretrainedSinglemodel", type=int, choices=[0, 1], default=0,
-        help="1: --checkpoint is of the fixed-rate base, CompressAI's for example")
+        help="1 states that --checkpoint is a fixed-rate base codec, e.g. CompressAI's")
     add("--refresh", type=int, choices=[0, 1], default=0,
-        help="1: learning rates, schedule, epoch and best loss begin anew")
+        help="1 resets learning rates, schedule, epoch and best loss")
     add_training_flags(parser, lr_schedule="plateau", without=(
         "--metric", "--aux-lr", "--clip-max-norm", "--patch-size", "--seed", "--save-every"))
-    add = parser.add_argument_group("ours, of this paper").add_argument
-    add("--model", choices=list(BASES), default="cheng", help="the base codec")
-    add("--levels", type=int, choices=LEVELS, default=8, help="discrete rates")
-    add("--N", type=cli.positive_int, help="channels; none: the paper's")
-    add("--M", type=cli.positive_int, help="latent channels; none: the paper's")
+    add = parser.add_argument_group("our flags for this paper").add_argument
+    add("--model", choices=list(BASES), default="cheng", help="base codec")
+    add("--levels", type=int, choices=LEVELS, default=8, help="number of discrete rates")
+    add("--N", type=cli.positive_int, help="number of hidden channels; the paper's if not given")
+    add("--M", type=cli.positive_int, help="number of latent channels; the paper's if not given")
     add("--start_gain", type=cli.positive_float,
-        help="stage 2 begins with gains from 1 to this, --start_level being the codec of stage 1; "
-        "none, as in the source: the step of stage 1, the highest rate, becomes the lowest's")
+        help="largest initial gain of stage 2: gains rise from 1 to it, and --start_level begins "
+        "as the codec of stage 1; if not given, as in the source, the lowest rate takes over the "
+        "quantisation step of stage 1, which was trained for the highest rate")
     add("--start_level", type=cli.count,
-        help="with --start_gain: the level whose multiplier stage 1 had; none: the last")
+        help="level whose lmbda stage 1 used, for --start_gain; the last if not given")
     add("--lmbda", type=cli.positive_float,
-        help="a fixed-rate model for comparison: stage 1 with this multiplier")
+        help="lmbda of a fixed-rate model for comparison, trained in stage 1 only")
     add("--out", default=".", help="folder of checkpoints and logs")
-    add("--check_time", type=cli.minutes, default=10, help="minutes between saves within an epoch")
+    add("--check_time", type=cli.minutes, default=10,
+        help="minutes between checkpoints within an epoch")
     return parser
 
 
@@ -128,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check(args: argparse.Namespace, stages: list[int]) -> None:
-    """Refuse what cannot be meant."""
+    """Raise UserError for flags that contradict each other."""
     for name in ("epochs", "learning_rate"):
         if len(getattr(args, name)) not in (1, len(stages)):
             each = f", or {len(stages)}, one for each --stage" if len(stages) > 1 else ""
@@ -155,7 +166,7 @@ def check(args: argparse.Namespace, stages: list[int]) -> None:
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    """One stage."""
+    """Train one stage."""
     out = Path(args.out)
     torch.manual_seed(args.seed + 1000 * args.stage + processes.rank())
     ste = args.stage > 2 or args.ste == 1
@@ -270,10 +281,10 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 # ---------------------------------------------------------------------------------- the start
 def starting_point(args: argparse.Namespace, out: Path) -> tuple[Path | None, Path | None]:
-    """(weights to start from, run to go on with): at most one of the two.
+    """(weights to start from, run to continue), of which at most one is not None.
 
-    --checkpoint alone goes on with that run, as in the source. Without it, a stage starts from the
-    best weights that the one before left in --out.
+    --checkpoint alone continues that run, as in the source. Without it, a stage starts from the best
+    weights of the previous stage in --out.
     """
     if args.checkpoint:
         path = Path(args.checkpoint)
@@ -298,9 +309,9 @@ def config_of(path: Path) -> dict[str, Any]:
 
 
 def load_weights(model: QVRF, path: Path, single: bool) -> tuple[int, int]:
-    """Copy weights strictly, of a fixed-rate base without Gain if `single`.
+    """Load weights strictly; if `single`, those of a fixed-rate base, which has no Gain.
 
-    Returns the steps they had and the stage that they come from (0: not one of ours).
+    Returns their number of training steps and their stage (0: not trained here).
     """
     state = load_checkpoint(path)
     weights = dict(state["model"])
@@ -320,10 +331,11 @@ def load_weights(model: QVRF, path: Path, single: bool) -> tuple[int, int]:
 
 @torch.no_grad()
 def spread_gains(model: QVRF, last: float, level: int | None = None) -> None:
-    """Make a codec of one rate, with regulator 1, one level of `model`: the last, or `level`.
+    """Turn a fixed-rate codec (regulator 1) into a level of `model`: the last one, or `level`.
 
-    The gains rise from 1 to `last` in equal ratios. The latents, means and scales are divided by
-    that level's gain in the layers that make them, and multiplied by it in those that read them.
+    The gains rise from 1 to `last` in equal ratios. Latents, means and scales are divided by the
+    gain of that level in the layers that compute them, and multiplied by it in those that read
+    them.
     """
     gains = (last ** torch.linspace(0, 1, model.levels, dtype=torch.float64)).float()
     step = float(gains[-1 if level is None else level])
@@ -341,7 +353,7 @@ def spread_gains(model: QVRF, last: float, level: int | None = None) -> None:
 
 
 def set_aside(out: Path) -> None:
-    """Copy the checkpoints in `out` to names of their own, before they are written over."""
+    """Copy the checkpoints in `out` to other names, before they are overwritten."""
     for path in filter(Path.exists, (out / NEWEST, out / BEST) if processes.rank() == 0 else ()):
         stage, number = config_of(path).get("stage", 0), 1
         while (kept := aside(path, stage, number)).exists() and not filecmp.cmp(kept, path, False):
@@ -352,13 +364,13 @@ def set_aside(out: Path) -> None:
 
 
 def aside(path: Path, stage: int, number: int = 1) -> Path:
-    """Where a checkpoint of a stage is kept: <stem>_stage<n>.pth.tar."""
+    """Path at which a checkpoint of a stage is kept: <stem>_stage<n>.pth.tar."""
     count = "" if number == 1 else f"_{number}"
     return path.with_name(f"{path.name.removesuffix('.pth.tar')}_stage{stage}{count}.pth.tar")
 
 
 def draw_level(seed: int, step: int, levels: int) -> int:
-    """The level of a step: the same on all processes and in a run that was resumed."""
+    """Draw the level of a step, the same on all processes and in a resumed run."""
     key = (seed + 2**33) % 2**64
     return int(np.random.Generator(np.random.Philox(key=key, counter=step)).integers(levels))
 
@@ -374,9 +386,9 @@ def test_paths(dataset: str | None) -> list[Path]:
 def validate(model: QVRF, images: Tensor, args: argparse.Namespace,
              criteria: list[RateDistortionLoss], device: torch.device, log: Log, step: int
              ) -> dict[str, float]:
-    """Loss summed over the levels, bpp and PSNR averaged; quantised as in files, rate estimated.
+    """Loss summed over the levels, and mean bpp and PSNR; quantised as in files, rate estimated.
 
-    Stage 1 has one rate: its regulator is 1 at each level, only the multipliers differ.
+    Stage 1 has a single rate: its regulator is 1 at each level, and only the multipliers differ.
     """
     model.eval()
     sums: dict[str, float] = {}
@@ -407,7 +419,7 @@ def validate(model: QVRF, images: Tensor, args: argparse.Namespace,
 
 
 def seed(text: str) -> int:
-    """The source's is a float: 1926.0 is 1926."""
+    """Parse a seed; the source's is a float, so 1926.0 is accepted."""
     return cli.seed_number(text.removesuffix(".0"))
 
 

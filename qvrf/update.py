@@ -1,9 +1,9 @@
-"""Make a checkpoint of train.py ready to code: CDF tables that fit the weights, nothing else in it.
+"""Export a checkpoint of train.py for coding: only the weights, with matching CDF tables.
 
     python update.py checkpoint_best_loss.pth.tar -n Cheng2020VR
 
-writes ./Cheng2020VR-1a2b3c4d.pth.tar, a bare state dict, named after the hash of its bytes.
-(train.py saves tables too; this is for checkpoints of other programs, and for smaller files.)
+writes ./Cheng2020VR-1a2b3c4d.pth.tar, a bare state dict, whose name contains a hash of its bytes.
+(train.py saves tables, too; this is for checkpoints of other programs, and for smaller files.)
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from qvrf.model import QVRF
 
 def flags() -> argparse.ArgumentParser:
     parser = cli.Parser(description="Export a checkpoint as a bare state dict with CDF tables.")
-    parser.add_argument("filepath", type=Path, help="checkpoint, or a state dict")
-    parser.add_argument("-n", "--name", help="of the exported model; none: the checkpoint's")
-    parser.add_argument("-d", "--dir", type=Path, help="folder to write to; none: this one")
-    parser.add_argument("--no-update", action="store_true", help="keep the tables as they are")
+    parser.add_argument("filepath", type=Path, help="checkpoint or state dict")
+    parser.add_argument("-n", "--name",
+                        help="name of the exported model; the checkpoint's if not given")
+    parser.add_argument("-d", "--dir", type=Path,
+                        help="folder to write to; the current one if not given")
+    parser.add_argument("--no-update", action="store_true", help="keep the CDF tables as they are")
     return parser
 
 

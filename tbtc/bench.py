@@ -1,11 +1,11 @@
-"""Speed at the paper's size M: part of `make bench`.
+"""Measure the speed at size M of the paper: part of `make bench`.
 
     python -m common.evaluation.bench tbtc
-    python -m tbtc.bench SWINT_CHECKPOINT       what padding costs in bits
+    python -m tbtc.bench SWINT_CHECKPOINT       the bits that padding costs
 
-Seconds of decoding by part; ChARM's part beside CompressAI's codec of channel groups, with the same
-networks in floats; our Swin blocks beside timm's and PyTorch's fused attention; a training step of
-SwinT-ChARM S in bf16 beside float32.
+It times decoding by part; ChARM against CompressAI's codec of channel groups, with the same networks
+in floats; our Swin blocks against timm's and PyTorch's fused attention; and a training step of
+SwinT-ChARM S in bf16 against float32.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def run(rounds: int) -> None:
 
 @torch.no_grad()
 def lively(name: str, quality: str = "M") -> ZYC2022:
-    """Random weights whose latents cost about half a bit per pixel."""
+    """A model with random weights whose latents take about half a bit per pixel."""
     torch.manual_seed(0)
     model = build(name, quality).to(memory_format=torch.channels_last).eval()
     x = photograph()[:, :, :256, :256]
@@ -72,7 +72,7 @@ def photograph() -> Tensor:
 
 # ---------------------------------------------------------------------------------- decoding
 def by_part(name: str, rounds: int, device: str) -> None:
-    """Print seconds of decoding 512x768: h_s, ChARM's networks, entropy decoding, g_s, the rest."""
+    """Print the decoding time of 512x768: h_s, ChARM's networks, entropy decoding, g_s, rest."""
     model = lively(name).to(device)
     coded = model.compress(photograph().to(device))
     found: list[dict[str, float]] = []
@@ -89,7 +89,7 @@ def by_part(name: str, rounds: int, device: str) -> None:
 
 
 def now(device: str) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Time in seconds, after the device has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -97,7 +97,7 @@ def now(device: str) -> float:
 
 @contextmanager
 def stopwatch(model: ZYC2022, device: str) -> Iterator[dict[str, float]]:
-    """Seconds within each part of a decompress."""
+    """Measure the seconds that `decompress` spends in each part."""
     spent = {"h_s": 0.0, "ChARM": 0.0, "entropy decoding": 0.0, "g_s": 0.0}
     run_exact, decode, synthesis = exact.run, entropy.Decoders.decode, model.g_s.forward
 
@@ -123,8 +123,8 @@ def stopwatch(model: ZYC2022, device: str) -> Iterator[dict[str, float]]:
 
 
 def charm(rounds: int) -> None:
-    """Decode y given h_s's parameters: ours, exact, and CompressAI's ChannelGroupsLatentCodec, in
-    floats; and of that, what is not ChARM's networks.
+    """Time the decoding of y given the output of h_s: ours in exact arithmetic, against CompressAI's
+    ChannelGroupsLatentCodec in floats; and the entropy decoding within.
     """
     model = lively("zyc2022-conv-charm")
     theirs = ChannelGroups(model)
@@ -159,7 +159,7 @@ def charm(rounds: int) -> None:
 
 
 def _adding(call: Any, spent: list[float], i: int) -> Any:
-    """call, whose seconds are added to spent[i]."""
+    """Wrap `call` so that its time in seconds is added to spent[i]."""
     def timed(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
         result = call(*args, **kwargs)
@@ -169,15 +169,15 @@ def _adding(call: Any, spent: list[float], i: int) -> Any:
 
 
 class Group(GaussianConditionalLatentCodec):
-    """Told its channels too, as the codec of groups does."""
+    """Latent codec that accepts a shape with channels, as ChannelGroupsLatentCodec passes it."""
 
     def decompress(self, strings: Any, shape: Any, ctx_params: Tensor, **kwargs: Any) -> Any:
         return super().decompress(strings, shape[1:], ctx_params, **kwargs)
 
 
 class ChannelGroups(ChannelGroupsLatentCodec):
-    """CompressAI's codec of channel groups with ChARM's networks: a group's means and scales from
-    its own part of the hyper parameters and from the groups before it.
+    """CompressAI's codec of channel groups with the networks of ChARM: means and scales of a group
+    depend on its part of the hyper parameters and on the previous groups.
     """
 
     def __init__(self, model: ZYC2022):
@@ -198,7 +198,7 @@ class ChannelGroups(ChannelGroupsLatentCodec):
 
 # ------------------------------------------------------------------------------ Swin transforms
 def attention(rounds: int) -> None:
-    """g_a and g_s of size M on 512x768 in evaluation: our blocks, timm's, fused attention."""
+    """Time g_a and g_s of size M on 512x768: our blocks, timm's, and fused attention."""
     model = lively("zyc2022-swint-hyperprior")
     x = photograph()
     with torch.no_grad():
@@ -215,7 +215,7 @@ def attention(rounds: int) -> None:
 
 
 def with_timm(transform: SwinAnalysis | SwinSynthesis) -> nn.Module:
-    """The same transform of timm's blocks, with the same weights."""
+    """The same transform and weights with timm's blocks."""
     copied = copy.deepcopy(transform)
     for stage in copied.layers:
         for i, block in enumerate(stage.blocks):
@@ -231,7 +231,7 @@ def with_timm(transform: SwinAnalysis | SwinSynthesis) -> nn.Module:
 
 
 def with_fused(transform: SwinAnalysis | SwinSynthesis) -> nn.Module:
-    """The same with PyTorch's scaled_dot_product_attention."""
+    """The same transform with PyTorch's scaled_dot_product_attention."""
     copied = copy.deepcopy(transform)
     for module in copied.modules():
         if isinstance(module, WindowAttention):
@@ -251,7 +251,7 @@ class FusedAttention(WindowAttention):
 
 # ------------------------------------------------------------------------------------- training
 def training(rounds: int) -> None:
-    """A step on 8 crops of 256x256, SwinT-ChARM S."""
+    """Time a training step of SwinT-ChARM S on 8 crops of 256x256."""
     x = bench.tiles()
     torch.manual_seed(0)
     ours, theirs = (build("zyc2022-swint-charm", "S") for _ in range(2))
@@ -265,8 +265,8 @@ def training(rounds: int) -> None:
 # -------------------------------------------------------------------------------------- padding
 @torch.no_grad()
 def padding(checkpoint: Path) -> None:
-    """Bits and PSNR of SwinT weights on odd sizes: padded to 64 with masked windows, as files are,
-    or to 256 as the source needs it, with three kinds of border.
+    """Print bits and PSNR of SwinT weights for sizes that need padding: to 64 with masked windows,
+    as in files, or to 256 as the source requires, with three padding modes.
     """
     model = load(checkpoint)
     crops = [data.to_float(data.read_image(path))[None, :, :h, :w]
@@ -286,6 +286,6 @@ def padding(checkpoint: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = cli.Parser(description="What padding costs a SwinT model in bits.")
-    parser.add_argument("checkpoint", type=Path)
+    parser = cli.Parser(description="Measure the bits that padding costs a SwinT model.")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint of a SwinT model")
     cli.run(lambda: padding(parser.parse_args().checkpoint))

@@ -1,4 +1,4 @@
-"""What the five models share: coding with a hyperprior, the latents in slices of channels.
+"""Base class of the five models: coding with a hyperprior, with latents in slices of channels.
 
     x (3,512,768) -> g_a -> y (D,32,48) -------------------------> Q -> y_hat -> g_s -> x_hat
                             |                                      |     |
@@ -6,8 +6,8 @@
                             |                                      |     v
                            h_a -> z (Hd,8,12) -> Q -> z_hat -> h_s -> params
 
-A slice is coded all over the plane at once; what the next one knows of it is y_hat. A model without
-such a context has one slice. The decoder's part is exact arithmetic (common/coding/exact.py).
+All positions of a slice are coded at once; the next slice depends on its y_hat. A model without
+this context has a single slice. The decoder uses exact arithmetic (common/coding/exact.py).
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def in_floats(layers: nn.Module, x: Tensor) -> Tensor:
 
 
 class SliceCoder(Codec):
-    """g_a, g_s, h_a and the three methods below make a codec of it."""
+    """A codec; models add g_a, g_s, h_a and the methods `hyper`, `predict` and maybe `refine`."""
 
     tag = b"tbtc"  # in the header of this paper's files
-    halo = 2  # latents that g_a and g_s see to each side
+    halo = 2  # latents that g_a and g_s see on each side
 
     def __init__(self, slices: list[int], hyper_channels: int):
-        """slices: channels of each; their sum is D."""
+        """slices: number of channels of each slice; their sum is D."""
         super().__init__()
         self.slices = slices
         self.entropy_bottleneck = entropy.EntropyBottleneck(hyper_channels)
@@ -50,12 +50,12 @@ class SliceCoder(Codec):
         raise NotImplementedError
 
     def hyper(self, z_hat: Tensor, run: Run) -> Any:
-        """What h_s says, as `predict` takes it."""
+        """Result of h_s, in the form that `predict` takes."""
         raise NotImplementedError
 
     def predict(self, i: int, params: Any, before: list[Tensor], run: Run
                 ) -> tuple[Tensor, Tensor, Any]:
-        """scales and means of slice i, given y_hat of those before; and what `refine` needs."""
+        """Scales and means of slice i, given y_hat of previous slices; and input of `refine`."""
         raise NotImplementedError
 
     def refine(self, i: int, y_hat: Tensor, support: Any, run: Run) -> Tensor:
@@ -66,8 +66,8 @@ class SliceCoder(Codec):
     def forward(self, x: Tensor) -> dict[str, Any]:
         """x (B, 3, H, W) in [0, 1], H and W multiples of 64 -> x_hat and likelihoods of y, z.
 
-        Likelihoods with noise in training, reconstruction with rounding ("mixed" quantisation). In
-        eval mode y_hat, means and scales are those of a file.
+        In training, likelihoods use noise and the reconstruction uses rounding ("mixed"
+        quantisation). In eval mode, y_hat, means and scales are those of the file.
         """
         y = self.g_a(x).float()
         z = self.h_a(y).float()
@@ -87,9 +87,9 @@ class SliceCoder(Codec):
 
     def walk(self, params: Any, run: Run, symbols: Callable[[int, Tensor, Tensor], Tensor]
              ) -> tuple[Tensor, Tensor, Tensor]:
-        """y_hat, scales, means (B, D, h, w), slice after slice.
+        """Compute y_hat, scales and means (B, D, h, w), slice by slice.
 
-        symbols(i, scales, means): y - means of slice i, rounded.
+        symbols(i, scales, means): rounded y - means of slice i.
         """
         found: list[tuple[Tensor, Tensor]] = []
         before: list[Tensor] = []
@@ -118,7 +118,7 @@ class SliceCoder(Codec):
 
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
-        """Inverse of compress -> {"x_hat": (B, 3, H, W) in [0, 1]}."""
+        """Inverse of `compress`; returns {"x_hat": (B, 3, H, W) in [0, 1]}."""
         y_strings, z_strings = strings
         z_hat = entropy.decode_bottleneck(self.entropy_bottleneck, z_strings, shape)
         y_hat = self.decode(y_strings, z_hat)
@@ -128,7 +128,7 @@ class SliceCoder(Codec):
     @torch.no_grad()
     @torch.compiler.disable
     def encode(self, y: Tensor, z_hat: Tensor) -> tuple[Tensor, Tensor, Tensor, list]:
-        """y_hat, scales, means (B, D, h, w); (symbols, CDF indexes) of each slice."""
+        """Return y_hat, scales, means (B, D, h, w), and (symbols, CDF indexes) of each slice."""
         coded = []
         slices = y.to(self.coding_device or y.device).double().split(self.slices, 1)
 
@@ -142,7 +142,7 @@ class SliceCoder(Codec):
 
     @torch.no_grad()
     def decode(self, strings: list[bytes], z_hat: Tensor) -> Tensor:
-        """y_hat (B, D, h, w) from one string an image; ValueError when one is damaged."""
+        """Decode y_hat (B, D, h, w) from one string per image; ValueError if one is damaged."""
         device = self.coding_device or z_hat.device
         h, w = (4 * side for side in z_hat.shape[-2:])
         decoder = entropy.Decoders(strings, sum(self.slices) * h * w,

@@ -1,7 +1,7 @@
-"""Parameters and multiply-accumulates of the five models by part, by both counting rules.
+"""Parameters and multiply-accumulates of the parts of the five models, by both counting rules.
 
-The published GMACs (99 / 350 for Conv, 99 / 99 for SwinT) charge a transposed convolution once per
-output pixel, four times its work at stride 2, and leave the products within attention out.
+The published GMACs (99 / 350 for Conv, 99 / 99 for SwinT) count a transposed convolution once per
+output pixel, four times its work at stride 2, and do not count the products within attention.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PUBLISHED = {  # README of the PyTorch code, size M: parameters, GMACs of encode
 
 
 def parts(model: str, quality: str = "M") -> dict[str, dict[str, float]]:
-    """Millions of parameters and GMACs of g_a, h_a, h_s, g_s and of the context model."""
+    """Parameters in millions, and GMACs, of g_a, h_a, h_s, g_s and the context model."""
     found = complexity_of_parts(build(model, quality), SIZE)
     names = {"h_mean_s": "h_s", "h_scale_s": "h_s"}
     result: dict[str, dict[str, float]] = {}
@@ -35,7 +35,7 @@ def parts(model: str, quality: str = "M") -> dict[str, dict[str, float]]:
 
 
 def report(models: list[str], quality: str = "M") -> str:
-    """A table of parts for each model, and a row beside the published numbers."""
+    """A table of parts for each model, with totals and the published numbers."""
     lines = [f"{SIZE[1]}x{SIZE[0]}, size {quality}. work: GMACs of convolutions and linear layers; "
              "by output: with transposed convolutions charged by output pixels;",
              "GDN: its 1x1 convolutions; attention: q.k and weights.v", ""]

@@ -1,4 +1,4 @@
-"""Code a folder of images into real files, decode them, and write what they cost and how they look.
+"""Compress a folder of images to files, decode them, and measure rate, distortion and time.
 
     python eval.py                                      bundled small weights, Kodak
     python eval.py checkpoint /path/to/kodak -a zyc2022-swint-charm --cuda -v -p A.ckpt B.ckpt
@@ -6,8 +6,8 @@
     python eval.py --complexity                         parameters and MACs of all models, by part
     torchrun --nproc_per_node=4 eval.py ...             images divided over processes
 
-bpp is the size of the file on disk * 8 / original pixels, header included. PSNR and MS-SSIM are
-those of 8-bit images without padding, averaged over images.
+bpp is 8 * file size on disk / original pixels, including the header. PSNR and MS-SSIM are computed
+on 8-bit images without padding and averaged over the images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 
 from common import UserError, cli, data, processes
 from common.evaluation import compare, evaluate
-from common.evaluation.results import merge_points
 from common.files import write_atomic
 
 from tbtc.complexity import report
@@ -31,25 +30,28 @@ SOURCE_STEPS = 1_020_000  # 5,000 epochs of 204 batches
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = cli.Parser(description="Code images for real and measure rate and distortion.")
-    add = parser.add_argument_group("the source's eval_model").add_argument
+    parser = cli.Parser(description="Compress images to files and measure rate and distortion.")
+    add = parser.add_argument_group("flags of the source's eval_model").add_argument
     add("source", nargs="?", choices=["pretrained", "checkpoint"],
-        help="bundled weights, or those of -p")
-    add("dataset", nargs="?", help="folder of images; none: Kodak")
-    add("-a", "--architecture", choices=MODELS, help="what the weights must be of")
-    add("-p", "--path", type=Path, nargs="*", help="weights, one point of the curve each")
-    add("-q", "--quality", help="of the bundled weights: lmbdas, separated by commas")
-    add("-c", "--entropy-coder", choices=["ans"], default="ans")
+        help="weights to evaluate: the bundled ones (pretrained) or those of -p (checkpoint)")
+    add("dataset", nargs="?", help="folder of test images; Kodak if not given")
+    add("-a", "--architecture", choices=MODELS, help="model that the weights must belong to")
+    add("-p", "--path", type=Path, nargs="*", help="weights files; each is one point of the curve")
+    add("-q", "--quality", help="lmbdas of the bundled weights, separated by commas")
+    add("-c", "--entropy-coder", choices=["ans"], default="ans", help="entropy coder")
     add("-m", "--metric", choices=["mse", "ms-ssim"], default="mse",
-        help="part of the JSON's name; both are measured")
+        help="part of the name of the JSON; both are always measured")
     add("-d", "--output_directory", type=Path, help="folder of the JSON that eval_model writes")
-    add("-o", "--output-file", help="its name, without .json")
-    add("--cuda", action="store_true", help="a GPU must be there (it is used anyway if it is)")
-    add("--half", action="store_true", help="g_a and g_s in float16")
-    add("--entropy-estimation", action="store_true", help="no files: the likelihoods' bits")
-    add("--per-image", action="store_true", help="print each image's row too")
-    add("-v", "--verbose", action="store_true", help="print what is read and done")
-    add("--no-update", action="store_true", help="without effect: tables are the checkpoint's")
+    add("-o", "--output-file", help="name of that JSON, without .json")
+    add("--cuda", action="store_true",
+        help="require a GPU; without the flag, one is used if present")
+    add("--half", action="store_true", help="run g_a and g_s in float16")
+    add("--entropy-estimation", action="store_true",
+        help="estimate the rate from the likelihoods instead of writing files")
+    add("--per-image", action="store_true", help="print the results of each image, too")
+    add("-v", "--verbose", action="store_true", help="print the models that are read")
+    add("--no-update", action="store_true",
+        help="without effect; the CDF tables are those of the checkpoint")
     evaluate.add_flags(parser)
     return parser
 
@@ -57,28 +59,27 @@ def flags() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
     device = processes.start("cuda" if args.cuda else args.device, threads=args.threads)
-    entropy_device = processes.parse_device(args.entropy_device)
+    coding_device = processes.parse_device(args.entropy_device)
     if args.complexity:
         print(report([args.architecture] if args.architecture else list(MODELS)))
         return
     images = data.list_images(args.dataset or data.KODAK)
-    curves = []
-    for name, checkpoints in find_checkpoints(args).items():
-        points = []
-        for checkpoint in checkpoints:
-            model = load(checkpoint, device)
-            if args.architecture not in (None, model.name):
-                raise UserError(f"{checkpoint}: holds weights of {model.name}, not of "
-                                f"-a {args.architecture}")
-            model.coding_device = entropy_device
-            if args.half:
-                for part in (model.g_a, model.g_s):
-                    evaluate.in_half(part, device)
-            if args.verbose and processes.rank() == 0:
-                print(f"{checkpoint}: {model.name}, {sum(p.numel() for p in model.parameters()):,}"
-                      f" parameters; {len(images)} images", flush=True)
-            points.append(measure(model, images, name, checkpoint, args))
-        curves.append(merge_points(points))
+
+    def evaluate_weights(name: str, checkpoint: Path) -> list[dict[str, Any]]:
+        model = load(checkpoint, device)
+        if args.architecture not in (None, model.name):
+            raise UserError(f"{checkpoint}: holds weights of {model.name}, not of "
+                            f"-a {args.architecture}")
+        model.coding_device = coding_device
+        if args.half:
+            for part in (model.g_a, model.g_s):
+                evaluate.in_half(part, device)
+        if args.verbose and processes.rank() == 0:
+            print(f"{checkpoint}: {model.name}, {sum(p.numel() for p in model.parameters()):,}"
+                  f" parameters; {len(images)} images", flush=True)
+        return [measure(model, images, name, checkpoint, args)]
+
+    curves = evaluate.curves_of(find_checkpoints(args), evaluate_weights)
     if processes.rank() == 0:
         compare.report(curves, HERE / "results" / "published.json", images, Path(args.resultdir),
                        "TBTC")

@@ -2,7 +2,7 @@
 IDwN6xjHnK8): {Conv, SwinT} transforms x {Hyperprior, ChARM}. ChARM is Minnen and Singh's
 channel-wise prior (ICIP 2020, arXiv:2007.08739). The fifth model, TCM, is in tcm.py.
 
-State-dict keys are those of ali-zafari/TBTC. What is exact when coding: h_s and ChARM's networks.
+State-dict keys are those of ali-zafari/TBTC. In coding, h_s and the networks of ChARM are exact.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from tbtc.coder import Run, SliceCoder
 from tbtc.swin import HEAD, SwinAnalysis, SwinSynthesis
 from tbtc.tcm import TCM, our_name
 
-SLICE = 32  # channels of a slice of ChARM
-DEPTHS, HYPER_DEPTHS = (2, 2, 6, 2), (5, 1)  # blocks of g_a's and h_a's stages
+SLICE = 32  # channels per slice of ChARM
+DEPTHS, HYPER_DEPTHS = (2, 2, 6, 2), (5, 1)  # blocks per stage of g_a and of h_a
 WINDOW, HYPER_WINDOW = 8, 4
-# D, Hd of Conv; C1 ... C4, C5, C6 of SwinT; N of TCM. XS is ours, for a CPU: Conv's layers next to
-# the image have 64 channels there, since the latents' 128 cost little at 1/16 of the resolution
+# D, Hd of Conv; C1, ..., C6 of SwinT; N of TCM. XS is ours, for CPUs: there, Conv has 64 channels
+# near the image, but latents have 128, which cost little at 1/16 of the resolution
 SIZES = {
     "XS": ((128, 64, 64), (32, 64, 96, 128, 64, 64), 32),
     "S": ((192, 128), (96, 128, 160, 192, 96, 128), 64),
@@ -69,13 +69,15 @@ def swin_transforms(dims: tuple[int, ...], heads: int | None, split: str) -> dic
 
 
 class SliceNet(nn.Module):
-    """Mean or scale of one slice (B, 32, h, w) from its own 32 channels of the hyper parameters
-    and the slices before it (B, 32 * i, h, w): three 3x3 convolutions.
+    """Mean or scale of slice i (B, 32, h, w), by three 3x3 convolutions.
+
+    The input is the slice's 32 channels of the hyper parameters, and the previous slices
+    (B, 32 * i, h, w).
     """
 
     def __init__(self, i: int, widths: str = "src"):
-        """widths: hidden ones interpolated from input to output, rounded as the PyTorch code does
-        ("src") or as the authors' log says ("paper").
+        """widths: the hidden widths are interpolated between input and output, rounded as in the
+        PyTorch code ("src") or as in the authors' log ("paper").
         """
         super().__init__()
         inputs = SLICE * (i + 1)
@@ -96,7 +98,7 @@ class SliceNet(nn.Module):
 
 # ------------------------------------------------------------------------------------------ models
 class ZYC2022(SliceCoder):
-    """One of the four models. ChARM, slice i of D / 32 (Figure 3 of the appendix):
+    """One of the four models. In ChARM, slice i of D / 32 (Figure 3 of the appendix):
 
         params --- scales_i (32,h,w) --+--> charm_scale_transforms.i --> scales
             \\                          |
@@ -108,8 +110,8 @@ class ZYC2022(SliceCoder):
     def __init__(self, transform: str = "swint", prior: str = "charm",
                  widths: tuple[int, ...] = SIZES["M"][1], charm_widths: str = "src",
                  split: str = "pre", heads: int | None = None):
-        """widths: (D, Hd) of conv, or (D, N, Hd) with N channels between image and latents;
-        (C1, ..., C6) of swint. heads: None for channels / 32.
+        """widths: (D, Hd) for conv, or (D, N, Hd) with N channels between image and latents;
+        (C1, ..., C6) for swint. heads: None for channels / 32.
         """
         channels, hyper = widths[0 if transform == "conv" else 3], widths[-1]
         slices = [SLICE] * (channels // SLICE) if prior == "charm" else [channels]
@@ -122,7 +124,7 @@ class ZYC2022(SliceCoder):
         for name, part in parts.items():
             self.add_module(name, part)
         if transform == "swint":
-            self.halo = 24  # g_a's 12 blocks see 20, g_s's 16; whole windows, or they would move
+            self.halo = 24  # receptive field: 20 in g_a, 16 in g_s; multiple of the window
         self.charm = prior == "charm"
         if self.charm:
             for name in ("charm_mean_transforms", "charm_scale_transforms"):
@@ -147,7 +149,7 @@ class ZYC2022(SliceCoder):
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Tensor]) -> SliceCoder:
-        """Build what the weights are of, TCM or any size of the four, and load them, strictly."""
+        """Build the model of the weights, TCM or any size of the four, and load them strictly."""
         if "h_mean_s.0.subpel_conv.0.weight" in state_dict:
             return TCM.from_state_dict(state_dict)
         state_dict = {key: value for key, value in state_dict.items()
@@ -178,11 +180,11 @@ class ZYC2022(SliceCoder):
 
 def build(model: str = "zyc2022-swint-charm", quality: str = "M", charm_widths: str = "src",
           split: str = "pre", num_heads: int | None = None) -> SliceCoder:
-    """A new model: its name in the source's zoo, and a size: S, M, L, or our XS.
+    """Build a model of the source's zoo, in one of the sizes S, M, L, or our XS.
 
-    charm_widths: of ChARM's networks, "src" (PyTorch code) or "paper"; split: where g_s and h_s
-    have their norms, "pre" (PyTorch) or "post" (TensorFlow, paper). num_heads: None for channels
-    / 32, as the paper; 4 for weights of the first PyTorch code.
+    charm_widths: widths of the networks of ChARM, "src" (PyTorch code) or "paper"; split: place of
+    the norms in g_s and h_s, "pre" (PyTorch) or "post" (TensorFlow, paper). num_heads: None for
+    channels / 32, as in the paper; 4 for weights of the first PyTorch code.
     """
     if quality not in SIZES:
         raise UserError(f"quality {quality}: choose a size, {', '.join(SIZES)}")
@@ -197,10 +199,10 @@ def build(model: str = "zyc2022-swint-charm", quality: str = "M", charm_widths: 
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> SliceCoder:
-    """A model from a checkpoint or a bare state dict, ours or the source's, ready to code.
+    """Load a model from a checkpoint or a bare state dict, ours or the source's, ready to code.
 
-    Averaged weights are taken where there are some: those of the source's fork are a list, in the
-    order of its parameters.
+    Averaged weights are used if there are any; those of the source's fork are a list in the order
+    of the parameters.
     """
     state = load_checkpoint(path)
     state["model"] = {re.sub(r"^((net|module|_orig_mod)\.)+", "", key): value
@@ -208,7 +210,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SliceCoder:
     if "ema_state_dict" in state:
         state["model"] |= _averaged(path, state)
         for key in state["model"]:
-            if key.endswith(TABLES):  # they are of the other weights: `load_model` makes new ones
+            if key.endswith(TABLES):  # tables of other weights; `load_model` makes new ones
                 state["model"][key] = torch.empty(0, dtype=torch.int32)
     try:
         return load_model(path, ZYC2022, device, state)
@@ -217,7 +219,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SliceCoder:
 
 
 def _averaged(path: str | Path, state: dict[str, Any]) -> dict[str, Tensor]:
-    """Weights of torch_ema's "shadow_params", by name."""
+    """Weights in "shadow_params" of torch_ema, by name."""
     try:
         shadow = state["ema_state_dict"]["shadow_params"]
         trained = dict(ZYC2022.from_state_dict(state["model"]).named_parameters())

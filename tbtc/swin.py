@@ -1,9 +1,9 @@
 """Swin Transformer blocks as transforms of a codec (Liu et al., ICCV 2021; Zhu, Yang, Cohen, ICLR
 2022, Figure 2): stages of window attention that halve or double the resolution.
 
-Maps are (B, H, W, C) inside, (B, C, H, W) at the borders, as everywhere else. Sides that are no
-multiple of a window are filled up, and what was filled in is masked. State-dict keys are those of
-the paper's PyTorch code.
+Feature maps are (B, H, W, C) inside; inputs and outputs are (B, C, H, W), as everywhere else. Sides
+that are not a multiple of the window are padded, and the padding is masked. State-dict keys are
+those of the paper's PyTorch code.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from timm.layers import Mlp
 from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor, nn
 
-HEAD = 32  # channels of a head
-MASKED = -100.0  # logit of what is not to be seen; exp of it is 0 in float32
-MASKS = 64  # kept at most
-PART = 2**13  # tokens at a time when there are no gradients: bounded memory, and in the caches
+HEAD = 32  # channels per head
+MASKED = -100.0  # logit of masked positions; its exp is 0 in float32
+MASKS = 64  # maximum size of the cache
+PART = 2**13  # tokens at a time without gradients, to bound memory and fit CPU caches
 
 _masks: dict[tuple, Tensor] = {}
 
 
 class WindowAttention(nn.Module):
-    """Self-attention within windows (n, w * w, dim) -> the same, with a bias for each offset."""
+    """Self-attention within windows (n, w * w, dim), with a bias for each relative position."""
 
     def __init__(self, dim: int, window: int, heads: int | None = None, head_dim: int = HEAD):
-        """heads: None for dim / head_dim; the first PyTorch code had 4 everywhere, which it scaled
-        as if they were 32 wide.
+        """heads: None for dim / head_dim; the first PyTorch code always used 4 heads, with the
+        scale of heads of 32 channels.
         """
         super().__init__()
         if dim % (heads or head_dim):
@@ -51,15 +51,15 @@ class WindowAttention(nn.Module):
         self.register_buffer("relative_position_index", index, persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """mask: (windows of an image, w * w, w * w), added to the logits."""
+        """mask: (windows per image, w * w, w * w), added to the logits."""
         return self.in_parts(self.attend, x, mask)
 
     def exact(self, x: Tensor, mask: Tensor | None, run: Any) -> Tensor:
-        """In fixed point: products of quantised q, k and weights, v; exp by table."""
+        """Attention in fixed point: products of quantised q, k and weights, v; exp by table."""
         return self.in_parts(partial(self.attend_exactly, run=run), x, mask)
 
     def in_parts(self, attend: Callable[..., Tensor], x: Tensor, mask: Tensor | None) -> Tensor:
-        """Some windows at a time when there are no gradients."""
+        """Process a limited number of windows at a time when there are no gradients."""
         if torch.is_grad_enabled() or x.shape[0] * x.shape[1] <= PART:
             return attend(x, mask)
         found, count = torch.empty_like(x), max(1, PART // x.shape[1])
@@ -85,7 +85,7 @@ class WindowAttention(nn.Module):
         return run(self.proj, y.transpose(1, 2).flatten(2))
 
     def product_macs(self, x: Tensor) -> int:
-        """Multiplications of q, k and of weights, v."""
+        """Multiply-accumulates of the products q, k and weights, v."""
         return 2 * x.numel() * x.shape[1]
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,14 +101,14 @@ class WindowAttention(nn.Module):
 
 
 def masked(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """logits (n, heads, w * w, w * w) plus mask (windows of an image, w * w, w * w)."""
+    """Add mask (windows per image, w * w, w * w) to logits (n, heads, w * w, w * w)."""
     if mask is None:
         return logits
     return (logits.unflatten(0, (-1, len(mask))) + mask.to(logits.dtype)[:, None]).flatten(0, 1)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)); every other block's windows are shifted."""
+    """x + attention(norm(x)), then x + MLP(norm(x)); every second block shifts its windows."""
 
     def __init__(self, dim: int, window: int, shift: int, heads: int | None = None,
                  head_dim: int = HEAD):
@@ -136,8 +136,8 @@ class Block(nn.Module):
 
             . . . | . . .       shift 0          . | . . . | .      shift 3 / 2 = 1: the map is
             . 1 . | . 2 .                        --+-------+--      rolled up and left by 1, and
-            . . . | . . .                        . | . 1 . | .      what came round the border is
-                                                 . | . . . | .      masked
+            . . . | . . .                        . | . 1 . | .      positions that wrap around
+                                                 . | . . . | .      are masked
         """
         _, height, width, _ = x.shape
         window, shift = self.window, self.shift
@@ -155,10 +155,10 @@ class Block(nn.Module):
 
 def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device
                ) -> Tensor | None:
-    """(windows, w * w, w * w): 0 between neighbours on the map, else -100; None: all are.
+    """Mask (windows, w * w, w * w): 0 within a region, otherwise -100; None if all are 0.
 
-    After the roll a window at the border holds up to four regions that do not touch, and where a
-    side is no multiple of the window, one of filling.
+    After the roll, a window at the border contains up to four regions that are not adjacent and, if
+    a side is not a multiple of the window, a region of padding.
     """
     if not shift and height % window == width % window == 0:
         return None
@@ -170,12 +170,12 @@ def shift_mask(height: int, width: int, window: int, shift: int, device: torch.d
         full = -(-side // window) * window
         place = torch.arange(full)
         region = (place >= full - window).long() + (place >= full - shift) if shift else 0 * place
-        lines.append(region + 3 * ((place + shift) % full >= side))  # 3: filling
+        lines.append(region + 3 * ((place + shift) % full >= side))  # 3: padding
     region = 6 * lines[0][:, None] + lines[1]
     region = rearrange(region, "(i h) (j w) -> (i j) (h w)", h=window, w=window)
     differ = region[:, :, None] != region[:, None, :]
     mask = torch.zeros(differ.shape).masked_fill(differ, MASKED).to(device)
-    if kept and type(mask) is Tensor:  # not one without values
+    if kept and type(mask) is Tensor:  # not a FakeTensor
         if len(_masks) >= MASKS:
             _masks.clear()
         _masks[key] = mask
@@ -194,7 +194,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerge(nn.Module):
-    """(B, H, W, C) -> (B, H / 2, W / 2, out): four neighbours side by side, norm, projection."""
+    """(B, H, W, C) -> (B, H / 2, W / 2, out): concatenate 2x2 positions, norm, projection."""
 
     def __init__(self, dim: int, out: int):
         super().__init__()
@@ -208,10 +208,11 @@ class PatchMerge(nn.Module):
 
 
 class PatchSplit(nn.Module):
-    """(B, H, W, C) -> (B, 2H, 2W, out): projection to four neighbours.
+    """(B, H, W, C) -> (B, 2H, 2W, out): projection to 2x2 positions.
 
-    split: where the norm stands. "pre": before the projection (the PyTorch code); "post": after it,
-    and in a transform's last stage there is none, but a bias (TensorFlow's, and the paper's count).
+    split: place of the norm. "pre": before the projection (PyTorch code); "post": after it, while
+    the last stage of a transform has a bias instead of a norm (TensorFlow code, and the parameter
+    count of the paper).
     """
 
     def __init__(self, dim: int, out: int, split: str = "pre", last: bool = False):
@@ -229,7 +230,7 @@ class PatchSplit(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks, then a merge or a split (`downsample`, in the encoder as in the decoder)."""
+    """Blocks, then a merge or a split, which is called `downsample` in the decoder, too."""
 
     def __init__(self, dim: int, depth: int, window: int, heads: int | None,
                  resample: nn.Module | None):
@@ -249,7 +250,7 @@ class Stage(nn.Module):
 
 
 class SwinAnalysis(nn.Module):
-    """g_a or h_a: embedding at half the resolution, stages with merges between them."""
+    """g_a or h_a: an embedding at half the resolution, then stages with merges in between."""
 
     def __init__(self, channels: int, dims: tuple[int, ...], depths: tuple[int, ...], window: int,
                  heads: int | None = None, embed: str = "patch_embed"):
@@ -270,7 +271,7 @@ class SwinAnalysis(nn.Module):
 
 
 class SwinSynthesis(nn.Module):
-    """g_s or h_s: stages, each with a split behind it."""
+    """g_s or h_s: stages, each followed by a split."""
 
     def __init__(self, dims: tuple[int, ...], out: int, depths: tuple[int, ...], window: int,
                  heads: int | None = None, split: str = "pre"):

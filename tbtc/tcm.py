@@ -1,9 +1,9 @@
 """Learned image compression with mixed Transformer-CNN architectures (TCM), J. Liu, H. Sun, J.
 Katto, CVPR 2023 (arXiv:2303.14978): half of the channels go through a residual block, half through
-a Swin block; five slices, with attention over what predicts them and a predicted residual.
+a Swin block; five slices, with attention over their context and a predicted residual.
 
-State-dict keys are those of jmliu206/LIC_TCM, but in the Swin blocks (`_renamed`). What is exact
-when coding: both h_s, attention, entropy parameters and latent residual prediction.
+State-dict keys are those of jmliu206/LIC_TCM, except in the Swin blocks (`_renamed`). In coding,
+both h_s, attention, entropy parameters and latent residual prediction are exact.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from tbtc.coder import Run, SliceCoder
 from tbtc.swin import Block, WindowAttention
 
 SLICES = 5
-HEADS = (8, 16, 32)  # channels of a head in g_a's stages; g_s the other way round
+HEADS = (8, 16, 32)  # channels per head in the stages of g_a, reversed in g_s
 WINDOW, HYPER_WINDOW = 8, 4
-# of the source's Swin blocks, and here
+# keys of the source's Swin blocks, and ours
 SWIN_KEYS = (("ln1.", "norm1."), ("ln2.", "norm2."), ("mlp.0.", "mlp.fc1."),
              ("mlp.2.", "mlp.fc2."), ("msa.embedding_layer.", "attn.qkv."),
              ("msa.linear.", "attn.proj."),
@@ -40,7 +40,7 @@ SWIN_KEYS = (("ln1.", "norm1."), ("ln2.", "norm2."), ("mlp.0.", "mlp.fc1."),
 
 
 class SwinBlock(Block):
-    """Block on (B, C, H, W)."""
+    """Swin block on (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -50,7 +50,7 @@ class SwinBlock(Block):
 
 
 class ConvTransBlock(nn.Module):
-    """(B, 2N, H, W) -> the same: half in a residual block, half in a Swin block (Fig. 3)."""
+    """(B, 2N, H, W) -> same shape; one half in a residual block, the other in Swin (Fig. 3)."""
 
     def __init__(self, N: int, head_dim: int, window: int, shift: int):
         super().__init__()
@@ -81,7 +81,7 @@ class ExactUpsample(ResidualBlockUpsample):
 
 
 class SWAtten(AttentionBlock):
-    """Attention over the support of a slice (Fig. 5): a gate that sees windows, and a skip."""
+    """Attention over the context of a slice (Fig. 5): a gate with window attention, and a skip."""
 
     def __init__(self, channels: int, inner: int, head_dim: int = 16):
         super().__init__(inner)
@@ -113,7 +113,7 @@ class SWAtten(AttentionBlock):
 
 
 class TCM(SliceCoder):
-    """Means and scales of slice i from all hyper parameters and all slices before it:
+    """TCM. Means and scales of slice i depend on all hyper parameters and all previous slices:
 
         h_mean_s -> (M,h,w) --+-> atten_mean.i -> support -+-> cc_mean_transforms.i -> means
         y_hat_0 ... y_hat_i-1-+                            |
@@ -126,7 +126,7 @@ class TCM(SliceCoder):
         """2N: width of the transforms; M, Hd: channels of y, z."""
         super().__init__([M // SLICES] * SLICES, Hd)
         self.name, self.N, self.M = "tcm", N, M
-        self.halo = 16  # what g_a's blocks see: 6 + 3 + 2 latents, in whole windows
+        self.halo = 16  # g_a sees 6 + 3 + 2 latents; a multiple of the window
 
         def blocks(head_dim: int, window: int = WINDOW) -> list[nn.Module]:
             return [ConvTransBlock(N, head_dim, window, shift) for shift in (0, window // 2)]
@@ -156,7 +156,7 @@ class TCM(SliceCoder):
             self.add_module(f"cc_{name}_transforms", nn.ModuleList(map(net, supports)))
         self.lrp_transforms = nn.ModuleList(net(s + M // SLICES) for s in supports)
         self.tanh = nn.Tanh()
-        with torch.random.fork_rng(devices=[]):  # the layers below start as they always did
+        with torch.random.fork_rng(devices=[]):  # keeps the initial weights of other layers
             replace_shortcuts(self)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -184,7 +184,7 @@ class TCM(SliceCoder):
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Tensor]) -> TCM:
-        """Build with the N, M of the weights (ours or the source's) and load them, strictly."""
+        """Build with N and M of the weights (ours or the source's) and load them strictly."""
         net = cls(len(state_dict["g_a.0.conv1.weight"]) // 2,
                   len(state_dict["cc_mean_transforms.0.4.weight"]) * SLICES,
                   len(state_dict["entropy_bottleneck.quantiles"]))
@@ -193,13 +193,13 @@ class TCM(SliceCoder):
 
 
 def our_name(key: str) -> str:
-    """Of a weight in one of the source's Swin blocks; others keep theirs."""
+    """Our name for a weight of the source's Swin blocks; other names do not change."""
     for theirs, ours in SWIN_KEYS:
         key = re.sub(rf"(trans_block|block_[12])\.{re.escape(theirs)}", rf"\1.{ours}", key)
     return key
 
 
 def _renamed(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Ours, of the source's weights; its biases (heads, 2w - 1, 2w - 1) -> (offsets, heads)."""
+    """The source's weights by our names; biases (heads, 2w - 1, 2w - 1) -> (offsets, heads)."""
     return {our_name(key): value.flatten(1).t() if key.endswith("relative_position_params")
             else value for key, value in state_dict.items()}

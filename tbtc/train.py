@@ -50,60 +50,88 @@ SAME_RUN = ("model", "quality", "charm_widths", "split", "num_heads", "lmbda", "
 
 def flags() -> argparse.ArgumentParser:
     parser = cli.Parser(description="Train a transform coder with a hyperprior or ChARM, or TCM.")
-    add = parser.add_argument_group("the source's flag and settings").add_argument
+    add = parser.add_argument_group("flag and settings of the source").add_argument
     add("-c", "--comment", default="", help="free text, kept in hparams.yaml")
-    add("--model", choices=MODELS, default="zyc2022-swint-charm")
+    add("--model", choices=MODELS, default="zyc2022-swint-charm", help="name of the model")
     add("--quality", choices=list(SIZES), default="M", help="size of the network, not of the rate")
-    add("--lmbda", type=cli.positive_float, help="loss: lmbda * 255^2 * MSE + bpp; without --beta "
-        "0.01")
-    add("--beta", type=cli.positive_float, help="in place of lmbda: 255^2 * MSE + beta * bits")
-    add("--dataset_directory", "--dataset", help="folder with train/ and valid/ or test/, folder "
-        "of images, tar shards; none: bundled photographs, Kodak")
-    add("--train_batch_size", type=cli.positive_int, default=8, help="of each process")
-    add("--valid_batch_size", type=cli.positive_int, default=1)
-    add("--train_patch_size", type=cli.positive_int, nargs="+", default=[256], help="crops")
+    add("--lmbda", type=cli.positive_float,
+        help="rate-distortion weight: loss = bpp + lmbda * 255^2 * MSE; 0.01 if neither --lmbda "
+        "nor --beta is given")
+    add("--beta", type=cli.positive_float,
+        help="weight of the rate, in place of --lmbda: loss = 255^2 * MSE + beta * bits")
+    add("--dataset_directory", "--dataset",
+        help="folder with train/ and valid/ or test/, folder of images, or .tar shards; bundled "
+        "photographs and Kodak if not given")
+    add("--train_batch_size", type=cli.positive_int, default=8,
+        help="images per step and process")
+    add("--valid_batch_size", type=cli.positive_int, default=1,
+        help="maximum number of validation images of equal size per batch")
+    add("--train_patch_size", type=cli.positive_int, nargs="+", default=[256],
+        help="side, or height and width, of the training crops in pixels")
     add("--valid_patch_size", type=cli.positive_int, nargs="+", default=[1024],
-        help="central crops; of smaller images the whole")
-    add("--num_workers", type=cli.count, default=8, help="data loader processes")
+        help="side, or height and width, of the central validation crops in pixels; smaller "
+        "images are used whole")
+    add("--num_workers", type=cli.count, default=8, help="number of data loader processes")
     for name in ("pin_memory", "persistent_workers"):
-        add(f"--{name}", action=argparse.BooleanOptionalAction, help="without effect: chosen here")
-    add("--accelerator", choices=["auto", "gpu", "cpu"], default="auto")
-    add("--devices", type=cli.count, nargs="+", default=[0], help="GPUs; several: a process each")
-    add("--strategy", default="auto", help="without effect: DDP if there are several processes")
-    add("--num_epochs", type=cli.positive_int, default=5000)
-    add("--seed", type=cli.seed_number, default=10, help="of weights, noise, crops")
-    add("--net_lr", type=cli.positive_float, default=1e-4)
-    add("--aux_lr", type=cli.positive_float, default=1e-4, help="of the quantiles")
-    add("--validation_cadence", type=cli.positive_int, default=10, help="epochs")
-    add("--gradient_clip_norm", type=float, default=10.0, help="0: none")
-    add("--checkpoint_to_resume", "--ckpt_path", type=Path, help="continue it as a new version")
-    add("--log_cadence", type=cli.positive_int, default=25, help="steps")
-    add("--float32_matmul_precision", choices=["highest", "high", "medium"])
+        add(f"--{name}", action=argparse.BooleanOptionalAction,
+            help="without effect; the data loader chooses")
+    add("--accelerator", choices=["auto", "gpu", "cpu"], default="auto",
+        help="device to train on")
+    add("--devices", type=cli.count, nargs="+", default=[0],
+        help="GPU indexes; several start one process each")
+    add("--strategy", default="auto",
+        help="without effect; several processes always use DDP")
+    add("--num_epochs", type=cli.positive_int, default=5000, help="number of epochs")
+    add("--seed", type=cli.seed_number, default=10,
+        help="seed of weights, noise and crops")
+    add("--net_lr", type=cli.positive_float, default=1e-4,
+        help="initial learning rate of the network")
+    add("--aux_lr", type=cli.positive_float, default=1e-4,
+        help="learning rate of the quantiles")
+    add("--validation_cadence", type=cli.positive_int, default=10,
+        help="epochs between validations")
+    add("--gradient_clip_norm", type=float, default=10.0,
+        help="maximum gradient norm; 0 disables clipping")
+    add("--checkpoint_to_resume", "--ckpt_path", type=Path,
+        help="checkpoint that is continued as a new version")
+    add("--log_cadence", type=cli.positive_int, default=25, help="steps between log entries")
+    add("--float32_matmul_precision", choices=["highest", "high", "medium"],
+        help="argument of torch.set_float32_matmul_precision")
     add("--ema", action=argparse.BooleanOptionalAction, default=False,
-        help="average the weights, validate and code with the average")
+        help="average the weights, and validate and code with the average")
     add("--precision", choices=list(PRECISIONS), default="auto",
-        help="of training; auto: bf16 where the hardware has it")
+        help="training precision; auto chooses bf16 where the hardware supports it")
     add = parser.add_argument_group("the source's fork and other variants").add_argument
-    add("--ema_decay", type=cli.positive_float, default=0.999)
+    add("--ema_decay", type=cli.positive_float, default=0.999,
+        help="decay of the averaged weights per step")
     add("--quantiles", choices=["optimizer", "periodic"], default="optimizer",
-        help="periodic: solved for every --quantiles_every steps, as the fork does")
-    add("--quantiles_every", type=cli.positive_int, default=1800, help="steps")
-    add("--warmup", type=float, default=0.0, help="share of the steps; the fork: 0.01")
-    add("--decay_at", type=float, default=0.9, help="share of the steps; then a tenth of the rate")
-    add("--lr_schedule", choices=["step", "cosine", "constant"], default="step")
+        help="method that sets the quantiles; periodic solves for them every --quantiles_every "
+        "steps, as the fork does")
+    add("--quantiles_every", type=cli.positive_int, default=1800,
+        help="steps between solutions of --quantiles periodic")
+    add("--warmup", type=float, default=0.0,
+        help="fraction of the steps that warm up the learning rate; the fork uses 0.01")
+    add("--decay_at", type=float, default=0.9,
+        help="fraction of the steps after which step divides the learning rate by 10")
+    add("--lr_schedule", choices=["step", "cosine", "constant"], default="step",
+        help="learning-rate schedule")
     add("--scale_lr", action=argparse.BooleanOptionalAction, default=False,
-        help="net_lr times processes * train_batch_size / 16, as the fork")
-    add("--charm_widths", choices=CHARM_WIDTHS, default="src", help="of ChARM's networks")
-    add("--split", choices=SPLITS, default="pre", help="norms of SwinT's decoders: PyTorch, paper")
-    add("--num_heads", type=cli.positive_int, help="none: channels / 32; first PyTorch code: 4")
-    add("--init_ckpt", type=Path, help="start a new run from these weights")
-    add("--ckpt_dir", type=Path, default=Path("ckpt"), help="where runs are kept")
+        help="multiply net_lr by processes * train_batch_size / 16, as the fork does")
+    add("--charm_widths", choices=CHARM_WIDTHS, default="src",
+        help="channel widths of the networks of ChARM: the source's or the paper's")
+    add("--split", choices=SPLITS, default="pre",
+        help="place of the norm in the upsampling of SwinT: before the projection (PyTorch code) "
+        "or after it (paper)")
+    add("--num_heads", type=cli.positive_int,
+        help="number of attention heads; channels / 32 if not given (the first PyTorch code: 4)")
+    add("--init_ckpt", type=Path, help="checkpoint whose weights a new run starts from")
+    add("--ckpt_dir", type=Path, default=Path("ckpt"), help="folder of runs")
     add_training_flags(parser, lr_schedule="step", without=(
         "--aux-lr", "--lr-schedule", "--milestones", "--clip-max-norm", "--patch-size",
         "--test-every", "--save-every", "--seed", "--precision"))
     parser.set_defaults(flip=False)
     parser.add_argument("--check_time", type=cli.minutes, default=10,
-                        help="minutes between saves within an epoch")
+                        help="minutes between checkpoints within an epoch")
     return parser
 
 

@@ -1,18 +1,18 @@
-"""The compressed file: a header of about 25 bytes, the payload, a checksum.
+"""The format of compressed files: a header of about 25 bytes, the payload, and a checksum.
 
-    magic          3   not text, so that no text file starts with it
+    magic          3   not valid text, so that no text file starts with it
     version        1
-    tag            4   names the paper: its codec's `tag`
+    tag            4   identifies the paper: the `tag` of its codec
     fingerprint    8   of the weights and CDF tables that can decode the file
     height, width      varints, of the image before padding
-    parameters         varint length, then bytes: what the model must be told (a rate index, ...)
-    sections           varint count, then the length of each but the last as a varint
+    parameters         varint length, then bytes that the decoder needs (a rate index, ...)
+    sections           varint count, then the lengths of all but the last section as varints
     payload            the sections, one after the other
     checksum       4   CRC-32 of everything before it
 
-Varints hold 7 bits a byte, low bits first. Two sections under 2 MiB and sides up to 16383 pixels
-make 25 + 4 bytes, and they count in bpp. Magic, version and checksum stay where they are in all
-versions, so that an old program can tell a newer file from a damaged one.
+Varints hold 7 bits per byte, low bits first. With two sections below 2 MiB and sides of up to 16383
+pixels, header and checksum take 25 + 4 bytes, which count in bpp. Magic, version and checksum have
+the same place in all versions, so that an old program can tell a newer file from a damaged one.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from torch import Tensor
 MAGIC = b"\xb5LC"
 VERSION = 1
 FIXED = 16  # bytes of magic, version, tag and fingerprint
-MAX_SIDE, MAX_PIXELS = 65535, 2**28  # beyond, a file of a few bytes could ask for all memory
+MAX_SIDE, MAX_PIXELS = 65535, 2**28  # so that a tiny file cannot request all memory
 
 
 @dataclass(frozen=True)
 class File:
-    """What `unpack` finds: the size of the image in pixels, and byte strings."""
+    """The parts of a compressed file; height and width are those of the image in pixels."""
 
     tag: bytes
     fingerprint: bytes
@@ -51,7 +51,8 @@ class File:
 def fingerprint(model: Codec) -> bytes:
     """8 bytes of SHA-256 over weights, CDF tables, fixed-point settings (`exact_parts`), `options`.
 
-    The same on each device, in each memory layout and for weights kept in fewer bits.
+    It does not depend on the device, the memory layout or the precision in which weights are
+    stored.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -69,7 +70,7 @@ def fingerprint(model: Codec) -> bytes:
 
 def pack(tag: bytes, fingerprint: bytes, height: int, width: int, sections: list[bytes],
          parameters: bytes = b"") -> bytes:
-    """Make a file of the coded sections. Raises UserError for images beyond the limits above."""
+    """Make a file of coded sections; UserError for images larger than the limits above."""
     _check_size(height, width, "the image")
     if len(tag) != 4 or len(fingerprint) != 8 or not sections:
         raise ValueError("tag of 4 bytes, fingerprint of 8 bytes, at least one section expected")
@@ -81,10 +82,10 @@ def pack(tag: bytes, fingerprint: bytes, height: int, width: int, sections: list
 
 
 def unpack(data: bytes, tag: bytes, fingerprint: bytes | None = None) -> File:
-    """Take a file apart; it must be of this paper and, if given, of these weights.
+    """Split a file into its parts; its tag and, if given, its fingerprint must match.
 
-    Raises UserError for a file that is empty, foreign, damaged, cut short, newer, of another paper
-    or of other weights, or that states impossible sizes.
+    Raises UserError for a file that is empty, damaged, truncated, of another format, of a newer
+    version, of another paper or of other weights, or that states impossible sizes.
     """
     if not data:
         raise UserError("the file is empty: encode the image again")
@@ -115,7 +116,7 @@ def unpack(data: bytes, tag: bytes, fingerprint: bytes | None = None) -> File:
 
 
 class _Reader:
-    """Takes a header apart from `position` on; never reads past the end."""
+    """Reads the fields of a header from `position` on, and never past the end."""
 
     def __init__(self, data: bytes, position: int):
         self.data, self.position = data, position
@@ -131,7 +132,7 @@ class _Reader:
 
     def varint(self) -> int:
         value = 0
-        for shift in range(0, 35, 7):  # five bytes hold more than any file's length
+        for shift in range(0, 35, 7):  # five bytes suffice for the length of any file
             byte = self.take(1)[0]
             value |= (byte & 127) << shift
             if byte < 128:

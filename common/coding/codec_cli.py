@@ -1,6 +1,6 @@
 """The command line of every paper's codec.py: one image file to one .bin and back.
 
-A paper with more to tell its codec (a rate, another file format) adds flags to the two commands.
+Papers with further options (a rate, another file format) add flags to the two commands.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from common.files import read_file, write_atomic
 
 from torch import Tensor
 
-DECODED = ".decoded.png"  # not .png: the original may lie beside its .bin
+DECODED = ".decoded.png"  # not .png, as the original may be in the same folder
 
 
 def flags(description: str, weights: str = "", which: str = "lmbda"
           ) -> tuple[cli.Parser, argparse.ArgumentParser, argparse.ArgumentParser]:
-    """The parser, and those of its commands `encode` and `decode`.
+    """Return the parser, and those of its commands `encode` and `decode`.
 
-    weights: how the names of the bundled weights begin of which the last, that of the highest
-    rate, encodes by default; which: what their names say.
+    weights: beginning of the names of the bundled weights that encode by default; the last of these
+    has the highest rate. which: meaning of the names, for --help.
     """
     parser = cli.Parser(description=description)
     commands = parser.add_subparsers(dest="command", required=True)

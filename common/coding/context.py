@@ -1,9 +1,9 @@
-"""Means and scales that depend on latents already decoded, for some positions at a time.
+"""Means and scales of a context model, computed for groups of positions.
 
 A context model predicts a latent from its decoded neighbours (a masked convolution) and from the
-hyper decoder's parameters, by a chain of 1x1 convolutions. Encoder and decoder walk over groups of
-positions, each of which depends on earlier groups only: a pixel, a wave, half of a checkerboard.
-Both must find the same bits, so everything here is exact arithmetic (exact.py).
+parameters of the hyper decoder, by a chain of 1x1 convolutions. Encoder and decoder process groups
+of positions, each of which depends on earlier groups only: a pixel, a wavefront, or half of a
+checkerboard. Both must obtain the same bits, so all arithmetic here is exact (exact.py).
 
     context = Context(context_prediction, entropy_parameters, params, scale_table)
     for positions in groups:
@@ -24,8 +24,8 @@ from compressai.layers import MaskedConv2d
 from torch import Tensor, nn
 
 MEAN_BITS = 8  # means are multiples of 2^-8, of 2^-9 for a gain above 1, 2^-10 above 2, ...
-HYPER_BYTES = 2**28  # hyper parameters go through their first layer at once up to this size
-ROWS = 4  # matrix products of a multiple of so many rows are up to 1.6 times faster on CPUs
+HYPER_BYTES = 2**28  # up to this size, the first layer sees all hyper parameters at once
+ROWS = 4  # CPUs multiply matrices with a multiple of 4 rows up to 1.6 times faster
 
 
 class CausalConv(MaskedConv2d):
@@ -33,11 +33,11 @@ class CausalConv(MaskedConv2d):
 
         1 1 1 1 1
         1 1 1 1 1
-        1 1 . 0 0        . the latent that is predicted: not seen
+        1 1 . 0 0        . the predicted latent, which is masked, too
         0 0 0 0 0
         0 0 0 0 0
 
-    CompressAI's, but the weight is masked on the way and not overwritten.
+    It equals CompressAI's layer, but masks the weight in each call instead of overwriting it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,11 +45,12 @@ class CausalConv(MaskedConv2d):
 
 
 def wavefront(height: int, width: int, device: torch.device | str = "cpu") -> list[Tensor]:
-    """Positions y * width + x in the order of coding, those of a wave together.
+    """Positions y * width + x in coding order, as a list of wavefronts.
 
-    A latent sees five above at x - 2 ... x + 2, and two to its left. With t = x + 3y they all have
-    a smaller t: (x + 2, y - 1) has t - 1, and (x - 1, y) too. So all latents of equal t can be
-    decoded at once; 32x48 latents take 141 waves instead of 1,536 steps. The first t:
+    A latent depends on rows above, at x - 2, ..., x + 2, and on two latents to its left. With
+    t = x + 3y, all of these have a smaller t: (x + 2, y - 1) has t - 1, and so has (x - 1, y). So
+    all latents of equal t can be decoded at once; 32x48 latents take 141 waves instead of 1,536
+    steps. The first values of t:
 
         0 1 2 3 4 5 6
         3 4 5 6 7 8 9
@@ -62,15 +63,15 @@ def wavefront(height: int, width: int, device: torch.device | str = "cpu") -> li
 
 
 class Context:
-    """What is decoded so far, and what it says about other positions.
+    """The latents decoded so far, and the means and scales that they predict for other positions.
 
-    context_prediction: masked convolution (M -> 2M, odd kernel, stride 1); or several of one size,
-        of which each position uses one, the others being zero there.
-    entropy_parameters: Sequential of 1x1 convolutions and activations, on hyper parameters, the
-        contexts in their order, and `extra`; its result is scales, then means, 2M together.
+    context_prediction: masked convolution (M -> 2M, odd kernel, stride 1), or several of the same
+        size; a position uses one of them, and the contexts of the others are zero there.
+    entropy_parameters: Sequential of 1x1 convolutions and activations. Its input is the hyper
+        parameters, the contexts in their order, and `extra`; its output is scales, then means (2M).
     params: hyper parameters (B, P, H, W), float64 from `exact.run`.
-    extra: more of them (B, E, H, W), whose place is behind the contexts.
-    gain: what latents are multiplied by before rounding, and so their scales.
+    extra: further hyper parameters (B, E, H, W), which follow the contexts.
+    gain: factor by which latents, and so their scales, are multiplied before rounding.
     Positions are y * W + x, the same for all images of the batch.
     """
 
@@ -94,7 +95,7 @@ class Context:
             exact.Rows(layer, f"entropy_parameters.{i}", device) if isinstance(layer, nn.Conv2d)
             else partial(exact.activate, layer, f"entropy_parameters.{i}")
             for i, layer in enumerate(entropy_parameters))
-        # decoded latents as rows of M, of a plane with a border of zeros
+        # decoded latents of a plane with a border of zeros, one row of M values per position
         k = layers[0].kernel_size[0]
         self.border, self.stride = k // 2, width + 2 * (k // 2)
         self.plane = (height + 2 * self.border) * self.stride
@@ -110,7 +111,7 @@ class Context:
             self.hyper = self._sums_of_known()
 
     def _sums_of_known(self, places: Tensor | None = None) -> Tensor:
-        """What the first layer of entropy_parameters makes of params and extra."""
+        """Contribution of params and extra to the first layer of entropy_parameters."""
         sums = None
         for rows, place in self.known:
             rows = rows if places is None else rows.index_select(0, places)
@@ -126,8 +127,8 @@ class Context:
     def parameters(self, positions: Tensor, context: int | bool = True) -> tuple[Tensor, Tensor]:
         """Scales and means, each (B, n, M) float64, of the latents at positions (n,).
 
-        context: whether neighbours are looked at. Without, the context is zero, its bias included.
-        Of several contexts, the number of the one that is, from 1.
+        context: whether to use the decoded neighbours; otherwise the context, including its bias,
+        is zero. With several contexts, the number of the one to use, counted from 1.
         """
         batch, channels, height, width = self.shape
         n = batch * len(positions)
@@ -150,7 +151,7 @@ class Context:
         return scales, means
 
     def put(self, positions: Tensor, y_hat: Tensor) -> None:
-        """Enter decoded latents y_hat (B, n, M) at positions (n,)."""
+        """Store the decoded latents y_hat (B, n, M) of positions (n,)."""
         places = self._images(positions, self.shape[2] * self.shape[3])
         self.rows.index_copy_(0, self._rows(places), y_hat.flatten(0, 1))
 
@@ -163,12 +164,12 @@ class Context:
         return inner.permute(0, 3, 1, 2).float()
 
     def _images(self, positions: Tensor, plane: int) -> Tensor:
-        """Positions in all images, image by image: (B * n,)."""
+        """Indexes of the positions in all images, image by image: (B * n,)."""
         images = torch.arange(0, self.shape[0] * plane, plane, device=positions.device)
         return (images[:, None] + positions).view(-1)
 
     def _rows(self, places: Tensor) -> Tensor:
-        """Rows of `self.rows` for places (image * H + y) * W + x."""
+        """Indexes of rows in `self.rows` for places (image * H + y) * W + x."""
         _, _, height, width = self.shape
         lines, x = places // width, places % width
         return (lines + lines // height * 2 * self.border + self.border) * self.stride + (

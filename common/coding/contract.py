@@ -1,7 +1,7 @@
-"""What common/ asks of a paper's model, and of a layer that has an exact form.
+"""The interface that common/ requires of a paper's model, and of a layer with an exact form.
 
-A paper's model derives from `Codec`. Everything that coding, training and evaluation read from a
-model is declared there, with a default where there is a sensible one.
+The model of a paper derives from `Codec`. It declares everything that coding, training and
+evaluation read from a model, with defaults where these make sense.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ class _Strings(TypedDict):
 
 
 class Coded(_Strings, total=False):
-    """What `compress` returns, in CompressAI's form, and the bytes that the decoder must be told.
+    """Result of `compress` in CompressAI's form, with the bytes that the decoder needs in addition.
 
-    strings: for each latent one string per image; shape: height and width of the last latent.
+    strings: for each latent, one string per image; shape: height and width of the last latent;
+    parameters: such as the rate index.
     """
 
     parameters: bytes
@@ -33,7 +34,7 @@ class Coded(_Strings, total=False):
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where weights come from: the training configuration, its progress, and its hardware."""
+    """Origin of the weights: configuration, progress and hardware of the training."""
 
     config: dict[str, Any] = field(default_factory=dict)
     step: int | None = None
@@ -42,52 +43,52 @@ class Provenance:
 
 
 class Codec(CompressionModel):
-    """A codec that trains, writes files and decodes them on every machine.
+    """A codec that can be trained, and whose files can be decoded on every machine.
 
-    Beyond this class a model has g_a, g_s and the other parts of its paper. `forward` maps images
-    (B, 3, H, W), whose sides are multiples of `downsampling_factor`, to {"x_hat", "likelihoods"}.
-    In eval mode its means, scales and latents must be those of `compress`, that is exact wherever
-    the decoder computes them too: otherwise the estimated rate is not that of the file.
+    A model adds g_a, g_s and the other parts of its paper. `forward` maps images (B, 3, H, W),
+    whose sides are multiples of `downsampling_factor`, to {"x_hat", "likelihoods"}. In eval mode,
+    its means, scales and latents must be those of `compress`, i.e. exact wherever the decoder
+    computes them, too; otherwise the estimated rate would not be that of the file.
     """
 
     tag: ClassVar[bytes]  # four bytes in the header of the paper's files
     options: ClassVar[tuple[str, ...]] = ()  # constructor arguments that weights do not reveal
     exact_parts: tuple[str, ...] | property = ()  # modules that the decoder computes exactly
     downsampling_factor: int = 64  # image pixels per position of the last latent
-    coding_device: torch.device | None = None  # where exact parts run; None: with the rest
+    coding_device: torch.device | None = None  # runs exact_parts; None: the device of the model
     provenance: Provenance = Provenance()
     N: int | None = None  # hidden channels, for tables
     M: int | None = None  # latent channels, for tables
 
     def compress(self, x: Tensor, **rate: Any) -> Coded:
-        """x as in `forward` -> strings; rate: the operating point of a variable-rate model."""
+        """Code x, as in `forward`; rate: the operating point of a variable-rate model."""
         raise NotImplementedError
 
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int], **rate: Any
                    ) -> dict[str, Tensor]:
-        """Inverse of `compress` -> {"x_hat": (B, 3, H, W) in [0, 1]}."""
+        """Decode the result of `compress` to {"x_hat": (B, 3, H, W) in [0, 1]}."""
         raise NotImplementedError
 
     def read_parameters(self, parameters: bytes) -> dict[str, Any]:
-        """The `rate` of `decompress` from the parameters that `compress` returned."""
+        """Return the `rate` arguments of `decompress` from the parameters of `compress`."""
         return {}
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Tensor], **options: Any) -> Codec:
-        """Build the model with the sizes of the weights and load them, strictly.
+        """Build the model with the sizes of the weights and load them strictly.
 
-        Raises KeyError or RuntimeError for the weights of another model.
+        Raises KeyError or RuntimeError if the weights belong to another model.
         """
         raise NotImplementedError
 
 
 @runtime_checkable
 class ExactModule(Protocol):
-    """A module whose exact form is more than that of its layers one after the other."""
+    """A module whose exact form is not just that of its layers in sequence."""
 
     def exact(self, x: Tensor, run: Run) -> Tensor:
-        """`forward` in fixed-point arithmetic: `run` computes the parts, the rest is elementwise
-        and exact in float64.
+        """`forward` in fixed-point arithmetic: `run` computes the layers, and all other operations
+        are elementwise and exact in float64.
         """
         ...
 

@@ -1,8 +1,8 @@
-"""Integer symbols and CDF tables to bytes and back, by CompressAI's rANS coder (`compressai.ans`).
+"""Entropy coding of integer symbols with CDF tables, by CompressAI's rANS coder (`compressai.ans`).
 
-The bytes are those of CompressAI's `EntropyModel.compress`; what differs is the road to them.
-Tables become Python lists once, each row cut to its length, and not at every call; symbols pass
-through arrays and not tensors. The coder's faults are kept away from the caller: it writes outside
+The bytes are those of CompressAI's `EntropyModel.compress`, but coding is faster: tables become
+Python lists once instead of in each call, with each row cut to its length, and symbols pass through
+arrays instead of tensors. Callers are protected from three faults of the coder: it writes outside
 its buffer for fewer than three symbols, never returns for symbols beyond +-2^27, and reads past the
 end of a truncated string.
 
@@ -23,16 +23,16 @@ from compressai.ans import BufferedRansEncoder, RansDecoder
 from torch import Tensor, nn
 
 PRECISION = 16  # probabilities are multiples of 2^-16
-CHUNK = 2**20  # symbols that exist as Python integers at a time
-SYMBOL_LIMIT = 2**26  # the coder holds 28 bits of a symbol outside its table, sign included
-MIN_SYMBOLS = 3  # below, the coder's buffer is shorter than its final state: we fill up
-BYTE_BIAS = 128  # coded are symbols + 128: nearly all fit a byte, whose integers Python keeps ready
+CHUNK = 2**20  # number of symbols that are converted to Python integers at a time
+SYMBOL_LIMIT = 2**26  # the coder stores symbols outside its table with 28 bits, sign included
+MIN_SYMBOLS = 3  # with fewer, the coder's buffer is too short for its state, so we pad
+BYTE_BIAS = 128  # symbols + 128 are coded: most fit a byte, and Python caches such integers
 
-# Behind every string stands this text. After the last symbol a decoder is in its initial state and
-# at the end of the string; symbols decoded from there on must therefore be those that the initial
-# state and this text give.
+# The decoder gets this text behind every string. After the last symbol it is in its initial state
+# and at the end of the string, so the symbols that it decodes from there on must be those of the
+# initial state and this text.
 _TRAILER = b"the string ends here: what follows is not part of it"
-_PROBE = ([[0, 21845, 43690, 65535, 1 << PRECISION]], [5], [0])  # odd frequencies mix all bits
+_PROBE = ([[0, 21845, 43690, 65535, 1 << PRECISION]], [5], [0])  # odd frequencies involve all bits
 _PROBE_INDEXES = [0] * 32
 _INITIAL_STATE = (1 << 31).to_bytes(8, "little")
 _INTACT = RansDecoder().decode_with_indexes(
@@ -43,13 +43,14 @@ _cache: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionar
 
 
 class EntropyBottleneck(entropy_models.EntropyBottleneck):
-    """CompressAI's density of z, with a forward that does not wait for the GPU.
+    """CompressAI's density model of z, with a forward that does not synchronise with the GPU.
 
-    Its own reads the order of axes from a tensor there. Results and weights are the same.
+    CompressAI's forward reads the order of the axes from a tensor on the GPU. Results and weights
+    are the same.
     """
 
-    # torch 2.13 compiles it wrongly on CPUs with AVX-512 and AMX: of z with 64 channels and 2x2
-    # positions in bfloat16, the likelihoods are NaN. It takes a hundredth of a step's time.
+    # Not compiled: on CPUs with AVX-512 and AMX, the code of torch 2.13 gives NaN likelihoods for z
+    # of 64 channels and 2x2 positions in bfloat16. The forward takes 1 % of the time of a step.
     @torch.compiler.disable
     def forward(self, x: Tensor, training: bool | None = None) -> tuple[Tensor, Tensor]:
         """x (B, C, ...) -> z_hat and its likelihoods, of the same shape."""
@@ -67,14 +68,14 @@ class EntropyBottleneck(entropy_models.EntropyBottleneck):
 
 
 class Tables:
-    """CDF rows as the coder wants them: `rows` (lists from 0 to 65536), `lengths`, `offsets`.
+    """CDF tables in the form of the coder: `rows` (lists from 0 to 65536), `lengths`, `offsets`.
 
-    Row i codes the symbols offsets[i] ... offsets[i] + lengths[i] - 3; its last interval announces
-    any other symbol.
+    Row i codes the symbols offsets[i], ..., offsets[i] + lengths[i] - 3; its last interval is the
+    escape code of all other symbols.
     """
 
     def __init__(self, cdf: Tensor, lengths: Tensor, offsets: Tensor):
-        """cdf: (rows, longest row); lengths, offsets: (rows,). UserError for broken tables."""
+        """cdf: (rows, longest row); lengths, offsets: (rows,). UserError for invalid tables."""
         self.lengths = lengths.reshape(-1).tolist()
         self.offsets = offsets.reshape(-1).tolist()
         if not cdf.dim() == 2 or not len(cdf) == len(self.lengths) == len(self.offsets) > 0:
@@ -88,7 +89,7 @@ class Tables:
         if max(map(abs, self.offsets)) >= SYMBOL_LIMIT:
             raise damaged
         self.rows = [row.tolist() for row in rows]
-        # One row more, for filling up: its only symbol costs 2e-5 bit.
+        # An additional row for padding; its symbol 0 takes 2e-5 bits.
         self.rows.append([0, (1 << PRECISION) - 1, 1 << PRECISION])
         self.lengths.append(3)
         self.offsets.append(0)
@@ -99,7 +100,7 @@ class Tables:
 
     @classmethod
     def of(cls, entropy_model: nn.Module) -> "Tables":
-        """Tables of a CompressAI EntropyModel; made again only after its buffers have changed."""
+        """Tables of a CompressAI EntropyModel, cached until its buffers change."""
         buffers = (entropy_model._quantized_cdf, entropy_model._cdf_length, entropy_model._offset)
         versions = [b._version for b in buffers]
         if (known := _cache.get(entropy_model)) is not None:
@@ -115,8 +116,8 @@ def encode(symbols: Tensor, indexes: Tensor, tables: Tables) -> list[bytes]:
     """Code each image's symbols into one string.
 
     symbols: (B, ...) integers; indexes: the row of `tables` for each, broadcast to their shape.
-    Symbols outside their row's range cost more but are coded too, up to +-2^26. Raises ValueError
-    for larger ones (a NaN cast to an integer is one) and for indexes outside the tables.
+    Symbols outside the range of their row are coded with more bits, up to +-2^26. Raises ValueError
+    for larger ones (such as a NaN cast to an integer) and for indexes outside the tables.
     """
     symbols = symbols.detach().cpu().numpy()
     indexes = _rows(indexes, symbols.shape, tables)
@@ -134,9 +135,9 @@ def encode(symbols: Tensor, indexes: Tensor, tables: Tables) -> list[bytes]:
 def decode(strings: list[bytes], indexes: Tensor, tables: Tables) -> Tensor:
     """Inverse of `encode`: int32 symbols on the CPU, in the shape of indexes (B, ...).
 
-    Raises ValueError when a string is truncated or is not one of these symbols' (unless by a chance
-    of about 2^-50). A change inside the raw bits of a symbol outside its table goes unnoticed here;
-    the checksum of the file finds it.
+    Raises ValueError if a string is truncated or does not belong to these indexes and tables (with
+    a probability of error of about 2^-50). A change in the raw bits of a symbol outside its table
+    is not detected here, but by the checksum of the file.
     """
     indexes = _rows(indexes, tuple(indexes.shape), tables)
     if len(strings) != len(indexes):
@@ -155,7 +156,7 @@ def _rows(indexes: Tensor, shape: tuple, tables: Tables) -> np.ndarray:
 
 
 def _integers(values: np.ndarray) -> bytearray | array:
-    """int32 values as the sequence that the coder reads fastest; a list takes longer to make."""
+    """int32 values as the sequence that the coder reads fastest; a list would be slower to make."""
     if values.min() >= 0 and values.max() <= 255:
         return bytearray(values.astype(np.uint8))
     return array("i", values.tobytes())
@@ -189,35 +190,35 @@ def _decode_one(string: bytes, indexes: np.ndarray, tables: Tables, out: np.ndar
 
 
 class Decoder:
-    """Decode one string part by part, where the next indexes depend on the symbols before them."""
+    """Decode one string in parts, for indexes that depend on symbols decoded before."""
 
     def __init__(self, string: bytes, count: int, tables: Tables):
-        """count: how many symbols the string holds. ValueError when that cannot be."""
+        """count: number of symbols in the string. ValueError if its length is impossible."""
         if count == 0 or len(string) < 8 or len(string) % 4:
             raise ValueError("an entropy-coded string has an impossible length")
-        # The decoder does not stop at the end of its string, so zeros follow for all it might read
-        # with broken data: 16 bit for a symbol, up to 60 more for one outside the table, 15 bytes
-        # for each byte that announces a long one.
+        # The decoder does not stop at the end of its string, so zeros follow for all that it might
+        # read from damaged data: 16 bits per symbol, up to 60 more for one outside the table,
+        # and 15 bytes for each byte that announces a long one.
         zeros = 2 * count + 8 * min(count, CHUNK) + 16 * len(string) + 1024
         self.count, self.tables = count, tables
         self.decoder = RansDecoder()
         self.decoder.set_stream(string + _TRAILER + bytes(zeros))
 
     def decode(self, indexes: np.ndarray) -> np.ndarray:
-        """The next symbols (n,), as int32; indexes: their rows of the tables (n,), int32."""
-        tables, top = self.tables, int(indexes.max()) + 1  # the coder copies all rows it is given
+        """Decode the next symbols (n,), int32; indexes: their rows of the tables (n,), int32."""
+        tables, top = self.tables, int(indexes.max()) + 1  # the coder copies all rows
         values = self.decoder.decode_stream(
             _integers(indexes), tables.rows[:top], tables.lengths[:top],
             tables.biased_offsets[:top]
         )
         try:
             symbols = np.frombuffer(bytearray(values), np.uint8).astype(np.int32)
-        except ValueError:  # not all within one byte: the slower way
+        except ValueError:  # some exceed one byte
             symbols = np.fromiter(values, np.int32, len(values))
         return symbols - np.int32(BYTE_BIAS)
 
     def finish(self) -> None:
-        """Call after the last symbol; ValueError when the string was not made of such symbols."""
+        """Call after the last symbol; ValueError if the string does not end there."""
         tables = self.tables
         if (missing := MIN_SYMBOLS - self.count) > 0:
             self.decoder.decode_stream(
@@ -228,14 +229,14 @@ class Decoder:
 
 
 class Decoders:
-    """`Decoder`s of a batch: one string an image, all of `count` symbols."""
+    """Decode a batch in parts: one string per image, each of `count` symbols."""
 
     def __init__(self, strings: list[bytes], count: int, tables: Tables):
         self.decoders = [Decoder(string, count, tables) for string in strings]
         self.tables = tables
 
     def decode(self, indexes: Tensor) -> Tensor:
-        """The next symbols of every image, int32 on the CPU, in the shape of indexes (B, ...)."""
+        """Decode the next symbols of all images, int32 on the CPU; indexes: (B, ...)."""
         rows = _rows(indexes, tuple(indexes.shape), self.tables)
         if len(rows) != len(self.decoders):
             raise ValueError(f"{len(self.decoders)} strings for {len(rows)} images")
@@ -243,25 +244,25 @@ class Decoders:
         return torch.from_numpy(np.stack(parts)).view(indexes.shape)
 
     def finish(self) -> None:
-        """Call after the last symbols; ValueError when a string holds something else."""
+        """Call after the last symbols; ValueError if a string does not end there."""
         for decoder in self.decoders:
             decoder.finish()
 
 
 # ------------------------------------------ factorized latents (CompressAI's EntropyBottleneck)
 def _medians(bottleneck: nn.Module) -> Tensor:
-    """(C, 1, 1): the centres of the rounding, one per channel."""
+    """Medians of the channels (C, 1, 1), around which z is rounded."""
     return bottleneck.quantiles[:, 0, 1].detach()[:, None, None]
 
 
 def _channels(bottleneck: nn.Module, batch: int, shape: tuple[int, int]) -> Tensor:
-    """Channel i is coded with row i: indexes (B, C, h, w)."""
+    """Indexes (B, C, h, w) that code channel i with row i."""
     channels = len(bottleneck.quantiles)
     return torch.arange(channels)[None, :, None, None].expand(batch, channels, *shape)
 
 
 def encode_bottleneck(bottleneck: nn.Module, z: Tensor) -> list[bytes]:
-    """Code z (B, C, h, w), rounded around the channels' medians, with one table per channel."""
+    """Code z (B, C, h, w), rounded around the medians, with one table per channel."""
     symbols = (z - _medians(bottleneck)).round()
     return encode(symbols, _channels(bottleneck, len(z), z.shape[-2:]), Tables.of(bottleneck))
 
@@ -269,13 +270,13 @@ def encode_bottleneck(bottleneck: nn.Module, z: Tensor) -> list[bytes]:
 def decode_bottleneck(
     bottleneck: nn.Module, strings: list[bytes], shape: tuple[int, int]
 ) -> Tensor:
-    """Inverse of `encode_bottleneck`: z_hat (B, C, h, w), equal to `dequantize` of z."""
+    """Inverse of `encode_bottleneck`; returns z_hat (B, C, h, w), equal to `dequantize` of z."""
     indexes = _channels(bottleneck, len(strings), shape)
     medians = _medians(bottleneck)
     return decode(strings, indexes, Tables.of(bottleneck)).to(medians) + medians
 
 
 def dequantize(bottleneck: nn.Module, z: Tensor) -> Tensor:
-    """z_hat = round(z - median) + median, what the decoder will have."""
+    """z_hat = round(z - median) + median, as the decoder obtains it."""
     medians = _medians(bottleneck)
     return (z - medians).round() + medians

@@ -1,18 +1,19 @@
-"""Networks in fixed-point arithmetic: the same bits on every machine.
+"""Networks in fixed-point arithmetic, which give the same bits on every machine.
 
-A decoder must find the same CDF indexes and means as the encoder, to the last bit, or the rest of
-the stream is garbage. Floating-point convolutions do not give that: the order of summation depends
-on threads, layout, instruction set and device. Here every number is an integer held in float64:
-weights `q` of 16 bits with one power of two per output channel, activations on a grid of 2^-12. As
-long as `sum |q| * max |activation| + |bias| < 2^53`, every product and every partial sum is an
-exact integer, so the order of summation cannot matter. The bound is checked, per output channel,
-when a layer is prepared. Between layers only operations that IEEE 754 defines exactly are used;
-smooth activations (GELU, sigmoid, ...) are read from a table indexed by the quantised input.
+A decoder must compute the same CDF indexes and means as the encoder, to the last bit; otherwise the
+rest of the stream is decoded wrongly. Floating-point convolutions do not ensure this, because the
+order of summation depends on threads, layout, instruction set and device. Here, every number is an
+integer stored in float64: weights `q` have 16 bits and one power of two per output channel,
+activations are multiples of 2^-12. As long as `sum |q| * max |activation| + |bias| < 2^53`, every
+product and every partial sum is an exact integer, so the order of summation does not matter. The
+bound is checked, per output channel, when a layer is prepared. Between layers, only operations that
+IEEE 754 defines exactly are used; smooth activations (GELU, sigmoid, ...) are read from a table
+indexed by the quantised input.
 
     params = exact.run(h_s, z_hat)                              # float64, instead of h_s(z_hat)
     indexes = exact.scale_indexes(scales, gaussian_conditional.scale_table)
 
-Where a decoder meets positions a few at a time, `Rows` applies a layer to just these.
+`Rows` applies a layer to single positions, for decoders that process a few at a time.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from compressai.layers import GDN
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-VERSION = 1  # of the arithmetic; streams are decodable only with the one they were written with
+VERSION = 1  # of the arithmetic; a stream can only be decoded with the version that wrote it
 WEIGHT_BITS = 16  # |q| <= 2^15
 GRID_BITS = 12  # activations are multiples of 2^-12 ...
 CLAMP_BITS = 12  # ... and lie in [-2^12, 2^12]
-MAX_SHIFT = 30  # no weight is finer than 2^-30, so that biases fit beside them
+MAX_SHIFT = 30  # weights are multiples of 2^-30 or coarser, so that biases fit as well
 STRIP_ELEMENTS = 2**23  # at most this many float64 (64 MiB) of unfolded input at a time
 NORM_BITS, NORM_CLAMP_BITS = 12, 9  # LayerNorm squares its inputs: +-512 in steps of 2^-12
 LINEAR = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
@@ -45,7 +46,7 @@ SMOOTH = (nn.GELU, nn.SiLU, nn.ELU, nn.Softplus, nn.Mish, nn.Sigmoid, nn.Tanh)
 
 @dataclass
 class _Layer:
-    """A linear layer ready to run; a transposed convolution as an ordinary one (`_polyphase`)."""
+    """A quantised linear layer; a transposed convolution is in the form of `_polyphase`."""
 
     weight: Tensor  # integers in float64, (out, in / groups, kh, kw)
     bias: Tensor  # integers in float64, (out, 1, 1)
@@ -55,8 +56,8 @@ class _Layer:
     groups: int
     grid_bits: int
     clamp_bits: int
-    rows: tuple[Tensor, list[int]] | None = None  # weight and live taps, for `Rows`
-    digits: tuple | None = None  # weight as int8, for `_by_digits`; empty: has none
+    rows: tuple[Tensor, list[int]] | None = None  # weight and used taps, for `Rows`
+    digits: tuple | None = None  # weight as int8, for exact_int8.py; empty: does not fit
 
 
 _prepared: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
@@ -67,16 +68,16 @@ def run(layers: nn.Module, x: Tensor) -> Tensor:
     """Apply convolutional layers in exact arithmetic.
 
     layers: one layer, a list or a Sequential of Conv2d, ConvTranspose2d, Linear, LayerNorm, GDN,
-        ReLU, LeakyReLU, PixelShuffle, Identity and smooth activations; and of modules with a method
-        `exact(x, run)`, which compute with `run` on their parts and add and multiply in between.
-    x: (B, C, H, W), any float or integer type. Returns float64; its last bit depends on x and the
-        weights, on nothing else. Each layer's input is rounded to multiples of 2^-12 and clamped to
-        +-2^12, so the result is close to, not equal to, `layers(x)`.
-    Raises UserError for a non-finite x, for weights that cannot be computed exactly and for
-    unsupported layers.
+        ReLU, LeakyReLU, PixelShuffle, Identity, smooth activations, and modules with a method
+        `exact(x, run)`, which calls `run` for their layers and adds and multiplies in between.
+    x: (B, C, H, W), any float or integer type. Returns float64, whose bits depend on x and the
+        weights only. The input of each layer is rounded to multiples of 2^-12 and clamped to
+        +-2^12, so the result is close, but not equal, to `layers(x)`.
+    Raises UserError for an x that is not finite, for weights that cannot be computed exactly, and
+    for unsupported layers.
     """
     x = x.double()
-    if not math.isfinite(x.sum().item()):  # as it is when any of them is not
+    if not math.isfinite(x.sum().item()):  # as if any element is not finite
         raise UserError(
             "NaN or infinity in the latent: the model's weights or its input are broken"
         )
@@ -95,7 +96,7 @@ def run(layers: nn.Module, x: Tensor) -> Tensor:
 
 
 def activate(layer: nn.Module, name: str, x: Tensor) -> Tensor:
-    """A layer without weights on float64 x, with the same bits everywhere."""
+    """Apply a layer without weights to x (float64), with the same bits on every machine."""
     if isinstance(layer, nn.ReLU):
         return x.clamp_min(0)
     if isinstance(layer, nn.LeakyReLU):
@@ -103,18 +104,18 @@ def activate(layer: nn.Module, name: str, x: Tensor) -> Tensor:
     if isinstance(layer, SMOOTH):
         return exact_tables.smooth(layer, name, x)
     if isinstance(layer, nn.PixelShuffle):
-        return layer(x)  # moves numbers, computes none
+        return layer(x)  # a permutation, without arithmetic
     if isinstance(layer, (nn.Identity, nn.Dropout)):
         return x
     raise UserError(f"layer {name} ({type(layer).__name__}) has no exact form")
 
 
 class Rows:
-    """A layer without a plane: rows (n, inputs) -> (n, outputs), the bits of `run`, fast for few.
+    """A layer for single positions: rows (n, inputs) -> (n, outputs), with the bits of `run`.
 
-    layer: a Linear layer, a 1x1 convolution, or a convolution with a `mask` whose rows hold, tap by
-    tap, the C inputs under its live taps (`taps`, row-major positions in the kernel).
-    A layer can be summed in parts: `sums` of the first columns may be computed beforehand.
+    layer: a Linear layer, a 1x1 convolution, or a convolution with a `mask`; the rows of the latter
+    hold, tap by tap, the C inputs of its unmasked taps (`taps`, row-major positions in the kernel).
+    A layer can be summed in parts: `sums` of some inputs may be computed beforehand.
     """
 
     @torch.no_grad()
@@ -135,22 +136,23 @@ class Rows:
         self.grid_bits, self.clamp_bits = prepared.grid_bits, prepared.clamp_bits
 
     def sums(self, x: Tensor, first: int = 0, begun: Tensor | None = None) -> Tensor:
-        """Products of inputs `first` and following, added to `begun` (the bias): integers, in any
-        order, to be completed later.
+        """Partial sums over the inputs from `first` on, added to `begun` (by default the bias).
+
+        They are integers, so parts can be summed in any order.
         """
         x = exact_tables.quantise(x, self.grid_bits, self.clamp_bits)
         weight = self.weight[:, first : first + x.shape[1]]
         return torch.mm(x, weight.t()).add_(self.bias if begun is None else begun)
 
     def __call__(self, x: Tensor, first: int = 0, begun: Tensor | None = None) -> Tensor:
-        """x (n, inputs) float64; or inputs from `first` on, with the `sums` of all others."""
+        """x: (n, inputs), float64; or the inputs from `first` on, with the `sums` of all others."""
         return self.sums(x, first, begun).mul_(self.scale)
 
 
 def spec(layers: nn.Module) -> dict:
-    """What a checkpoint keeps so that its streams stay decodable: constants and all exponents.
+    """Constants and exponents that a checkpoint stores so that its streams stay decodable.
 
-    Plain numbers and int32 tensors; `torch.load(weights_only=True)` reads it.
+    Consists of plain numbers and int32 tensors, which `torch.load(weights_only=True)` reads.
     """
     settings = [_settings(layer) for layer in _linear(layers)]
     return {
@@ -163,9 +165,9 @@ def spec(layers: nn.Module) -> dict:
 
 
 def restore(layers: nn.Module, spec: dict | None) -> None:
-    """Compute with a checkpoint's `spec` from now on; with None, choose exponents anew.
+    """Compute with the `spec` of a checkpoint from now on; None chooses new exponents.
 
-    Raises UserError when the spec belongs to other layers or to a newer version of this arithmetic.
+    Raises UserError if the spec belongs to other layers or to another version of the arithmetic.
     """
     linear = _linear(layers)
     settings = [None] * len(linear)
@@ -182,21 +184,21 @@ def restore(layers: nn.Module, spec: dict | None) -> None:
         if sizes != [_out_channels(layer) for layer in linear]:
             raise UserError("the fixed-point entry does not match: it is of other layers or widths")
     for layer, entry in zip(linear, settings, strict=True):
-        layer.exact_settings = entry  # on the module, so that a deep copy of the model has it too
+        layer.exact_settings = entry  # on the module, so that deep copies have it, too
         _prepared.pop(layer, None)
 
 
 def values(parameter: Tensor, x: Tensor) -> Tensor:
-    """A parameter for an `exact` method, in float64 where x is: the model may be elsewhere."""
+    """A parameter for an `exact` method, in float64 on the device of x."""
     return parameter.detach().to(x.device, torch.float64)
 
 
 def scale_indexes(scales: Tensor, scale_table: Tensor) -> Tensor:
-    """Row of the CDF table for each scale: the nearest entry of `scale_table` in ratio (int32).
+    """Row of the CDF tables for each scale (int32): the entry of `scale_table` nearest in ratio.
 
-    CompressAI's `build_indexes` takes the next larger entry. The tables are 13 % apart, so that is
-    6 % too wide on average and costs 0.3-0.9 % of the rate; the nearest one costs a quarter of it.
-    The boundaries are the geometric means of neighbours; sqrt is exact in IEEE 754.
+    CompressAI's `build_indexes` picks the next larger entry. Entries are 13 % apart, so that one is
+    6 % too wide on average, which costs 0.3-0.9 % of the rate; the nearest one costs a quarter of
+    this. The boundaries are the geometric means of neighbours; IEEE 754 defines sqrt exactly.
     """
     scales = scales.double().contiguous()
     boundaries = scale_boundaries(scale_table.to(scales.device))
@@ -204,18 +206,18 @@ def scale_indexes(scales: Tensor, scale_table: Tensor) -> Tensor:
 
 
 def scale_boundaries(scale_table: Tensor) -> Tensor:
-    """float64, one fewer than entries: where `scale_indexes` changes from one entry to the next."""
+    """Boundaries (float64) between neighbouring entries of `scale_table`, for `scale_indexes`."""
     table = scale_table.double()
     return torch.sqrt(table[:-1] * table[1:])
 
 
 def round_to_grid(x: Tensor, bits: int = 8) -> Tensor:
-    """Round to multiples of 2^-bits, ties to even; the scaling by a power of two is exact."""
+    """Round to multiples of 2^-bits, ties to even; scaling by a power of two is exact."""
     return torch.round(x * 2.0**bits) * 2.0**-bits
 
 
 def _flatten(layers: nn.Module, prefix: str = ""):
-    """Yield (name, layer) in order, Sequentials within Sequentials included."""
+    """Yield (name, layer) in order, including the layers of nested Sequentials."""
     if isinstance(layers, nn.Module) and not isinstance(layers, (nn.Sequential, nn.ModuleList)):
         yield prefix or type(layers).__name__, layers
         return
@@ -224,7 +226,7 @@ def _flatten(layers: nn.Module, prefix: str = ""):
 
 
 def _linear(layers: nn.Module) -> list[nn.Module]:
-    """All layers with weights, at any depth, in the order in which they are registered."""
+    """All linear layers at any depth, in the order of their registration."""
     return [layer for _, part in _flatten(layers) for layer in part.modules()
             if isinstance(layer, LINEAR)]
 
@@ -234,7 +236,7 @@ def _out_channels(layer: nn.Module) -> int:
 
 
 def _weight(layer: nn.Module) -> Tensor:
-    """The weight in float64 as (out, in / groups, kh, kw) of an ordinary convolution."""
+    """The weight in float64, in the shape (out, in / groups, kh, kw) of an ordinary convolution."""
     weight = layer.weight.detach().double()
     if (mask := mask_of(layer)) is not None:
         weight = weight * mask
@@ -244,12 +246,12 @@ def _weight(layer: nn.Module) -> Tensor:
 
 
 def _polyphase(layer: nn.ConvTranspose2d, weight: Tensor) -> Tensor:
-    """Kernel of an ordinary convolution that, pixel-shuffled, is the transposed convolution.
+    """Kernel of an ordinary convolution that, followed by a pixel shuffle, is the transposed one.
 
-    Output row t = q * stride + r, before the padding is cropped, is the sum over m of input row
-    q - m with tap r + m * stride: for each phase r a convolution with ceil(k / stride) taps.
+    Before the padding is cropped, output row t = q * stride + r is the sum over m of input row
+    q - m times tap r + m * stride, i.e. a convolution with ceil(k / stride) taps for each phase r.
     (in, out / groups, kh, kw) -> (out * sh * sw, in / groups, ceil(kh / sh), ceil(kw / sw)), with
-    the channels in pixel_shuffle's order.
+    the channels in the order of pixel_shuffle.
     """
     (sh, sw), groups = layer.stride, layer.groups
     channels, out, kh, kw = weight.shape
@@ -260,7 +262,7 @@ def _polyphase(layer: nn.ConvTranspose2d, weight: Tensor) -> Tensor:
 
 
 def _settings(layer: nn.Module) -> dict:
-    """Grid, clamp and exponents: those of `restore`, else chosen from the weights."""
+    """Grid, clamp and exponents of a layer: those of `restore`, or chosen from the weights."""
     if getattr(layer, "exact_settings", None) is not None:
         return layer.exact_settings
     peak = _weight(layer).abs().reshape(_out_channels(layer), -1).amax(dim=1).cpu()
@@ -270,14 +272,14 @@ def _settings(layer: nn.Module) -> dict:
 
 
 def _power_of_two(exponents: Tensor) -> Tensor:
-    """2^exponents in float64. Not torch.ldexp: it multiplies by a vectorised pow, exact or not."""
+    """2^exponents in float64. torch.ldexp uses a vectorised pow, which may not be exact."""
     return torch.tensor([math.ldexp(1.0, e) for e in exponents.tolist()], dtype=torch.float64)
 
 
 def _prepare(layer: nn.Module, name: str, device: torch.device) -> _Layer:
-    """Quantise a layer, once for each state of its weights.
+    """Quantise a layer; the result is cached until its weights change.
 
-    Changes made in place through `.data` leave no trace to see; `restore(layers, None)` forgets.
+    In-place changes through `.data` cannot be detected; `restore(layers, None)` clears the cache.
     """
     weight, bias = layer.weight, layer.bias
     key = (device, weight.device, weight.data_ptr(), weight._version)
@@ -316,13 +318,13 @@ def _prepare(layer: nn.Module, name: str, device: torch.device) -> _Layer:
         grid_bits=grid_bits,
         clamp_bits=clamp_bits,
     )
-    # Holding the storages: their addresses cannot go to other weights, which would look unchanged.
+    # The cache keeps the tensors alive, so that no other weights can get the same addresses.
     _prepared[layer] = (key, known, weight.detach(), None if bias is None else bias.detach())
     return known
 
 
 def _apply(layer: nn.Module, prepared: _Layer, x: Tensor) -> Tensor:
-    """One linear layer on real-valued x; the result is real-valued and exact."""
+    """Apply one linear layer to real-valued x; the result is real-valued and exact."""
     x = exact_tables.quantise(x, prepared.grid_bits, prepared.clamp_bits)
     if isinstance(layer, nn.Linear):  # acts on the last dimension
         flat = x.reshape(-1, x.shape[-1]).t()[None, :, :, None]
@@ -341,9 +343,10 @@ def _apply(layer: nn.Module, prepared: _Layer, x: Tensor) -> Tensor:
 
 
 def _convolve(layer: _Layer, x: Tensor) -> Tensor:
-    """Integer convolution without padding; strip by strip, so large planes take bounded memory.
+    """Integer convolution without padding, in strips that bound the memory for large planes.
 
-    Unfold and multiply: a GPU library's own convolution may be Winograd or FFT, exact in no format.
+    It unfolds and multiplies, because the convolution of a GPU library may use Winograd or FFT
+    algorithms, which are not exact.
     """
     weight = layer.weight.view(layer.groups, len(layer.weight) // layer.groups, -1)
     (kh, kw), (sh, sw), (dh, dw) = layer.weight.shape[-2:], layer.stride, layer.dilation
@@ -368,10 +371,11 @@ def _convolve(layer: _Layer, x: Tensor) -> Tensor:
 
 
 def _normalise(layer: nn.LayerNorm, name: str, x: Tensor) -> Tensor:
-    """LayerNorm over the last dimension, or over channels in timm's LayerNorm2d.
+    """LayerNorm over the last dimension, or over the channels for timm's LayerNorm2d.
 
-    Sums of the quantised x and of its squares are integers below 2^53, so their order is free; all
-    else is elementwise. x is rounded to 2^-NORM_BITS and clamped to +-2^NORM_CLAMP_BITS.
+    The sums of the quantised x and of its squares are integers below 2^53, so their order does not
+    matter; the rest is elementwise. x is rounded to multiples of 2^-NORM_BITS and clamped to
+    +-2^NORM_CLAMP_BITS.
     """
     size, = layer.normalized_shape
     if size * 4 ** (NORM_BITS + NORM_CLAMP_BITS) >= 2**exact_tables.EXACT_BITS:
@@ -380,7 +384,7 @@ def _normalise(layer: nn.LayerNorm, name: str, x: Tensor) -> Tensor:
     q = exact_tables.quantise(x, NORM_BITS, NORM_CLAMP_BITS)
     mean = q.sum(dim, keepdim=True) / size
     variance = (q.square().sum(dim, keepdim=True) / size - mean.square()).clamp_min_(0)
-    eps = layer.eps * 4.0**NORM_BITS  # of x in units of its grid
+    eps = layer.eps * 4.0**NORM_BITS  # in units of the grid of x
     y = (q - mean) / torch.sqrt(variance + eps)
     if layer.elementwise_affine:
         weight, bias = (values(p, x).view((-1, 1, 1) if dim == 1 else (-1,))
@@ -390,7 +394,7 @@ def _normalise(layer: nn.LayerNorm, name: str, x: Tensor) -> Tensor:
 
 
 def _divide(layer: GDN, x: Tensor) -> Tensor:
-    """GDN, whose sums of squares run over integers; or its inverse, which multiplies."""
+    """GDN, which divides by the norm, or inverse GDN, which multiplies; squares are integers."""
     beta = values(layer.beta_reparam(layer.beta), x).view(-1, 1, 1)
     gamma = round_to_grid(values(layer.gamma_reparam(layer.gamma), x), 20)
     if float(gamma.sum(1).max()) >= 2**9:

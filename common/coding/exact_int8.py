@@ -1,4 +1,4 @@
-"""Exact integer matrix products by int8 digits, several times faster than float64 on CPUs."""
+"""Exact integer matrix products with int8 digits, on CPUs several times faster than float64."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from common.coding import exact
 import torch
 from torch import Tensor
 
-DIGITS_MAX = 127 * 257  # two digits of base 256 reach from -128 * 257 to this
-DIGITS_WORK = 2**24  # multiplications from which int8 digits are worth their preparation
+DIGITS_MAX = 127 * 257  # two digits of base 256 cover -128 * 257 to this
+DIGITS_WORK = 2**24  # number of multiplications from which int8 digits pay off
 
 
 def digits_of(layer: exact._Layer, x: Tensor) -> tuple[Tensor, Tensor] | None:
     """The weights as int8 (kh, kw * in, digits * out), and signs of the output channels; or None.
 
-    Integers of 16 bits are two digits of base 256, those of 24 bits three, and int8 products with
-    int32 sums are several times faster than float64's, on CPUs that have them: the same integers
-    come out. Not worth it for small layers.
+    Integers of 16 bits have two digits of base 256, those of 24 bits three. On CPUs with int8
+    products and int32 sums, this is several times faster than float64 and gives the same integers.
+    None where that is not supported, or not worthwhile because the layer is small.
     """
     out, inputs, kh, kw = layer.weight.shape
     work = out * inputs * kh * kw * x.shape[0] * x.shape[2] * x.shape[3]
     if (layer.groups > 1 or work < DIGITS_WORK or x.device.type != "cpu"
-            or inputs * kw == 1  # its rows are contiguous whatever their stride: _int_mm errs
+            or inputs * kw == 1  # _int_mm fails on rows of one element
             or inputs * kh * kw * 2**14 >= 2**31 or not _int8_is_exact()):
         return None
     if layer.digits is None:
         flat = layer.weight.reshape(out, -1)
-        # 2^15 has no second digit in int8, -2^15 has: turn the channels around where it stands
+        # 2^15 does not fit two int8 digits, but -2^15 does: negate the channels that contain it
         signs = torch.where(flat.amax(1) > DIGITS_MAX, -1.0, 1.0)
         flat = flat * signs[:, None]
         if flat.amax() > DIGITS_MAX or flat.amin() < -(2**15):
@@ -40,17 +40,17 @@ def digits_of(layer: exact._Layer, x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _digits(q: Tensor, count: int) -> list[Tensor]:
-    """int32 -> its digits of base 256, from -128 to 127, the lowest first, as int8."""
+    """Digits of q (int32) in base 256, as int8 from -128 to 127, the lowest first."""
     found = []
     for _ in range(count):
-        found.append(q.to(torch.int8))  # the lowest byte, which wraps around
+        found.append(q.to(torch.int8))  # the lowest byte; the cast wraps around
         q = (q - found[-1]) >> 8
     return found
 
 
 def sums_by_digits(digits: tuple[Tensor, Tensor], x: Tensor, top: int, n: int, columns: int,
                layer: exact._Layer) -> Tensor:
-    """Sums of `n` rows of output, from row `top` of the quantised x on: (B, out, n, columns)."""
+    """Sums of `n` output rows, from row `top` of the quantised x on: (B, out, n, columns)."""
     weight, signs = digits
     (kh, kw), (sh, sw), (dh, dw) = layer.weight.shape[-2:], layer.stride, layer.dilation
     part = x[:, :, top : top + (n - 1) * sh + dh * (kh - 1) + 1].permute(0, 2, 3, 1)
@@ -73,7 +73,7 @@ def sums_by_digits(digits: tuple[Tensor, Tensor], x: Tensor, top: int, n: int, c
 
 @functools.cache
 def _int8_is_exact() -> bool:
-    """Whether int8 products are fast and exact: some CPUs saturate sums of two at 2^15."""
+    """Whether int8 products are fast and exact; some CPUs saturate the sum of two at 2^15."""
     if not torch.cpu._is_vnni_supported():
         return False
     a, b = (torch.full(shape, value, dtype=torch.int8)

@@ -1,4 +1,4 @@
-"""Smooth functions in fixed-point arithmetic: read from tables, so that every machine agrees."""
+"""Smooth functions in fixed-point arithmetic, read from tables that are equal on all machines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 EXACT_BITS = 53  # float64 holds every integer up to 2^53
-TABLE_RANGE, TABLE_BITS = 16, 12  # smooth activations: tabulated on [-16, 16], steps of 2^-12
+TABLE_RANGE, TABLE_BITS = 16, 12  # tables cover [-16, 16] in steps of 2^-12
 _tables: dict[tuple, Tensor] = {}
 
 
@@ -20,7 +20,7 @@ def quantise(x: Tensor, grid_bits: int, clamp_bits: int) -> Tensor:
 
 
 def smooth(layer: nn.Module, name: str, x: Tensor) -> Tensor:
-    """A smooth activation by table, on the grid; constant or the identity beyond the table."""
+    """Apply a smooth activation by table; beyond the table it is constant or the identity."""
     limit = TABLE_RANGE << TABLE_BITS
     table = _tables.get(key := (repr(layer), x.device))
     if table is None:
@@ -28,13 +28,13 @@ def smooth(layer: nn.Module, name: str, x: Tensor) -> Tensor:
     index = quantise(x, TABLE_BITS, 40)
     inside = index.clamp(-limit, limit)
     y = table[(inside + limit).long()]
-    if table[-1] == TABLE_RANGE:  # GELU, SiLU, ...: the identity from here on
+    if table[-1] == TABLE_RANGE:  # GELU, SiLU, ... are the identity from here on
         y += (index - inside).clamp_min_(0) * 2.0**-TABLE_BITS
     return y
 
 
 def exp(x: Tensor) -> Tensor:
-    """exp of x <= 0, in multiples of 2^-24, x in multiples of 2^-12; 0 below -16."""
+    """exp(x) for x <= 0, in multiples of 2^-24; x is rounded to 2^-12, and below -16 it is 0."""
     limit = TABLE_RANGE << TABLE_BITS
     table = _tables.get(key := ("exp", x.device))
     if table is None:
@@ -50,7 +50,7 @@ def exp(x: Tensor) -> Tensor:
 
 
 def softmax(x: Tensor) -> Tensor:
-    """softmax over the last dimension of float64 x: `exp` by table, the sum over integers."""
+    """Softmax over the last dimension of x (float64): `exp` by table, and a sum of integers."""
     peak = x.amax(-1, keepdim=True)
     if not math.isfinite(peak.sum().item()):
         raise UserError("NaN or infinity in attention: the model's weights are broken")
@@ -60,7 +60,10 @@ def softmax(x: Tensor) -> Tensor:
 
 def matmul(a: Tensor, b: Tensor, a_range: tuple[int, int] = (12, 11),
            b_range: tuple[int, int] = (12, 11)) -> Tensor:
-    """a @ b of float64 activations. Ranges (p, c): multiples of 2^-p within [-2^c, 2^c]."""
+    """a @ b for float64 activations, rounded to multiples of 2^-p within [-2^c, 2^c].
+
+    a_range, b_range: (p, c) of a and of b.
+    """
     if a.shape[-1] * 2.0 ** sum(a_range + b_range) >= 2.0**EXACT_BITS:
         raise UserError(f"a product over {a.shape[-1]} terms cannot be computed exactly")
     unit = 2.0 ** -(a_range[0] + b_range[0])
@@ -68,7 +71,9 @@ def matmul(a: Tensor, b: Tensor, a_range: tuple[int, int] = (12, 11),
 
 
 def _tabulate(layer: nn.Module, name: str) -> Tensor:
-    """Values on the grid, rounded to it; refused if another machine's exp could round otherwise."""
+    """Values of the activation on the grid, rounded to it; UserError if another machine could round
+    one of them differently.
+    """
     limit = TABLE_RANGE << TABLE_BITS
     units = torch.arange(-limit, limit + 1, dtype=torch.float64)
     exact = layer(units * 2.0**-TABLE_BITS) * 2.0**TABLE_BITS

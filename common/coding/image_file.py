@@ -1,4 +1,4 @@
-"""An image and its compressed file: padding, coding, decoding, and finding the right weights."""
+"""From an image to its compressed file and back: padding, coding, and finding the weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def pad(x: Tensor, multiple: int) -> Tensor:
-    """Repeat the last row and column of (B, C, H, W) until both sides are multiples."""
+    """Repeat the last row and column of x (B, C, H, W) until both sides are multiples."""
     height, width = x.shape[-2:]
     return F.pad(x, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
@@ -31,7 +31,7 @@ def encode_images(model: Codec, x: Tensor, fingerprint: bytes | None = None, **r
                   ) -> list[bytes]:
     """x (B, 3, H, W) in [0, 1], any H and W -> B files.
 
-    fingerprint: the model's, if at hand; rate: what a variable-rate model's `compress` takes.
+    fingerprint: that of the model, if known; rate: arguments of a variable-rate `compress`.
     """
     fingerprint = fingerprint or bitstream.fingerprint(model)
     try:
@@ -43,7 +43,7 @@ def encode_images(model: Codec, x: Tensor, fingerprint: bytes | None = None, **r
 
 def pack_images(model: Codec, coded: Coded, size: Sequence[int], fingerprint: bytes
                 ) -> list[bytes]:
-    """Files of what the model's `compress` returned for images of this size (height, width)."""
+    """Make files of the result of `model.compress` for images of size (height, width)."""
     height, width = size
     return [bitstream.pack(model.tag, fingerprint, height, width, list(sections),
                            coded.get("parameters", b""))
@@ -59,7 +59,7 @@ def encode_image(model: Codec, x: Tensor, fingerprint: bytes | None = None, **ra
 def decode_images(model: Codec, files: list[bytes], fingerprint: bytes | None = None) -> Tensor:
     """Files of images of one size and rate -> x_hat (B, 3, H, W) in [0, 1].
 
-    Raises UserError for everything that is not a whole file of this model.
+    Raises UserError for anything but complete files of this model.
     """
     fingerprint = fingerprint or bitstream.fingerprint(model)
     parts = [bitstream.unpack(file, model.tag, fingerprint) for file in files]
@@ -67,7 +67,7 @@ def decode_images(model: Codec, files: list[bytes], fingerprint: bytes | None = 
         raise UserError("files of several sizes or rates: decode them one by one")
     rate = model.read_parameters(parts[0].parameters)
     size, factor = (parts[0].height, parts[0].width), model.downsampling_factor
-    shape = (-(-size[0] // factor), -(-size[1] // factor))  # of the last latent: not in the file
+    shape = (-(-size[0] // factor), -(-size[1] // factor))  # of the last latent; not in the file
     try:
         strings = [list(s) for s in zip(*(part.sections for part in parts), strict=True)]
         x_hat = model.decompress(strings, shape, **rate)["x_hat"]
@@ -84,7 +84,7 @@ def decode_image(model: Codec, file: bytes, fingerprint: bytes | None = None) ->
 
 def find_model(file: bytes, kind: type[Codec], checkpoints: Iterable[Path],
                load: Callable[[Path, torch.device], Codec], device: torch.device) -> Codec:
-    """The model, of those in `checkpoints`, whose fingerprint is in the header of the file."""
+    """Load the model, out of `checkpoints`, whose fingerprint is in the header of the file."""
     wanted = bitstream.unpack(file, kind.tag).fingerprint
     seen = []
     for path in checkpoints:

@@ -1,4 +1,4 @@
-"""Checkpoint files: reading and writing them, and building a codec that is ready to code."""
+"""Read and write checkpoint files, and build codecs from them that are ready to code."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ AnyCodec = TypeVar("AnyCodec", bound=Codec)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write atomically: a full disk or a kill leaves the old file as it was."""
+    """Write atomically, so that a full disk or a killed process leaves the old file unchanged."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomic(path, buffer.getvalue())
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of ours, or a bare state dict (then under "model").
+    """Read a checkpoint of ours, or a bare state dict, which is returned under "model".
 
-    `module.` and `_orig_mod.` prefixes of the keys are dropped. UserError when unreadable.
+    The prefixes `module.` and `_orig_mod.` of keys are removed. UserError if it is unreadable.
     """
     try:
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as parts:  # torch.load does not look at the checksums
+            with zipfile.ZipFile(path) as parts:  # torch.load does not check the checksums
                 if (part := parts.testzip()) is not None:
                     raise UserError(f"{path}: damaged ({part} has another checksum): copy it again")
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -73,8 +73,8 @@ def load_model(path: str | Path, kind: type[AnyCodec], device: torch.device | st
                state: dict[str, Any] | None = None) -> AnyCodec:
     """Build a codec of class `kind` from a checkpoint: eval mode, channels_last, ready to code.
 
-    state: the result of `load_checkpoint(path)`, if it is at hand. If the checkpoint has weights
-    "averaged" over training, they replace the last ones.
+    state: the result of `load_checkpoint(path)`, if already read. If the checkpoint has weights
+    "averaged" over the training, these replace the last ones.
 
     CDF tables and fixed-point exponents come from the file; only a bare state dict without them
     gets new ones. `kind.options` names the entries of the training configuration that weights do
@@ -104,12 +104,12 @@ def load_model(path: str | Path, kind: type[AnyCodec], device: torch.device | st
 
 
 def load_error(e: Exception) -> str:
-    """The keys that torch complains of, on one line; its first line is a heading."""
+    """The keys in an error of load_state_dict, on one line and without its heading."""
     lines = [line.strip() for line in str(e).splitlines()]
     return " ".join(lines[1:] or lines)[:300]
 
 
 def coding_state(model: Codec) -> dict[str, Any]:
-    """What a checkpoint needs so that files written with it can be decoded for ever."""
+    """The part of a checkpoint that is needed to decode files written with it."""
     return {"model": model.state_dict(),
             "exact": {name: exact.spec(model.get_submodule(name)) for name in model.exact_parts}}

@@ -1,10 +1,10 @@
-"""Large images in bounded memory: a fully convolutional transform, tile by tile."""
+"""Process large images in bounded memory: a fully convolutional transform, tile by tile."""
 
 from collections.abc import Callable
 
 from torch import Tensor
 
-LIMIT = 4_000_000  # image pixels: above, transforms work in tiles
+LIMIT = 4_000_000  # image pixels; larger images are processed in tiles
 
 
 def tiled(
@@ -16,27 +16,28 @@ def tiled(
     tile: int = 1024,
     limit: int = LIMIT,
 ) -> Tensor:
-    """Apply transform to x (B, C, H, W); in overlapping tiles above `limit` image pixels.
+    """Apply transform to x (B, C, H, W), in overlapping tiles above `limit` image pixels.
 
-    The first layer of g_a has 128 channels or more at half the image's resolution: 6 GB for one
-    8000x6000 image, several times over with GDN. For a tile of 1024x1024 it is 0.15 GB.
+    The first layer of g_a has 128 channels or more at half the resolution of the image: 6 GB for an
+    8000x6000 image, and several times as much with GDN. A tile of 1024x1024 takes 0.15 GB.
 
     down: image pixels of x per row of the result (16 for g_a); H and W must be multiples of it.
     up:   rows of the result per row of x (16 for g_s).
-    halo: margin around a tile in latent positions: `down` pixels of x, or one row of x going up.
+    halo: margin around a tile in latent positions, i.e. `down` pixels of x, or one row of x for
+        `up`.
     tile: side of a tile in image pixels, without its halo.
 
-    At the image's border a tile has no halo: the layers' zero padding there is the real one.
-    Elsewhere the halo must cover what a result depends on. Four 5x5 layers of stride 2 see
-    2 + 4 + 8 + 16 = 30 pixels to each side, less than two latent positions of 16; g_s, the mirrored
-    network, the same. So halo=2 gives the whole image's result for both, up to float rounding. A
-    transform with more layers needs more; one that sees everything (attention, squeeze-excite)
-    cannot be tiled.
+    At the border of the image a tile has no halo, because the layers pad with zeros there in any
+    case. Elsewhere, the halo must cover the receptive field. Four 5x5 layers of stride 2 see
+    2 + 4 + 8 + 16 = 30 pixels on each side, less than two latent positions of 16 pixels, and so
+    does g_s, the mirrored network. So halo=2 gives the result of the whole image for both, up to
+    float rounding. A transform with more layers needs a larger halo; one with a global receptive
+    field (attention, squeeze-and-excitation) cannot be tiled.
     """
     height, width = x.shape[-2:]
     if height * width * up * up <= limit:
         return transform(x)
-    # Counted in latent positions; `down` and `up` make rows of x and of the result out of them.
+    # In latent positions; `down` and `up` convert them to rows of x and of the result.
     rows, columns, step = height // down, width // down, max(1, tile // (down * up))
     out = None
     for top in range(0, rows, step):

@@ -1,1 +1,1 @@
-"""Evaluation: measuring codecs on images, and comparing the results."""
+"""Evaluation: measure codecs on images and compare the results."""

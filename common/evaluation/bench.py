@@ -1,11 +1,11 @@
-"""Speed beside CompressAI: the same weights, symbols and images, printed as ratios.
+"""Compare the speed with CompressAI's, for the same weights, symbols and images.
 
     python -m common.evaluation.bench hyperprior factorized        or  make bench
 
-Times on a shared machine drift, so the two sides take turns and the median of the ratios is what
-counts. CompressAI runs as it comes: float32, contiguous tensors, its own coder calls. Coding and
-training are also timed in processes of their own, because the allocator setting of `common` works
-on a whole process and CompressAI's users do not have it.
+Times on a shared machine drift, so the two sides take turns, and the result is the median of the
+ratios. CompressAI runs unchanged: float32, contiguous tensors, its own coder calls. Coding and
+training are also timed in separate processes, because the allocator setting of `common` affects a
+whole process, and users of CompressAI do not have it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from common import UserError, cli, data, processes
 from common.coding import entropy
 from common.loss import RateDistortionLoss
+from common.papers import ROOT, papers
 from common.training.network import autocast, prepare_network
 from common.training.optimizers import make_optimizers
 
@@ -30,16 +30,16 @@ import torch
 from compressai.layers import GDN
 from torch import nn
 
-ROOT = Path(__file__).parents[2]
 Step = Callable[[], object]
 
 
 @torch.no_grad()
 def widen(model: nn.Module, target: nn.Module) -> nn.Module:
-    """`target`, a wider network, computing the same as `model`: each channel stands several times.
+    """Fill `target`, a wider network, so that it computes the same as `model`, by copying channels.
 
-    It turns the bundled small weights into a paper-size network with trained statistics; a random
-    one codes almost nothing. Copies stand side by side, so halves of a tensor stay its halves.
+    This gives a network of the paper's size with trained statistics, made from the bundled small
+    weights; a random network would code almost nothing. Copies of a channel are adjacent, so the
+    halves of a tensor stay its halves.
     """
 
     def source(wide: int, narrow: int) -> torch.Tensor:
@@ -55,7 +55,7 @@ def widen(model: nn.Module, target: nn.Module) -> nn.Module:
         if isinstance(large, nn.ConvTranspose2d):
             dim = 0
         elif isinstance(large, GDN):
-            small, large, weight = small.gamma, large.gamma, large.gamma  # gamma's square root
+            small, large, weight = small.gamma, large.gamma, large.gamma  # stored as a square root
         elif not isinstance(large, nn.Conv2d):
             continue
         narrow = small.size(1) if isinstance(small, torch.Tensor) else small.weight.size(dim)
@@ -68,7 +68,7 @@ def widen(model: nn.Module, target: nn.Module) -> nn.Module:
 
 
 def pair(paper: str, N: int | None = None, M: int | None = None) -> tuple[nn.Module, nn.Module]:
-    """(ours, CompressAI's) with the same weights, at the paper's width."""
+    """Our network and CompressAI's, with the same weights, at the width of the paper."""
     module = importlib.import_module(f"{paper}.model")
     default = module.build()
     small = module.load(sorted((ROOT / paper / "weights").glob("*.pth"))[-1])
@@ -87,16 +87,16 @@ def seconds(step: Step) -> float:
 
 
 def timed(step: Step) -> float:
-    """Seconds of the second of two calls.
+    """Time of the second of two calls in seconds.
 
-    The first after another model's pays for the memory and the caches that it left behind.
+    The first call after another model's is slower, because of the state of memory and caches.
     """
     step()
     return seconds(step)
 
 
 def compare(name: str, ours: Step, baseline: Step, rounds: int) -> None:
-    """Time both in turns and print medians and the median ratio."""
+    """Time both in turns, and print the medians and the median ratio."""
     show(name, [(timed(baseline), timed(ours)) for _ in range(rounds)])
 
 
@@ -108,10 +108,10 @@ def show(name: str, times: list[tuple[float, float]]) -> None:
 
 # -------------------------------------------------------------------------------------- coding
 def coding(paper: str, rounds: int) -> None:
-    """Entropy coder alone, then compress + decompress, 512x768, in this process."""
+    """Time the entropy coder, then compress + decompress, on a 512x768 image in this process."""
     ours, baseline = pair(paper)
     x = data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None]
-    if not hasattr(ours, "context_prediction"):
+    if not has_context(ours):
         calls = entropy_calls(ours, x), entropy_calls(baseline, x, theirs=True)
         for (name, mine), (_, theirs) in zip(*calls, strict=True):
             compare(f"{paper}: {name}, 512x768", mine, theirs, 3 * rounds)
@@ -127,8 +127,21 @@ def coding(paper: str, rounds: int) -> None:
             decode(baseline, x, files[1]), rounds)
 
 
+def has_context(model: nn.Module) -> bool:
+    """Whether the model predicts latents from others, so that coding goes step by step."""
+    return "context_prediction" in dict(model.named_children())
+
+
+def lacks(paper: str) -> str:
+    """What the folder of a paper lacks for a comparison with CompressAI; "" if nothing."""
+    module = importlib.import_module(f"{paper}.model")
+    if not (ROOT / paper / "baseline.py").exists() and "BASELINE" not in vars(module):
+        return "neither a baseline.py nor a BASELINE in its model.py"
+    return "" if list((ROOT / paper / "weights").glob("*.pth")) else "no bundled weights"
+
+
 def among_papers(papers: list[str], rounds: int) -> None:
-    """Our decoders at equal widths, in turns: seconds, and relative to the first paper's."""
+    """Time our decoders at equal widths, in turns, also relative to the first paper's."""
     x = data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None]
     steps = [decode(pair(paper, 192, 192)[0], x) for paper in papers]
     times = [[timed(step) for step in steps] for _ in range(rounds)]
@@ -141,24 +154,27 @@ def among_papers(papers: list[str], rounds: int) -> None:
 
 @torch.no_grad()
 def entropy_calls(model: nn.Module, x: torch.Tensor, theirs: bool = False) -> list:
-    """[(name, function)]: entropy encoding and decoding of the model's own symbols for x."""
+    """[(name, function)]: entropy encoding and decoding of the model's symbols for x."""
     y = model.g_a(x)
     bottleneck, latent = model.entropy_bottleneck, y
     jobs = []
-    if hasattr(model, "h_a"):
+    if "h_a" in dict(model.named_children()):
         latent = model.h_a(y.abs())
         z_hat = bottleneck.dequantize(bottleneck.quantize(latent, "symbols", _medians(bottleneck)),
                                       _medians(bottleneck))
         gaussian = model.gaussian_conditional
-        indexes = gaussian.build_indexes(model.h_s(z_hat))
+        scales, means = model.h_s(z_hat), None
+        if scales.shape[1] == 2 * y.shape[1]:  # means, too: behind the scales, as in CompressAI
+            scales, means = scales.chunk(2, 1)
+        indexes = gaussian.build_indexes(scales)
         if theirs:
-            strings = gaussian.compress(y, indexes)
-            jobs.append((lambda: gaussian.compress(y, indexes),
-                         lambda: gaussian.decompress(strings, indexes)))
+            strings = gaussian.compress(y, indexes, means)
+            jobs.append((lambda: gaussian.compress(y, indexes, means),
+                         lambda: gaussian.decompress(strings, indexes, means=means)))
         else:
-            tables = entropy.Tables.of(gaussian)
-            strings = entropy.encode(y.round(), indexes, tables)
-            jobs.append((lambda: entropy.encode(y.round(), indexes, tables),
+            tables, centred = entropy.Tables.of(gaussian), y if means is None else y - means
+            strings = entropy.encode(centred.round(), indexes, tables)
+            jobs.append((lambda: entropy.encode(centred.round(), indexes, tables),
                          lambda: entropy.decode(strings, indexes, tables)))
     shape = latent.shape[-2:]
     if theirs:
@@ -212,7 +228,10 @@ def worker(job: str, paper: str, side: str) -> None:
 
 
 def training_step(paper: str, side: str) -> Step:
-    """One step at the paper's width, 8 crops of 256x256; side: baseline, bf16 or compiled."""
+    """A training step at the width of the paper, 8 crops of 256x256.
+
+    side: baseline, bf16 or compiled.
+    """
     module = importlib.import_module(f"{paper}.model")
     ours = side != "baseline"
     model = module.build()
@@ -234,7 +253,7 @@ def tiles() -> torch.Tensor:
 
 def descent(model: nn.Module, net: Callable[[torch.Tensor], dict], x: torch.Tensor, lmbda: float,
             precision: str) -> Step:
-    """One step of both optimisers of `model`, whose forward pass is net(x)."""
+    """A step of both optimisers of `model`, whose forward pass is net(x)."""
     optimizer, aux_optimizer = make_optimizers(model, "adam", 1e-4)
     criterion = RateDistortionLoss(lmbda)
 
@@ -253,7 +272,7 @@ def descent(model: nn.Module, net: Callable[[torch.Tensor], dict], x: torch.Tens
 
 
 def separate_processes(job: str, paper: str, side: str, rounds: int) -> None:
-    """Both sides of a job in turns, each time in a new process, the baseline without mallopt."""
+    """Time both sides in turns, each in a new process; the baseline uses the default allocator."""
 
     def once(which: str) -> float:
         env = dict(os.environ, **({"LIC_DEFAULT_MALLOC": "1"} if which == "baseline" else {}))
@@ -268,7 +287,7 @@ def separate_processes(job: str, paper: str, side: str, rounds: int) -> None:
 
 def main() -> None:
     parser = cli.Parser(description=__doc__.splitlines()[0])
-    known = sorted(path.parent.name for path in ROOT.glob("*/model.py"))
+    known = papers()
     parser.add_argument("papers", nargs="*",
                         help=f"papers to time, from {', '.join(known)}; all if not given")
     parser.add_argument("--rounds", type=int, default=3, help="number of turns per comparison")
@@ -287,9 +306,12 @@ def main() -> None:
     for paper in own:
         importlib.import_module(f"{paper}.bench").run(args.rounds)
     args.papers = [paper for paper in args.papers if paper not in own]
+    for paper in list(args.papers):
+        if reason := lacks(paper):
+            print(f"{paper}: not compared, it has {reason}")
+            args.papers.remove(paper)
     for paper in args.papers:
-        context = hasattr(importlib.import_module(f"{paper}.model").build(4, 6),
-                          "context_prediction")
+        context = has_context(importlib.import_module(f"{paper}.model").build(4, 6))
         coding(paper, args.rounds if context else 3 * args.rounds)
         if not context:
             separate_processes("codec", paper, "ours", args.rounds)

@@ -1,9 +1,8 @@
-"""Classical codecs through the same evaluation as the learned ones: now JPEG.
+"""Evaluate classical codecs in the same way as the learned ones; at present JPEG.
 
     python -m common.evaluation.classical jpeg [--dataset DIR] [-o FILE]
 
-A further codec is one more function `(image, quality) -> (bytes, decoded image)` in CODECS, with
-the qualities it is measured at.
+To add a codec, add a function like `_jpeg` to CODECS, with the qualities at which it is measured.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ Coder = Callable[[Tensor, int], tuple[bytes, Tensor, float, float]]
 
 
 def _jpeg(x: Tensor, quality: int) -> tuple[bytes, Tensor, float, float]:
-    """uint8 (3, H, W) -> file, decoded image, seconds to encode, seconds to decode."""
+    """x: uint8 (3, H, W). Returns file, decoded image, and seconds to encode and to decode."""
     image = Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())
     start = time.perf_counter()
     buffer = io.BytesIO()
@@ -44,9 +43,9 @@ CODECS: dict[str, tuple[str, Coder, Sequence[int]]] = {
 
 def measure(codec: str, paths: list[Path], qualities: Sequence[int] | None = None,
             ms_ssim: bool = True) -> dict[str, Any]:
-    """Results (see `common.evaluation.evaluate`) of a codec in CODECS at several qualities.
+    """Results (see `common.evaluation.results`) of a codec in CODECS at several qualities.
 
-    MS-SSIM takes most of the time; without it 24 images at 19 qualities take about ten seconds.
+    MS-SSIM takes most of the time; without it, 24 images at 19 qualities take about ten seconds.
     """
     name, coder, default = CODECS[codec]
     rows: dict[int, list[dict[str, Any]]] = {q: [] for q in qualities or default}

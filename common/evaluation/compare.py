@@ -1,10 +1,9 @@
-"""Results JSONs side by side: one table (Markdown) and one rate-distortion plot.
+"""Compare results JSONs in a Markdown table and a rate-distortion plot.
 
     python -m common.evaluation.compare --published P.json --results A.json B.json [--plot rd.png]
 
-`published.json` of a paper folder holds {"dataset", "units", "curves": [...]}, each curve in the
-form of a results JSON; the first curve is the reference that the others are measured against.
-Gathering all papers' results and the classical codecs on one page belongs here too.
+The `published.json` of a paper's folder holds {"dataset", "units", "curves": [...]}. Each curve has
+the form of a results JSON; the first one is the reference of the comparisons.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ Results = dict[str, Any]
 
 
 def table(results: list[Results], published: list[Results], jpeg: Results) -> str:
-    """Markdown: operating points, PSNR of all curves at our rates, BD-rates.
+    """Markdown tables of operating points and of the PSNR at our rates, and BD-rates.
 
-    results: our curves; published: curves, the first one is the reference; jpeg: measured on the
-    same images. PSNR at a rate between two points is interpolated (PCHIP over log rate); "-" where
-    a curve does not reach the rate.
+    results: our curves; published: published curves, the first one is the reference; jpeg: measured
+    on the same images. PSNR between two points is interpolated (PCHIP over log rate); "-" where a
+    curve does not reach the rate.
     """
     parts = [_points(results, published, jpeg), _same_rate(results, [*published, jpeg])]
     parts += [_bd_rates(results, published[0])] if published else []
@@ -35,7 +34,7 @@ def table(results: list[Results], published: list[Results], jpeg: Results) -> st
 
 
 def _points(results: list[Results], published: list[Results], jpeg: Results) -> str:
-    """A row per operating point; of the published ones those nearest to our rates."""
+    """A row per operating point; of the published points, only those nearest to our rates."""
     reference = published[0] if published else jpeg
     rates = [rate for r in results for rate in r["results"]["bpp"]]
     lines = [["codec", "bpp", "PSNR", "MS-SSIM", f"dB above {jpeg['name']}", "dB above ref.",
@@ -57,7 +56,7 @@ def _points(results: list[Results], published: list[Results], jpeg: Results) -> 
 
 
 def _same_rate(results: list[Results], others: list[Results]) -> str:
-    """A row per operating point of ours: PSNR of all other curves at exactly its rate."""
+    """A row per operating point of ours, with the PSNR of all other curves at its rate."""
     lines = [["PSNR at the same rate", "bpp", "this", *(c["name"] for c in others)]]
     for curve in results:
         for i, rate in enumerate(curve["results"]["bpp"]):
@@ -67,7 +66,7 @@ def _same_rate(results: list[Results], others: list[Results]) -> str:
 
 
 def _bd_rates(results: list[Results], reference: Results) -> str:
-    """A line per curve of ours with several points."""
+    """A line with the BD-rate of each curve of ours that has several points."""
     lines = []
     for curve in results:
         if len(curve["results"]["bpp"]) > 1:
@@ -79,7 +78,7 @@ def _bd_rates(results: list[Results], reference: Results) -> str:
 
 def plot(results: list[Results], published: list[Results], jpeg: Results,
          path: str | Path) -> None:
-    """Write a PNG with all curves: ours bold, published ones thin, JPEG dashed."""
+    """Write a PNG with all curves: ours thick, published ones thin, JPEG dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -106,7 +105,7 @@ def plot(results: list[Results], published: list[Results], jpeg: Results,
 
 
 def save_figure(figure: Any, path: str | Path) -> None:
-    """Write a matplotlib figure in the format of the file's name, and close it."""
+    """Write a matplotlib figure in the format given by the file name, and close it."""
     from matplotlib import pyplot as plt
 
     refuse_folder(path)
@@ -120,7 +119,7 @@ def save_figure(figure: Any, path: str | Path) -> None:
 
 
 def distinct(*choices: list[str]) -> list[str]:
-    """The first list of names in which no two are equal; the last if there is none."""
+    """The first list of names without duplicates, or the last list if there is none."""
     return next((names for names in choices if len(set(names)) == len(names)), choices[-1])
 
 
@@ -130,7 +129,11 @@ def report(results: list[Results], published: Path, paths: list[Path], folder: P
 
     published: a paper's published.json; paths: the images that were coded.
     """
-    curves = load_published(published)
+    if published.exists():
+        curves = load_published(published)
+    else:
+        curves = []
+        print(f"{published}: no published results to compare with")
     jpeg = classical.jpeg(paths, ms_ssim=False)
     for curve in results:
         stem = f"{name}-{curve['name']}".replace(" ", "-")
@@ -143,7 +146,7 @@ def report(results: list[Results], published: Path, paths: list[Path], folder: P
 
 # -------------------------------------------------------------------------------------- helpers
 def _csv(curve: Results) -> str:
-    """The seminar's table: a row per operating point, means over the images."""
+    """The table of the seminar: a row per operating point, with means over the images."""
     lines = ["lmbda,bits,bpp,psnr,ms-ssim,time(enc),time(dec)"]
     for i, rows in enumerate(curve["per_image"]):
         bits = sum(8 * row["bytes"] for row in rows) / len(rows)
@@ -154,7 +157,7 @@ def _csv(curve: Results) -> str:
 
 
 def _curve(curve: Results) -> tuple[list[float], list[float]]:
-    """Rates and PSNRs; a point of identical images (infinite, null in JSON) is on no curve."""
+    """Rates and PSNRs, without points of infinite PSNR (identical images, null in JSON)."""
     points = [(b, p) for b, p in zip(curve["results"]["bpp"], curve["results"]["psnr-rgb"],
                                      strict=True) if p is not None and math.isfinite(p)]
     return [b for b, _ in points], [p for _, p in points]
@@ -165,18 +168,18 @@ def _psnr_at(curve: Results, rate: float) -> float | None:
 
 
 def _nearest(points: list[float], rates: list[float]) -> set[float]:
-    """Of the rates `points`, the nearest ones (by ratio) to each of `rates`."""
+    """Those of the rates `points` that are nearest, in ratio, to one of `rates`."""
     return {min(points, key=lambda point: abs(math.log(point / rate))) for rate in rates}
 
 
 def _at(block: dict[str, Any], key: str, i: int) -> Any:
-    """Entry of operating point i; what is not a list holds for all points."""
+    """Entry of operating point i; a value that is not a list applies to all points."""
     value = block.get(key)
     return value[i] if isinstance(value, list) else value
 
 
 def _label(curve: Results, i: int) -> str:
-    """Name of an operating point, with what tells it apart: lmbda, widths, length of training."""
+    """Name of an operating point, with lmbda, widths and length of training."""
     meta = {key: _at(curve.get("meta", {}), key, i)
             for key in ("lmbda", "N", "M", "quality", "steps", "steps_source")}
     notes = [f"{key} {meta[key]}" for key in ("lmbda", "quality") if meta[key] is not None]
@@ -201,7 +204,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _markdown(lines: list[list[str]]) -> str:
-    """Rows of cells, the first the head, as an aligned table; all but the first column right."""
+    """Rows of cells, the first one is the head, as a table; the first column is left-aligned."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
     rows = [[line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:],
@@ -212,7 +215,8 @@ def _markdown(lines: list[list[str]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, nargs="+", required=True, help="results JSONs of ours")
+    parser.add_argument("--results", type=Path, nargs="+", required=True,
+                        help="results JSONs of eval.py")
     parser.add_argument("--published", type=Path, help="published.json of a paper's folder")
     parser.add_argument("--plot", type=Path, help="PNG file to write")
     parser.add_argument("--dataset", type=Path, default=data.KODAK,

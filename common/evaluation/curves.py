@@ -1,9 +1,9 @@
-"""Training curves of several runs in one plot, and their last epochs in one table.
+"""Plot the training curves of several runs, and print their last epochs in a table.
 
     python -m common.evaluation.curves hyperprior/logs/quick/0 joint_ar/logs/quick/0
 
-It reads the log.txt of each run folder and plots the mean loss over all steps of an epoch. Two runs
-are comparable when lmbda, the number of steps and the batches are the same; runs with the same
+It reads the log.txt of each folder and plots the mean loss over the steps of each epoch. Two runs
+are comparable if lmbda, the number of steps and the batch size are the same; runs with the same
 --seed even see the same crops.
 """
 
@@ -21,10 +21,10 @@ LINE = re.compile(r"epoch (\d+)  step (\d+)  train loss ([\d.]+) bpp ([\d.]+)"
 
 
 def read(folder: Path) -> list[dict[str, float]]:
-    """A row per epoch of a run: step, loss, bpp; test_loss, test_bpp, test_psnr when validated."""
+    """A row per epoch: step, loss, bpp and, if validated, test_loss, test_bpp and test_psnr."""
     text = read_file(folder / "log.txt").decode(errors="replace")
     keys = ("step", "loss", "bpp", "test_loss", "test_bpp", "test_psnr")
-    epochs = {}  # a run that went back writes an epoch again: the last line counts
+    epochs = {}  # a run that resumed earlier repeats epochs; the last line counts
     for match in LINE.finditer(text):
         values = zip(keys, match.groups()[1:], strict=True)
         epochs[int(match[1])] = {key: float(v) for key, v in values if v is not None}

@@ -1,4 +1,4 @@
-"""Evaluate a codec on a folder of images: real files, decoded again, measured and timed."""
+"""Evaluate a codec on images: write files, decode them, and measure rate, quality and time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from common.coding.contract import Codec
 from common.coding.image_file import crop, decode_images, encode_images, pad
 from common.coding.model_file import load_checkpoint
 from common.coding.tiles import LIMIT
-from common.evaluation.results import image_names, image_record, operating_point
+from common.evaluation.results import image_names, image_record, merge_points, operating_point
 from common.files import read_file, write_atomic
 from common.training.checkpoints import epoch_checkpoints
 
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that all our eval scripts have."""
+    """Add the flags that all evaluation scripts have."""
     add = parser.add_argument_group("flags of all papers").add_argument
     add("--outdir", default="./output", help="folder of bitstreams and decoded images")
     add("--resultdir", default="./results", help="folder of results: JSON, CSV and plot")
@@ -47,10 +47,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def find_checkpoints(args: argparse.Namespace, bundled: Path, prefix: str
                      ) -> dict[str, list[Path]]:
-    """What to evaluate, by the name of its curve: see the flags above and --load_model_epoch.
+    """Weights to evaluate, by the name of the curve: see the flags above and --load_model_epoch.
 
-    prefix: train.py's default. An epoch is looked for in all runs under ./ckpts that trained this
-    --model_name.
+    prefix: default of train.py. An epoch is searched for in all runs of this --model_name under
+    ./ckpts.
     """
     small = sorted(bundled.glob("small-*.pth"))
     if args.checkpoint:
@@ -78,7 +78,7 @@ def find_checkpoints(args: argparse.Namespace, bundled: Path, prefix: str
 
 
 def output_folder(outdir: str, name: str, checkpoint: Path) -> Path:
-    """Where the files of one operating point go: epochs of several runs do not meet there."""
+    """Folder for the files of one operating point, different for epochs of different runs."""
     run = "-".join(checkpoint.with_suffix("").parts[-3:])  # epoch_9 of which run
     return Path(outdir, name, run if name != "small" else checkpoint.stem)
 
@@ -87,21 +87,57 @@ def _trained_as(path: Path) -> str | None:
     return load_checkpoint(path).get("config", {}).get("model_name")
 
 
+def curves_of(checkpoints: dict[str, list[Path]],
+              measure: Callable[[str, Path], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Results of each curve from those of its weights: measure(name, checkpoint) -> points.
+
+    A curve without weights is named in one line and left out; UserError when none has any.
+    """
+    curves = []
+    for name, paths in checkpoints.items():
+        if paths:
+            curves.append(merge_points([p for path in paths for p in measure(name, path)]))
+        elif processes.rank() == 0:
+            print(f"{name}: there are no bundled weights")
+    if not curves:
+        raise UserError("there are no weights to evaluate: train some, or name them with "
+                        "--checkpoint")
+    return curves
+
+
+def fixed_rate_curves(args: argparse.Namespace, checkpoints: dict[str, list[Path]],
+                      load: Callable[[Path, torch.device], Codec], images: list[Path],
+                      device: torch.device, meta: Callable[[Any], dict[str, Any]]
+                      ) -> list[dict[str, Any]]:
+    """Results of weights that have one rate each; meta(model): what the table should say of one."""
+    coding_device = processes.parse_device(args.entropy_device)
+
+    def measure(name: str, checkpoint: Path) -> list[dict[str, Any]]:
+        model = load(checkpoint, device)
+        model.coding_device = coding_device
+        out = output_folder(args.outdir, name, checkpoint)
+        return [evaluate(model, images, name, str(checkpoint.name), out, args.test_batch_size,
+                         meta(model))]
+
+    return curves_of(checkpoints, measure)
+
+
 def evaluate(model: Codec, paths: list[Path], name: str, description: str = "",
              out_dir: str | Path | None = None, batch_size: int = 1,
              meta: dict[str, Any] | None = None, entropy_estimation: bool = True,
              rate: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Results of one operating point on the images `paths`: see the module's docstring.
+    """Results of one operating point on the images `paths`, as in `common.evaluation.results`.
 
     Every image is written to a file, read back and decoded. bpp counts all bytes of the file and
     the original pixels; PSNR and MS-SSIM are those of the 8-bit decoded image; times are seconds
-    per image between tensor and bytes, after one image that does not count. With
-    `entropy_estimation`, bpp_estimated = -log2 of forward's likelihoods, per original pixel.
+    per image between tensor and bytes, after a warm-up image. With `entropy_estimation`,
+    bpp_estimated is -log2 of the likelihoods of forward, per original pixel.
 
-    out_dir: keeps <name>.bin and the decoded <name>.png. batch_size: neighbours of equal size that
-    are coded together. meta: what the table should say, as lmbda, steps, steps_source (of the
-    paper's recipe). rate: the operating point of a variable-rate model. Under torchrun each process
-    codes a part; all return the whole result.
+    out_dir: folder that keeps <name>.bin and the decoded <name>.png. batch_size: maximum number of
+    neighbours of equal size that are coded together. meta: further entries for the table, such as
+    lmbda, steps and steps_source (of the paper's recipe). rate: the operating point of a
+    variable-rate model. Under torchrun, each process codes a part of the images, and all return the
+    whole result.
     """
     model.eval()
     rate = rate or {}
@@ -128,7 +164,7 @@ def evaluate(model: Codec, paths: list[Path], name: str, description: str = "",
             files = [read_file(folder / f"{stem}.bin") for stem in group]
             x_hat, decoding = time_call(
                 lambda files=files: decode_images(model, files, fingerprint), device)
-            small = x.shape[-2] * x.shape[-1] <= LIMIT  # forward of a larger one would not fit
+            small = x.shape[-2] * x.shape[-1] <= LIMIT  # a larger one may exceed the memory
             estimates = (_estimate(model, x, rate) if entropy_estimation and small
                          else [None] * len(group))
             decoded = data.to_uint8(x_hat).cpu()
@@ -159,9 +195,9 @@ def evaluate(model: Codec, paths: list[Path], name: str, description: str = "",
 @torch.no_grad()
 def evaluate_estimate(model: Codec, paths: list[Path], name: str, multiple: int,
               meta: dict[str, Any], rate: dict[str, Any] | None = None) -> dict[str, Any]:
-    """An operating point without files: bits that the likelihoods promise, no times.
+    """Results of an operating point without files: the rate is estimated, and there are no times.
 
-    multiple: of which images are padded to. A row also has the bits of each latent.
+    multiple: height and width are padded to multiples of it. Rows also have the bits per latent.
     """
     rows = []
     model.eval()
@@ -179,7 +215,7 @@ def evaluate_estimate(model: Codec, paths: list[Path], name: str, multiple: int,
 
 
 def in_half(module: nn.Module, device: torch.device) -> None:
-    """Run a transform in float16; not one that must decode on every machine."""
+    """Run a transform in float16; not for transforms that must be exact on every machine."""
     contexts: list[torch.autocast] = []
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -207,7 +243,7 @@ def time_call(function: Callable[[], Any], device: torch.device) -> tuple[Any, f
 
 @torch.no_grad()
 def _estimate(model: Codec, x: Tensor, rate: dict[str, Any] | None = None) -> list[float]:
-    """Bits per original pixel that the likelihoods promise, for each image of x (B, 3, H, W)."""
+    """Estimated bits per original pixel for each image of x (B, 3, H, W)."""
     output = model(pad(x, model.downsampling_factor), **(rate or {}))
     likelihoods = output["likelihoods"].values()
     bits = sum(-p.double().log2().sum(dim=(1, 2, 3)) for p in likelihoods)

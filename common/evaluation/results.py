@@ -1,8 +1,8 @@
 """Results of a codec on a set of images, and the JSON file that holds them.
 
-One results JSON holds one codec in CompressAI's form. Each list in "results" and "meta" has one
-entry per operating point, in order of rising rate; so has "per_image", whose entries are the rows
-of that point's images. A number that is not defined (MS-SSIM of a small image) is null.
+A results JSON describes one codec in CompressAI's form. Each list in "results" and "meta" has one
+entry per operating point, in order of increasing rate; so has "per_image", whose entries are lists
+with a row per image. An undefined number (such as the MS-SSIM of a small image) is null.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ MEASURES = ("bpp", "psnr-rgb", "ms-ssim-rgb", "encoding_time", "decoding_time", 
 
 
 def image_names(paths: list[Path]) -> dict[Path, str]:
-    """What results call each image: its stem, or the whole name where stems are equal."""
+    """Name of each image in the results: its stem, or its file name if stems are not unique."""
     unique = len({p.stem for p in paths}) == len(paths)
     return {p: p.stem if unique else p.name for p in paths}
 
 
 def image_record(image: str, x: Tensor, x_hat: Tensor, num_bytes: int,
         ms_ssim: bool = True) -> dict[str, Any]:
-    """Measures of one image: uint8 original and decoded (3, H, W), and its file's size."""
+    """Results of one image; x, x_hat: original and decoded image (3, H, W), uint8."""
     height, width = x.shape[-2:]
     return {"image": image, "height": height, "width": width, "bytes": num_bytes,
             "bpp": metrics.bpp(num_bytes, height, width), "psnr-rgb": metrics.psnr(x, x_hat),
@@ -37,7 +37,7 @@ def image_record(image: str, x: Tensor, x_hat: Tensor, num_bytes: int,
 
 def operating_point(name: str, description: str, rows: list[dict[str, Any]], meta: dict[str, Any]
           ) -> dict[str, Any]:
-    """One operating point from the rows of its images: their means."""
+    """Results of one operating point: the means over the rows of its images."""
     if not rows:
         raise UserError("there are no images to evaluate: name a folder that holds some")
     results = {key: [_mean([r.get(key) for r in rows])] for key in MEASURES}
@@ -47,7 +47,7 @@ def operating_point(name: str, description: str, rows: list[dict[str, Any]], met
 
 
 def merge_points(points: list[dict[str, Any]]) -> dict[str, Any]:
-    """Several results of one codec as one, sorted by rate; name and text are the first one's."""
+    """Merge several results of one codec, sorted by rate; name and description are the first's."""
     parts = [(p["results"]["bpp"][i], p, i) for p in points
              for i in range(len(p["results"]["bpp"]))]
     parts.sort(key=lambda part: part[0])
@@ -63,22 +63,30 @@ def merge_points(points: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def save_results(path: str | Path, results: dict[str, Any]) -> None:
-    """Write results, each image's row on a line of its own, numbers with eight digits."""
+    """Write results as JSON, with one line per image and eight significant digits."""
     write_atomic(path, (_format(results, "") + "\n").encode())
 
 
 def load_results(path: str | Path) -> dict[str, Any]:
-    """Read results of one codec; UserError when the file holds something else."""
+    """Read the results of one codec; UserError if the file holds something else."""
     return _checked(_parse(path), path)
 
 
 def load_published(path: str | Path) -> list[dict[str, Any]]:
-    """The curves of a published.json; UserError when the file holds something else."""
+    """Read the curves of a published.json; the one that "reference" names becomes the first.
+
+    Raises UserError if the file holds something else.
+    """
     content = _parse(path)
     curves = content.get("curves") if isinstance(content, dict) else None
     if not isinstance(curves, list):
         raise UserError(f"{path}: not published curves, there are no \"curves\" in it")
-    return [_checked(curve, path) for curve in curves]
+    curves = [_checked(curve, path) for curve in curves]
+    reference = content.get("reference")
+    if curves and reference not in [curve["name"] for curve in curves]:
+        raise UserError(f"{path}: \"reference\" must name the curve that results are compared "
+                        f"with, not {json.dumps(reference)}")
+    return sorted(curves, key=lambda curve: curve["name"] != reference)
 
 
 def _parse(path: str | Path) -> Any:
@@ -89,7 +97,7 @@ def _parse(path: str | Path) -> Any:
 
 
 def _checked(curve: Any, path: str | Path) -> dict[str, Any]:
-    """`curve` if it has a name, and rates and PSNRs (numbers or null) in lists of equal length."""
+    """Return `curve` if it has a name, and lists of rates and PSNRs of equal length."""
     try:
         name, lists = curve["name"], [curve["results"][key] for key in ("bpp", "psnr-rgb")]
         numbers = [v for values in lists for v in values if v is not None]
@@ -108,7 +116,7 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def _format(value: Any, indent: str) -> str:
-    """JSON: what holds other lists or dicts is spread over lines, the rest stays on one."""
+    """Format as JSON; only lists and dicts that contain others are spread over several lines."""
     if isinstance(value, float):
         return f"{value:.8g}" if math.isfinite(value) else "null"
     if not isinstance(value, (dict, list, tuple)):

@@ -1,9 +1,10 @@
-"""Make a small weights file for coding from a training checkpoint.
+"""Export a training checkpoint as a small weights file for coding.
 
     python -m common.recipes.export hyperprior hyperprior/ckpts/weights/13/epoch_29.pth \\
         -o hyperprior/weights/small-0.013.pth --steps 15000
 
-Kernels are kept in 8 bits, with CDF tables and fixed-point exponents; no optimizer state.
+The file holds the kernels in 8 bits, the CDF tables and the fixed-point exponents, but no optimiser
+state.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from common.coding.contract import Codec
 from common.coding.model_file import coding_state
 from common.files import write_atomic
 from common.layers import mask_of
+from common.papers import papers
 
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parents[2]
-SMALL_KERNEL = 20_000  # those next to the image: 8 bits there cost most and save nothing
-SHARES = (1.0, 0.9, 0.8, 0.7)  # of the largest weight, that 127 steps may reach
+SMALL_KERNEL = 20_000  # kernels next to the image, where 8 bits hurt most and save least
+SHARES = (1.0, 0.9, 0.8, 0.7)  # fractions of the largest weight that 127 steps may reach
 
 
 def write(path: Path, model: Codec, **info: Any) -> None:
-    """Write a small checkpoint for coding only: kernels in 8 bits, tables as they are.
+    """Write a small checkpoint for coding only, with kernels in 8 bits and unchanged tables.
 
-    The model's own weights are rounded too, so that it stays the model in the file.
+    The weights of `model` are rounded, too, so that it equals the model in the file.
     """
     kernels, steps = {}, {}
     with torch.no_grad():
@@ -49,23 +50,23 @@ def write(path: Path, model: Codec, **info: Any) -> None:
                 kernels[name], steps[name] = _to_int8(weight, out)
                 weight.copy_(kernels[name] * steps[name])
     for name in model.exact_parts:
-        exact.restore(model.get_submodule(name), None)  # exponents that fit the rounded weights
+        exact.restore(model.get_submodule(name), None)  # choose exponents for the rounded weights
     state = coding_state(model)
     state["model"] = {**state["model"], **kernels}
     buffer, packed = io.BytesIO(), io.BytesIO()
     torch.save({**state, "int8_steps": steps, **info}, buffer)
     with zipfile.ZipFile(buffer) as plain, \
             zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as small:
-        for name in plain.namelist():  # the CDF tables are mostly zeros; torch.load reads deflate
+        for name in plain.namelist():  # CDF tables are mostly zeros; torch.load can inflate
             small.writestr(zipfile.ZipInfo(name), plain.read(name), zipfile.ZIP_DEFLATED)
     write_atomic(path, packed.getvalue())
 
 
 def _to_int8(weight: Tensor, out: int) -> tuple[Tensor, Tensor]:
-    """Integers in [-127, 127] and the step of each output channel (dimension `out`).
+    """Integers in [-127, 127], and the step of each output channel (dimension `out`).
 
-    Of four steps, up to the one that fits the largest weight, each channel takes that with the
-    least squared error: for bell-shaped weights a few clipped ones cost less than a coarser step.
+    Of four steps, up to the one that fits the largest weight, each channel uses that with the least
+    squared error: for bell-shaped weights, clipping a few costs less than a coarser step.
     """
     others = [d for d in range(weight.dim()) if d != out]
     largest = weight.abs().amax(others, keepdim=True).clamp_min(1e-12)
@@ -82,11 +83,11 @@ def _to_int8(weight: Tensor, out: int) -> tuple[Tensor, Tensor]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("paper", choices=sorted(p.parent.name for p in ROOT.glob("*/model.py")))
+    parser.add_argument("paper", choices=papers())
     parser.add_argument("checkpoint", type=Path, help="checkpoint of train.py: epoch_<n>.pth")
     parser.add_argument("-o", "--output", type=Path, required=True, help="weights file to write")
     parser.add_argument("--steps", type=cli.count,
-                        help="number of training steps, including those of the runs that it started from; "
+                        help="number of training steps, those of earlier runs included; "
                         "the checkpoint's if not given")
     args = parser.parse_args(argv)
     model = importlib.import_module(f"{args.paper}.model").load(args.checkpoint)
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.checkpoint}: not a checkpoint of train.py, it has no config")
     with torch.no_grad():
         for module in model.modules():
-            if (mask := mask_of(module)) is not None:  # weights that no forward uses take no room
+            if (mask := mask_of(module)) is not None:  # zeros take no room
                 module.weight.mul_(mask)
     model.update(force=True, update_quantiles=True)
     config = {key: value for key, value in provenance.config.items()

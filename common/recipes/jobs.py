@@ -1,4 +1,4 @@
-"""A piece of work with a folder, a record and a lock: what stages and curves have in common."""
+"""Base class of stages and curves: a job with a folder, a record and a lock."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 @dataclass
 class Settings:
-    """What holds for all stages and curves of one call."""
+    """Settings of all stages and curves of one call."""
 
     root: Path
     run: str  # "weights"; "short" in the short form
@@ -37,7 +37,7 @@ class Settings:
     digest: str  # of the training images
     threads: int
     device: str
-    images: str | None  # folder that the short form evaluates and validates with
+    images: str | None  # folder of test and validation images of the short form
 
     @property
     def short(self) -> bool:
@@ -45,9 +45,9 @@ class Settings:
 
 
 class Job:
-    """A stage or a curve: a folder with the record, the lock and the output of its commands."""
+    """A stage or a curve; its folder holds its record, its lock and the output of its commands."""
 
-    kind, file = "", ""  # what an error message calls the work; the record's name
+    kind, file = "", ""  # name of the work in error messages; file name of the record
 
     def __init__(self, settings: Settings, paper: str, name: str, folder: str, needs: list[Any]):
         self.settings, self.paper, self.name, self.needs = settings, paper, name, needs
@@ -60,7 +60,7 @@ class Job:
         raise NotImplementedError
 
     def steps_of_work(self) -> Iterator[list[Any]]:
-        """Command lines, run one after the other in the paper's folder."""
+        """Yield command lines, which are run one after the other in the paper's folder."""
         raise NotImplementedError
 
     def record(self) -> dict[str, Any]:
@@ -82,9 +82,9 @@ class Job:
         return bool(record.get("done")) and record["definition"] == self.definition()
 
     def lock(self, wait: float = 5.0) -> int:
-        """The descriptor of the locked file, which the job's processes inherit.
+        """Lock the job and return the file descriptor, which its processes inherit.
 
-        A killed runner's training may take a moment to end, hence `wait` seconds.
+        It waits up to `wait` seconds, as the training of a killed runner may take a moment to end.
         """
         path, deadline = self.folder / "lock", time.monotonic() + wait
         while True:
@@ -92,7 +92,7 @@ class Job:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(descriptor), os.stat(path)):  # not renamed meanwhile
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):  # not renamed
                     return descriptor
             except (BlockingIOError, FileNotFoundError):
                 pass
@@ -102,7 +102,7 @@ class Job:
             time.sleep(0.1)
 
     def begin(self) -> bool:
-        """Start the work; False when another process has done it in the meantime."""
+        """Start the work; False if another process has done it in the meantime."""
         self.descriptor = self.lock()
         if self.done():
             return self.end()
@@ -111,7 +111,7 @@ class Job:
         return not self.poll()
 
     def poll(self) -> bool:
-        """Go on to the next command; True at the end of the last. UserError when one fails."""
+        """Start the next command when one ends; True after the last. UserError if one fails."""
         if self.process:
             code = self.process.poll()
             if code is None:
@@ -136,10 +136,10 @@ class Job:
         return False
 
     def tick(self) -> None:
-        """What is to be done now and then while a command runs."""
+        """Called repeatedly while a command runs."""
 
     def output(self) -> str:
-        """What the newest command has printed."""
+        """The output of the latest command."""
         return (self.folder / "output.txt").read_bytes()[self.offset:].decode(errors="replace")
 
     def reason(self, code: int) -> str:
@@ -148,13 +148,13 @@ class Job:
         errors = [line for line in lines if line.startswith("error: ")]
         if errors:
             return errors[-1].removeprefix("error: ")
-        if shutil.disk_usage(self.folder).free < 2**20:  # not even the reason could be written
+        if shutil.disk_usage(self.folder).free < 2**20:  # the reason could not be written either
             return f"the disk of {self.folder} is full"
         how = f"was ended by signal {-code}" if code < 0 else f"exit status {code}"
         return f"{how}, see {self.folder / 'output.txt'}" + (f": {lines[-1]}" if lines else "")
 
     def end(self) -> bool:
-        """End the process, if there is one, and give the lock back."""
+        """Stop the process, if there is one, and release the lock."""
         if self.process:
             self.process.kill()
             self.process.wait()
@@ -166,12 +166,12 @@ class Job:
 
 
 def say(text: str) -> None:
-    tqdm.write(text, file=sys.stdout)  # above a bar, if there is one
+    tqdm.write(text, file=sys.stdout)  # above the progress bar, if there is one
     sys.stdout.flush()
 
 
 def show(path: Path, job: Job) -> str:
-    """A path as seen from the paper's folder's parent."""
+    """The path relative to the root of the repository."""
     return str(path.relative_to(job.settings.root))
 
 
@@ -193,7 +193,7 @@ def file_digest(path: Path) -> str:
 
 
 def end_with(parent: int) -> None:
-    """In a new process: ask Linux to end it when the runner ends, however that happens."""
+    """In a new process: ask Linux to kill it when the runner ends for any reason."""
     if LIBC:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it has ended already

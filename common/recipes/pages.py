@@ -1,4 +1,4 @@
-"""Publish a results JSON of eval.py: as results/<curve>.json and .png, and as rows of the pages.
+"""Publish a results JSON of eval.py: results/<curve>.json and .png, and rows in the READMEs.
 
     python -m common.recipes.pages hyperprior small hyperprior/ckpts/weights/small/results/FILE.json
 
@@ -19,14 +19,15 @@ from common import cli, data
 from common.evaluation import classical, compare
 from common.evaluation.results import MEASURES, load_published, load_results, save_results
 from common.files import write_atomic
+from common.papers import ROOT
+from common.recipes.recipe_file import read_recipe
 
-ROOT = Path(__file__).parents[2]
 END = "<!-- end of results -->"
 
 
 def cells(results: dict[str, Any], reference: dict[str, Any], jpeg: dict[str, Any]
           ) -> list[dict[str, str]]:
-    """Of each operating point, the cells of a row by the words that a column's head begins with."""
+    """Cells of a row for each operating point, by the first words of the heads of their columns."""
     points = []
     for i, rate in enumerate(results["results"]["bpp"]):
         values = {key: compare._at(results["results"], key, i) for key in MEASURES}
@@ -46,10 +47,10 @@ def cells(results: dict[str, Any], reference: dict[str, Any], jpeg: dict[str, An
 
 def replace(page: str, begin: str, name: str, labels: list[str], points: list[dict[str, str]]
             ) -> tuple[str, list[str]]:
-    """The page with these points in place of the rows called `name` or `name, ...`, and the rows.
+    """Return the page with these points instead of the rows `name` or `name, ...`, and new rows.
 
-    A table must follow the line `begin`; without it the page is as it was. Its last column is the
-    reference's.
+    A table must follow the line `begin`; otherwise the page is unchanged. Its last column is that
+    of the reference.
     """
     before, found, rest = page.partition(f"{begin}\n")
     table, end, after = rest.partition(END)
@@ -66,7 +67,7 @@ def replace(page: str, begin: str, name: str, labels: list[str], points: list[di
         return page, texts
     mine = re.compile(rf"\| {re.escape(name)}( \([^|]*\))?(,(?! quick\b)| \|)")
     old = [i for i, line in enumerate(lines) if mine.match(line)]
-    place = old[0] if old else 2  # below the head and its rule
+    place = old[0] if old else 2  # below the head of the table
     kept = [line for i, line in enumerate(lines) if i not in old]
     lines = [*kept[:place], *texts, *kept[place:]]
     return f"{before}{found}\n" + "\n".join(lines) + f"\n\n{end}{after}", texts
@@ -74,25 +75,34 @@ def replace(page: str, begin: str, name: str, labels: list[str], points: list[di
 
 def publish(root: Path, paper: str, results: dict[str, Any], into: Path, images: list[Path],
             pages: bool) -> None:
-    """Write results and plot into a folder, and the rows to the pages."""
+    """Write results and plot to a folder, and the rows to the READMEs if `pages`."""
     curve = results["name"]
-    published = load_published(root / paper / "results" / "published.json")
+    path = root / paper / "results" / "published.json"
+    published = load_published(path) if path.exists() else []
+    if not published:
+        print(f"{path.relative_to(root)}: no published results to compare with")
     jpeg = classical.jpeg(images, ms_ssim=False)
     save_results(into / f"{curve}.json", results)
     compare.plot([results], published, jpeg, into / f"{curve}.png")
     if not pages:
         return
     points = cells(results, published[0] if published else jpeg, jpeg)
+    recipe = root / paper / "weights.yaml"
+    options = read_recipe(recipe)["curves"].get(curve, {}) if recipe.exists() else {}
+    shown = options.get("rows", range(len(points)))  # a variable-rate model has many
+    front = [options.get("label", paper).format(
+        **{key: compare._at(results["meta"], key, i) for key in results["meta"]}) for i in shown]
     places = [(root / paper / "README.md", f"<!-- results: {curve} -->", curve,
                [f"{curve}, lmbda {point['lmbda']}" if point["lmbda"] else curve
-                for point in points])]
-    if curve == "small":  # what `make compare` shows
-        places.append((root / "README.md", "<!-- results -->", paper, [paper] * len(points)))
-    lock = os.open(root, os.O_RDONLY)  # another process may write to the front page, too
+                for point in points], points)]
+    if curve == "small":  # the curve that `make compare` shows
+        places.append((root / "README.md", "<!-- results -->", paper, front,
+                       [points[i] for i in shown]))
+    lock = os.open(root, os.O_RDONLY)  # other processes may write to the front page, too
     fcntl.flock(lock, fcntl.LOCK_EX)
-    for path, begin, name, labels in places:
+    for path, begin, name, labels, chosen in places:
         page = path.read_text()
-        new, rows = replace(page, begin, name, labels, points)
+        new, rows = replace(page, begin, name, labels, chosen)
         if new != page:
             write_atomic(path, new.encode())
         if any(row not in new for row in rows):

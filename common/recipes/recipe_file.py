@@ -1,4 +1,4 @@
-"""Reading a weights.yaml: its stages and curves, with every key and value checked."""
+"""Read the stages and curves of a weights.yaml, and check every key and value."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ FILE = {"images": str, "train": dict, "eval": dict, "stages": dict, "curves": di
 TRAIN = {"dataset": WORDS, "start": WORDS, "resume": WORDS}
 STAGE = ({"steps": int, "hours": NUMBER, "folders": list, "checkpoint": str, "flags": dict},
          {"from": str, "train": dict})
-CURVE = {"files": dict}, {"bundle": bool, "evaluate": list}
+CURVE = {"files": dict}, {"bundle": bool, "evaluate": list, "label": str, "rows": list}
 SHORT = {"steps": int, "flags": dict}
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The checked content of a weights.yaml; UserError names the file and the key."""
+    """Return the checked content of a weights.yaml; UserError names the file and the key."""
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as e:
@@ -57,7 +57,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def check(values: Any, where: Any, required: dict[str, Any], optional: dict[str, Any] | None = None
           ) -> None:
-    """Refuse what is not a mapping with these keys and types of values."""
+    """Raise UserError unless `values` is a mapping with these keys and types of values."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: must hold 'key: value' lines")
     known = required | (optional or {})
@@ -72,7 +72,7 @@ def check(values: Any, where: Any, required: dict[str, Any], optional: dict[str,
 
 
 def words(flags: dict[str, Any]) -> list[str]:
-    """Flags as a command line: lists are spread, true is --flag, false is --no-flag."""
+    """Flags as a command line: lists become several words, true is --flag, false is --no-flag."""
     result: list[str] = []
     for key, value in flags.items():
         if isinstance(value, bool):

@@ -27,7 +27,7 @@ STEP = re.compile(r"^epoch \d+ +step (\d+).*", re.M)  # a line of log.txt
 
 
 class Stage(Job):
-    """One run of train.py."""
+    """A stage: one run of train.py."""
 
     kind, file = "training", "stage.json"
 
@@ -47,7 +47,7 @@ class Stage(Job):
 
     @staticmethod
     def fill(value: Any, settings: Settings) -> Any:
-        """{run} and {images} in a text, or in the texts of a list, replaced."""
+        """Replace {run} and {images} in a text, or in the texts of a list."""
         if isinstance(value, list):
             return [Stage.fill(v, settings) for v in value]
         if not isinstance(value, str):
@@ -56,7 +56,7 @@ class Stage(Job):
 
     @functools.cache  # noqa: B019  (a stage lives as long as the program)
     def definition(self) -> dict[str, Any]:
-        """All that the result depends on; of the stage it starts from, too."""
+        """Everything that the result depends on, including the stage that it starts from."""
         flags = {k: v for k, v in self.flags.items() if k not in ("threads", "device")}
         config = cli.read_yaml(self.home / flags["config"]) if "config" in flags else None
         parent = None
@@ -65,7 +65,7 @@ class Stage(Job):
                       "definition": digest(self.parent.definition()),
                       "start": as_list(self.train["start"])}
         images = self.settings.digest
-        if self.settings.dataset is None:  # forgotten images are no change
+        if self.settings.dataset is None:  # a missing --dataset is not a change
             if record := self.record():
                 images = record["definition"]["images"]
             elif self.parent:
@@ -74,17 +74,17 @@ class Stage(Job):
                                       "images": images, "from": parent}, default=str))
 
     def trained(self) -> int:
-        """Steps in all, those of the stages that it starts from included."""
+        """Total number of steps, including those of the stages that it starts from."""
         return self.steps + (self.parent.trained() if self.parent else 0)
 
     def logged(self) -> list[str]:
-        """The newest line of each log.txt: one run may log several phases."""
+        """The last epoch line of each log.txt; one run may log several phases."""
         logs = sorted({log for folder in self.folders for log in folder.rglob("log.txt")})
         matches = [list(STEP.finditer(log.read_text(errors="replace"))) for log in logs]
         return [found[-1][0] for found in matches if found]
 
     def step(self) -> int:
-        """Those that the logs tell of: of whole epochs."""
+        """Number of steps done according to the logs, which count whole epochs."""
         return sum(int(STEP.match(line)[1]) for line in self.logged())
 
     def found(self) -> list[Path]:
@@ -93,7 +93,7 @@ class Stage(Job):
         return sorted(self.folder.glob(self.checkpoint), key=natural)
 
     def result(self, needed: str) -> Path:
-        """The checkpoint, as it was at the end of the training; needed: what for."""
+        """The final checkpoint; UserError, which says `needed`, if it is gone or has changed."""
         record = self.record()
         path = self.folder / record["checkpoint"]
         changed = "is gone" if not path.exists() else (
@@ -104,7 +104,7 @@ class Stage(Job):
         return path
 
     def settle(self) -> None:
-        """Rename the folders of a run that is not of this definition, and say why."""
+        """Rename the folders of a run with another definition, and print the reason."""
         if not (why := self.changes()):
             return
         self.ask_for_images()
@@ -116,17 +116,17 @@ class Stage(Job):
         say(f"{self.label}: {why}: its run is kept as {show(before(kept[-1], n), self)} and "
             "trained again")
         descriptor, self.descriptor = self.descriptor, None
-        os.close(descriptor)  # the lock has gone with the folder
+        os.close(descriptor)  # the lock file was renamed with the folder
         self.descriptor = self.lock()
 
     def ask_for_images(self) -> None:
-        """UserError when the images that the run was begun on are not named in this call."""
+        """Raise UserError if this call does not name the images of the interrupted run."""
         if (images := self.definition()["images"]) != self.settings.digest:
             raise UserError(f"was begun on {images}, and --dataset is missing: name them again "
                             "(make: DATASET=...)")
 
     def changes(self) -> str:
-        """What differs between the run in the folders and the definition; "" if nothing does."""
+        """Differences between the run in the folders and the definition; "" if there are none."""
         record = self.record()
         if not record:
             filled = any(map(holds_files, self.folders))
@@ -155,7 +155,7 @@ class Stage(Job):
         if self.parent:
             begun = as_list(self.train["start"])
             start = [*begun, self.parent.result(f"{self.label} starts from it")]
-            if set(begun) & set(resume):  # one flag for both
+            if set(begun) & set(resume):  # the same flag for both
                 start, resume = ([], resume) if self.found() else (start, [])
         dataset = self.settings.dataset
         self.ask_for_images()
@@ -188,11 +188,11 @@ class Stage(Job):
             self.write(seconds=self.seconds_written)
 
     def spent(self) -> float:
-        """Seconds of all the calls that trained it."""
+        """Training time in seconds, summed over all calls."""
         return round(self.seconds + time.monotonic() - self.clock, 1)
 
     def remaining(self) -> float:
-        """Hours to go, as expected."""
+        """Expected number of remaining hours."""
         return 0.0 if self.done() else self.hours * max(0, 1 - self.step() / self.steps)
 
     def opening(self) -> str:
@@ -228,7 +228,7 @@ class Curve(Job):
                 "evaluate": self.evaluate, "bundle": self.bundle}
 
     def outputs(self) -> list[Path]:
-        """What must be there when the curve is done."""
+        """The files that exist when the curve is done."""
         weights = self.home / "weights" if self.bundle else self.folder
         results = self.folder if self.settings.short else self.home / "results"
         return [*(weights / file for file in self.files),
@@ -245,7 +245,7 @@ class Curve(Job):
             yield ["-m", "common.recipes.export", self.paper, checkpoint, "-o", self.folder / file,
                    "--steps", stage.trained()]
         results, images = self.folder / "results", self.settings.images
-        shutil.rmtree(results, ignore_errors=True)  # of an evaluation that was interrupted
+        shutil.rmtree(results, ignore_errors=True)  # left by an interrupted evaluation
         yield ["eval.py", *([*self.dataset, images] if images else []), "--checkpoint",
                *(self.folder / file for file in self.files), "--resultdir", results,
                "--outdir", self.folder / "output", "--threads", self.settings.threads,

@@ -1,12 +1,13 @@
-"""Make the weights that a paper's folder ships: train, export and evaluate what weights.yaml says.
+"""Make the bundled weights of a paper: train, export and evaluate the stages of its weights.yaml.
 
-    python -m common.recipes.weights                     all papers, the one with least work first
+    python -m common.recipes.weights                     all papers, the least work first
     python -m common.recipes.weights hyperprior --list   print what is done and what is left
     python -m common.recipes.weights hyperprior/small joint_ar --jobs 2 --dataset '/data/*.tar'
     python -m common.recipes.weights hyperprior --short  the same chain in a minute (ckpts/short/)
 
-The same command continues an interrupted call, with the same result. Finished work is not repeated.
-A stage whose definition has changed is trained again; the folders of its old run are renamed.
+To continue an interrupted call, run the same command again; the result is the same. Finished work
+is not repeated. A stage whose definition has changed is trained again, and the folders of its old
+run are renamed.
 """
 
 from __future__ import annotations
@@ -21,18 +22,17 @@ from typing import Any
 
 from common import UserError, cli, data
 from common.files import write_atomic
+from common.papers import ROOT
 from common.recipes.jobs import Job, Settings, say
 from common.recipes.recipe_file import read_recipe
 from common.recipes.stages import Curve, Stage
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[2]
-
 
 # ------------------------------------------------------------------------------------------- plan
 class Plan:
-    """The stages and curves that are asked for, each after those it needs."""
+    """The requested stages and curves, each after those that it needs."""
 
     def __init__(self, settings: Settings, targets: list[str]):
         self.settings = settings
@@ -56,7 +56,7 @@ class Plan:
         return self.files[paper]
 
     def curves(self, target: str) -> list[Job]:
-        """The jobs of PAPER or PAPER/CURVE."""
+        """Jobs of PAPER or PAPER/CURVE."""
         paper, _, name = target.strip("/").partition("/")
         content = self.content(paper)
         if name and name not in content["curves"]:
@@ -105,7 +105,7 @@ class Plan:
             say(f"  {job.name:24s}{amount:>14s}{hours:>8s}  {job.state()}")
 
     def strangers(self) -> None:
-        """Name the files in weights/ that belong to no curve."""
+        """Print the files in weights/ that do not belong to any curve."""
         for paper in dict.fromkeys(job.paper for job in self.jobs):
             known = {file for curve in self.content(paper)["curves"].values()
                      for file in curve["files"]}
@@ -116,13 +116,13 @@ class Plan:
 
 
 def chain(stage: Stage) -> list[Stage]:
-    """A stage after all those it starts from."""
+    """The stages that this one starts from, and itself as the last."""
     return [*(chain(stage.parent) if stage.parent else []), stage]
 
 
 # -------------------------------------------------------------------------------------------- run
 def run(plan: Plan, slots: int) -> None:
-    """Do all jobs, `slots` at once; those that need a failed one are left out."""
+    """Run all jobs, `slots` at a time; those that need a failed job are skipped."""
     failed: dict[Job, str] = {}
 
     def fail(job: Job, why: Exception) -> None:
@@ -132,7 +132,7 @@ def run(plan: Plan, slots: int) -> None:
 
     for job in plan.jobs:
         if isinstance(job, Stage):
-            job.definition()  # as the files are now: a later change of them is named, not mixed in
+            job.definition()  # read the files now, so that later changes are detected
         if isinstance(job, Stage) and job.changes():
             try:
                 job.descriptor = job.lock()
@@ -166,7 +166,7 @@ def run(plan: Plan, slots: int) -> None:
                 except (UserError, OSError) as e:
                     running.remove(job)
                     fail(job, e)
-            if waiting and before == (len(waiting), 0) and not running:  # a need was taken away
+            if waiting and before == (len(waiting), 0) and not running:  # a requirement is gone
                 for job in list(waiting):
                     need = next((n for n in job.needs if not n.done()), job.needs[0])
                     waiting.remove(job)
@@ -183,10 +183,10 @@ def run(plan: Plan, slots: int) -> None:
 
 
 class Bar:
-    """The steps of the one stage that is being trained, on a terminal."""
+    """Progress bar of the stage that is being trained."""
 
     def __init__(self) -> None:
-        tqdm.monitor_interval = 0  # no thread: the runner forks
+        tqdm.monitor_interval = 0  # no thread, as the runner forks
         self.bar, self.job, self.looked = None, None, 0.0
 
     def update(self, running: list[Job]) -> None:
@@ -226,14 +226,16 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
     add("targets", nargs="*", metavar="PAPER[/CURVE]",
         help="papers or curves to make; if none is given, all papers, the least work first")
     add("--list", action="store_true", help="print what is done and what is left, then stop")
-    add("--dataset", help="training images: a folder, a .tar shard or a quoted glob of them; bundled "
+    add("--dataset",
+        help="training images: a folder, a .tar shard or a quoted glob of them; bundled "
         "photographs if not given")
-    add("--jobs", type=cli.positive_int, default=1, help="number of stages that run at the same time")
+    add("--jobs", type=cli.positive_int, default=1, help="number of stages trained at once")
     add("--threads", type=cli.threads, default=0,
         help="number of CPU threads per stage; 0 divides all threads by --jobs")
     add("--device", default="auto", help="device to train on: auto, cpu or cuda")
     add("--short", action="store_true", help="train a few steps of each stage, under ckpts/short/")
-    add("--images", type=Path, help="folder of test images for --short; two Kodak images if not given")
+    add("--images", type=Path,
+        help="folder of test images for --short; two Kodak images if not given")
     args = parser.parse_args(argv)
     plan = Plan(settings_of(args, root), args.targets)
     if args.list:

@@ -1,4 +1,4 @@
-"""The checkpoints of a training run, from which it resumes with bit-identical results."""
+"""Checkpoints of a training run, from which it resumes with bit-identical results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import yaml
 
 
 def load_weights(model: Codec, path: str | Path) -> None:
-    """Copy a checkpoint's weights into `model`, strictly (--init_ckpt)."""
+    """Load the weights of a checkpoint into `model`, strictly (--init_ckpt)."""
     state = load_checkpoint(path)
     for name in model.options:
         trained = (state.get("config") or {}).get(name)
@@ -28,35 +28,35 @@ def load_weights(model: Codec, path: str | Path) -> None:
                             f"{getattr(model, name)}")
     try:
         model.load_state_dict(state["model"])
-    except (RuntimeError, KeyError) as e:  # KeyError: of CompressAI's tables
+    except (RuntimeError, KeyError) as e:  # KeyError: CompressAI, on CDF tables
         raise UserError(f"{path}: not weights of this model: {load_error(e)}") from None
 
 
 SAME_RUN = ("metric", "lmbda", "optimizer", "lr", "aux_lr", "lr_schedule", "milestones",
             "batch_size", "patch_size", "flip", "images", "steps_per_epoch", "seed",
-            "clip_max_norm")  # what --resume must not change
+            "clip_max_norm")  # flags that --resume must not change
 
 
 class Checkpoints:
-    """The checkpoints of one run: epoch_<n>.pth after epochs, latest.pth in between.
+    """The checkpoints of one run: epoch_<n>.pth after an epoch, latest.pth within one.
 
-    `parts` are everything with state: {"model": ..., "optimizer": ..., "scheduler": ...}.
+    parts: all objects with a state: {"model": ..., "optimizer": ..., "scheduler": ...}.
     """
 
-    own = ("log",)  # parts that each process has of its own, kept beside its random generators
+    own = ("log",)  # parts with a state per process, saved with its random generators
 
     def __init__(self, folder: Path, parts: dict[str, Any], config: dict[str, Any],
                  same: tuple[str, ...] = SAME_RUN,
                  anew: str = "--init_ckpt and another --exp_version"):
-        """same: the flags that --resume must not change; anew: what starts another run instead."""
+        """same: flags that --resume must not change; anew: flags that start another run."""
         self.folder, self.parts, self.config, self.same = folder, parts, config, same
         self.anew = anew
         self.last: Path | None = None
 
     def begin(self, resume: bool, epoch: int | None) -> dict[str, Any]:
-        """Restore the newest checkpoint (`resume`) or that of `epoch`; {} when the run is new.
+        """Restore the newest checkpoint (`resume`) or that of `epoch`; {} for a new run.
 
-        Refuses to start a new run in a folder that holds another: nothing is overwritten.
+        A new run in a folder that holds another one is refused, so that nothing is overwritten.
         """
         if epoch is not None:
             return self.resume(self.folder / f"epoch_{epoch}.pth")
@@ -72,7 +72,7 @@ class Checkpoints:
         return {}
 
     def save(self, name: str, epoch: int, step: int, **extra: Any) -> None:
-        """Save after `step` steps, in (or at the end of) `epoch`. All processes must call it."""
+        """Save after `step` steps, within `epoch` or at its end; all processes must call it."""
         self.update_tables(step)
         generators: list[Any] = [None] * processes.world()
         mine = {"cpu": torch.get_rng_state()}
@@ -93,9 +93,10 @@ class Checkpoints:
         self.last = self.folder / name
 
     def update_tables(self, step: int, settle: bool = False) -> None:
-        """CDF tables that fit the weights after `step` steps; `settle`: solve for the quantiles.
+        """Compute the CDF tables of the weights after `step` steps.
 
-        UserError when the weights are not finite or so large that there are no such tables.
+        settle: also solve for the quantiles. Raises UserError if the weights are not finite, or so
+        large that they have no CDF tables.
         """
         model = self.parts["model"]
         peaks = {name: p.detach().abs().max() for name, p in model.named_parameters()}
@@ -106,7 +107,7 @@ class Checkpoints:
             check_finite({"CDF tables": torch.tensor(math.nan)}, step - 1, self.last)
 
     def resume(self, path: Path) -> dict[str, Any]:
-        """Restore every part and this process's random generators; returns the checkpoint."""
+        """Restore all parts and the random generators of this process; return the checkpoint."""
         state = load_checkpoint(path)
         missing = [key for key in (*self.parts, "step", "rng") if key not in state]
         if missing:
@@ -115,7 +116,7 @@ class Checkpoints:
         mine = state["rng"][min(processes.rank(), len(state["rng"]) - 1)]
         same = [*self.same, *self.parts["model"].options]
         if self.config.get("lr_schedule") == "cosine":
-            same += ["epoch", "epochs"]  # the whole schedule depends on it
+            same += ["epoch", "epochs"]  # which determine the whole schedule
         for key in same:
             before, now = state["config"].get(key), self.config.get(key)
             if before != now:
@@ -130,7 +131,7 @@ class Checkpoints:
                 else:
                     part.load_state_dict(saved)
                 if hasattr(part, "base_lrs") and isinstance(learning_rate(part.optimizer), float):
-                    part.base_lrs = [float(rate) for rate in part.base_lrs]  # of a GPU: tensors
+                    part.base_lrs = [float(rate) for rate in part.base_lrs]  # tensors on a GPU
         except (RuntimeError, ValueError, KeyError) as e:
             raise UserError(f"{path}: not a checkpoint of this configuration "
                             f"({load_error(e)})") from None
@@ -141,12 +142,14 @@ class Checkpoints:
         return state
 
     def _by_age(self) -> list[Path]:
-        """Oldest first. Steps would mislead: --load_model_epoch leaves later epochs behind."""
+        """Checkpoints, the oldest first. Step numbers would mislead, because --load_model_epoch
+        leaves the checkpoints of later epochs in the folder.
+        """
         found = [*self.folder.glob("latest.pth"), *epoch_checkpoints(self.folder)]
         return sorted(found, key=lambda p: p.stat().st_mtime_ns)
 
 
 def epoch_checkpoints(folder: Path) -> list[Path]:
-    """The epoch_<n>.pth of a run, by n; copies with other names are not among them."""
+    """The files epoch_<n>.pth of a run, sorted by n; copies with other names are ignored."""
     found = [p for p in folder.glob("epoch_*.pth") if re.fullmatch(r"epoch_\d+", p.stem)]
     return sorted(found, key=lambda p: int(p.stem.split("_")[1]))

@@ -1,7 +1,8 @@
-"""A training step recorded once as a CUDA graph and replayed.
+"""Record a training step once as a CUDA graph and replay it.
 
-On a GPU a step of a small network is a thousand kernels of a few microseconds each: launching them
-from Python takes several times longer than running them. A graph launches all of them at once.
+On a GPU, a step of a small network consists of a thousand kernels of a few microseconds each.
+Launching them from Python takes several times longer than running them; a graph launches all of
+them at once.
 """
 
 from __future__ import annotations
@@ -12,20 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WARM_UP = 3  # ordinary steps before recording: lazy initialisation, torch.compile
+WARM_UP = 3  # steps before recording, for lazy initialisation and torch.compile
 Step = Callable[..., dict[str, Tensor]]
 
 
 class Recorded:
-    """Call `step` as it is, or replay its CUDA graph.
+    """A training step that is replayed from a CUDA graph, or called as it is without one.
 
-    step: forward, backward and optimiser steps; returns scalars by name. Its tensor arguments may
-    have other values in each call; for other shapes, or other values of arguments that are no
-    tensors, another graph is recorded. Scalars of a replayed step are overwritten by the next one.
+    step: forward, backward and optimiser steps; returns scalars by name. The values of its tensor
+    arguments may change between calls; for new shapes, or new values of other arguments, another
+    graph is recorded. The next replayed step overwrites the scalars of the previous one.
 
-    optimizers: those that `step` uses. All must be capturable, as `make_optimizers` makes them on a
-    GPU; otherwise, and with `enabled` false, every call is an ordinary one. So it is when recording
-    fails because the network asks the GPU for a value in the middle of a step; one line says so.
+    optimizers: the optimisers that `step` uses. All must be capturable, as `make_optimizers` makes
+    them on a GPU; otherwise, or if `enabled` is false, every call is an ordinary one. The same
+    holds, and is reported on one line, if recording fails because the network reads a value from
+    the GPU within a step.
     """
 
     def __init__(self, step: Step, *optimizers: torch.optim.Optimizer, enabled: bool = True):
@@ -62,7 +64,7 @@ class Recorded:
         return outputs
 
     def _ordinary(self, args: tuple[Any, ...]) -> dict[str, Tensor]:
-        """A step on a stream of its own, as recording asks of the steps before it."""
+        """Run a step on a separate stream, as required for the steps before a recording."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -75,15 +77,15 @@ class Recorded:
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        # thread_local: a loader's thread may pin memory meanwhile
+        # thread_local: a data loader thread may pin memory meanwhile
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             outputs = {name: value.detach() for name, value in self.step(*static).items()}
         self.graphs[key] = graph, [a for a in static if isinstance(a, Tensor)], outputs
 
 
 def restore_generator(state: Tensor) -> None:
-    """Give the current GPU's default generator a new state: a failed recording leaves the old one
-    waiting for its end.
+    """Reset the default generator of the current GPU to `state`, with a new state object: after a
+    failed recording, the old one still waits for the end of the recording.
     """
     index = torch.cuda.current_device()
     fresh = torch.Generator(device=f"cuda:{index}")

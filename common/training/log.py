@@ -16,17 +16,17 @@ from tqdm import tqdm
 
 
 class Log:
-    """log.txt, TensorBoard and the progress bar of one run; silent on all ranks but the first."""
+    """log.txt, TensorBoard and the progress bar of one run; only the first process writes."""
 
     def __init__(self, folder: Path, steps: int, quiet: bool = False):
         self.folder, self.steps, self.quiet = folder, steps, quiet
         self.active = processes.rank() == 0
         self.sums: dict[str, float] = {}
-        self.on_gpu: dict[tuple[str, ...], Tensor] = {}  # sums that nobody has read yet, by names
+        self.on_gpu: dict[tuple[str, ...], Tensor] = {}  # sums not fetched yet, by names
         self.count = 0
 
     def begin(self, first: int = 0) -> None:
-        """Open the files and the bar, `first` steps being done already."""
+        """Open the files and the progress bar; `first` steps have been done before."""
         if not self.active:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -65,13 +65,13 @@ class Log:
             self.sums[k] = self.sums.get(k, 0.0) + v
 
     def _fetch(self) -> None:
-        """Bring what has been summed up on the GPU."""
+        """Fetch the sums from the GPU."""
         for names, sums in self.on_gpu.items():
             self._add(dict(zip(names, sums.tolist(), strict=True)))
         self.on_gpu = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums of an unfinished epoch: a resumed run reports the same means."""
+        """The sums of an unfinished epoch, so that a resumed run reports the same means."""
         self._fetch()
         return {"sums": self.sums, "count": self.count}
 
@@ -79,7 +79,7 @@ class Log:
         self.sums, self.count = dict(state["sums"]), state["count"]
 
     def means(self) -> dict[str, float]:
-        """Means of all step values since the last call (equal on every process)."""
+        """Means over all steps since the last call, the same on every process."""
         if not self.count:
             return {}
         self._fetch()
@@ -105,7 +105,7 @@ class Log:
             self.board.add_image("reconstruction", pair, step)
 
     def line(self, text: str) -> None:
-        """One line to log.txt and above the progress bar."""
+        """Write a line to log.txt and above the progress bar."""
         if self.active:
             if not self.quiet:
                 self.bar.write(text, file=sys.stdout)

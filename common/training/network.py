@@ -1,4 +1,4 @@
-"""The network as the training loop calls it: mixed precision, compiled, spread over processes."""
+"""Prepare a network for training: mixed precision, compilation, distributed data parallel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def default_precision(device: torch.device | None = None) -> str:
-    """bf16 where the hardware multiplies it, fp32 elsewhere."""
+    """Return "bf16" if the hardware supports its products, otherwise "fp32"."""
     if device is None or device.type == "cuda":
         if torch.cuda.is_available():
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
@@ -27,7 +27,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works: on a CPU it needs a C++ compiler and Python's headers."""
+    """Whether torch.compile works; on a CPU it needs a C++ compiler and Python's headers."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception:
@@ -36,9 +36,11 @@ def can_compile(device: torch.device) -> bool:
 
 
 def prepare_network(model: nn.Module, compile: bool = False) -> nn.Module:
-    """The module to call for training: `model`, compiled and/or averaged over the processes.
+    """Return the module to call in training: `model`, compiled, and with DDP if there are several
+    processes.
 
-    Quantiles stay out of the gradient average: their loss sees no data, so it is equal everywhere.
+    The gradients of the quantiles are not averaged: their loss does not depend on data, so they are
+    the same in all processes.
     """
     if compile and not processes.broadcast_flag(can_compile(next(model.parameters()).device)):
         compile = False
@@ -51,6 +53,6 @@ def prepare_network(model: nn.Module, compile: bool = False) -> nn.Module:
     prefix = "_orig_mod." if compile else ""
     ddp = nn.parallel.DistributedDataParallel
     ddp._set_params_and_buffers_to_ignore_for_model(net, [prefix + n for n in names])
-    known = inspect.signature(ddp).parameters  # the name changed with torch 2.13
+    known = inspect.signature(ddp).parameters  # torch 2.13 has renamed it
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return ddp(net, **{name: False})

@@ -14,22 +14,22 @@ from torch import Tensor, nn
 
 
 def main_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Everything but the quantiles of the entropy bottlenecks, by name."""
+    """All parameters by name, except the quantiles of the entropy bottlenecks."""
     return {n: p for n, p in model.named_parameters() if not n.endswith("quantiles")}
 
 
 def make_optimizers(model: nn.Module, name: str, lr: float,
                aux_lr: float = 1e-3) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """(main, aux): everything but the quantiles, and the quantiles of the entropy bottlenecks.
+    """(main, aux): optimisers of the main parameters, and of the entropy bottlenecks' quantiles.
 
-    "adam" is every source's choice. "muon" (timm) orthogonalises the updates of the convolution
-    kernels and uses AdamW at lr / 2 for the rest: fewer steps to the same loss.
+    All sources use "adam". "muon" (timm) orthogonalises the updates of the convolution kernels and
+    uses AdamW at lr / 2 for the rest; it needs fewer steps to reach the same loss.
     """
     main = main_parameters(model)
     aux = [p for n, p in model.named_parameters() if n.endswith("quantiles")]
     device = next(iter(main.values())).device
     graph = {"capturable": True} if device.type == "cuda" and processes.world() == 1 else {}
-    rate = torch.tensor(lr, device=device) if graph else lr  # a tensor: schedules may change it
+    rate = torch.tensor(lr, device=device) if graph else lr  # as a tensor, schedules can change it
     if name == "adam":
         optimizer: torch.optim.Optimizer = torch.optim.Adam(main.values(), lr=rate, **graph)
     elif name == "muon":
@@ -47,13 +47,13 @@ def make_optimizers(model: nn.Module, name: str, lr: float,
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float | Tensor:
-    """That of the first group, as it is now: a copy, should it be a tensor on the GPU."""
+    """The current learning rate of the first group; a copy if it is a tensor on the GPU."""
     rate = optimizer.param_groups[0]["lr"]
     return rate.clone() if isinstance(rate, Tensor) else rate
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Restore an optimiser on this device, whichever device its state was saved on."""
+    """Restore an optimiser on its device; its state may come from another device."""
     own = [{key: group[key] for key in ("lr", "capturable") if key in group}
            for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
@@ -65,7 +65,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
             group["initial_lr"] = float(group["initial_lr"])
         if "capturable" in before:
             group["capturable"] = before["capturable"]
-        for p in group["params"]:  # a captured step counts on the GPU, any other on the CPU
+        for p in group["params"]:  # capturable optimisers count steps on the GPU
             if isinstance(count := optimizer.state.get(p, {}).get("step"), Tensor):
                 device = p.device if group.get("capturable") else "cpu"
                 optimizer.state[p]["step"] = count.to(device)
@@ -73,10 +73,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 def make_scheduler(optimizer: torch.optim.Optimizer, name: str, epochs: int,
              milestones: Iterable[int], patience: int = 10) -> Any:
-    """Learning-rate schedule, stepped once an epoch with the loss to watch.
+    """Learning-rate schedule, stepped once per epoch, for plateau with the loss to watch.
 
-    plateau: halve after `patience` epochs without progress; multistep: halve at each milestone;
-    cosine: to zero over the run.
+    plateau halves the rate after `patience` epochs without progress, multistep at each milestone;
+    cosine lowers it to zero over the run.
     """
     if name == "plateau":
         return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "min", factor=0.5,
@@ -92,15 +92,15 @@ def make_scheduler(optimizer: torch.optim.Optimizer, name: str, epochs: int,
 
 
 def check_finite(values: dict[str, Tensor], step: int, last_good: Path | None) -> None:
-    """Stop with a clear message when a loss term, a gradient or a weight is NaN or infinite.
+    """Raise UserError if a loss term, a gradient or a weight is NaN or infinite.
 
-    Does nothing while a CUDA graph is being recorded: of replayed steps `Log.step` looks at one in
-    50, and no checkpoint is written of weights that are not finite.
+    Does nothing while a CUDA graph is being recorded. Of replayed steps, `Log.step` checks one in
+    50, and weights that are not finite are never saved.
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return
     finite = torch.stack([value.isfinite() for value in values.values()])
-    if not finite.all():  # one question to the GPU a step: each makes it wait for the CPU
+    if not finite.all():  # read once per step: each read synchronises CPU and GPU
         bad = [name for name, good in zip(values, finite.tolist(), strict=True) if not good]
         kept = f"the last good checkpoint is {last_good}" if last_good else "nothing was saved yet"
         raise UserError(f"{', '.join(bad[:5])} not finite in the batch of step {step}; {kept}; "

@@ -20,9 +20,9 @@ from torch import Tensor
 
 def add_training_flags(parser: argparse.ArgumentParser, lr_schedule: str,
                        without: tuple[str, ...] = ()) -> None:
-    """The flags that all our training scripts have beside those of their sources.
+    """Add the flags that all training scripts have in addition to those of their sources.
 
-    without: those that the source has too, in a form of its own.
+    without: flags that the source itself defines.
     """
     group = parser.add_argument_group("flags of this repository")
 
@@ -32,7 +32,8 @@ def add_training_flags(parser: argparse.ArgumentParser, lr_schedule: str,
 
     add("--config", help="YAML file of flags; the command line overrides it")
     add("--resume", action="store_true", help="continue this run from its newest checkpoint")
-    add("--metric", default="mse", choices=["mse", "ms-ssim"], help="distortion measure of the loss")
+    add("--metric", default="mse", choices=["mse", "ms-ssim"],
+        help="distortion measure of the loss")
     add("--optimizer", default="adam", choices=["adam", "muon"],
         help="optimiser of the main parameters; muon needs fewer steps than adam")
     add("--aux-lr", type=cli.positive_float, default=1e-3, help="learning rate of the quantiles")
@@ -42,7 +43,8 @@ def add_training_flags(parser: argparse.ArgumentParser, lr_schedule: str,
     add("--milestones", type=int, nargs="*", default=[40, 90, 140],
         help="epochs at which multistep lowers the learning rate")
     add("--clip-max-norm", type=cli.positive_float, default=1.0, help="maximum gradient norm")
-    add("--patch-size", type=cli.positive_int, default=256, help="side of the square crops in pixels")
+    add("--patch-size", type=cli.positive_int, default=256,
+        help="side of the square crops in pixels")
     add("--flip", action=argparse.BooleanOptionalAction, default=False,
         help="flip half of the crops left to right")
     add("--steps-per-epoch", type=cli.count, default=0,
@@ -62,7 +64,7 @@ def add_training_flags(parser: argparse.ArgumentParser, lr_schedule: str,
 
 @dataclass
 class Run:
-    """A training run around its loop: the data in order, the log, checkpoints within an epoch.
+    """What a training loop needs around it: batches in order, log, checkpoints within an epoch.
 
         for epoch in run.remaining_epochs():
             model.train()
@@ -115,7 +117,7 @@ class Run:
         return self.step >= self.epochs * self.steps_per_epoch
 
     def remaining_epochs(self) -> Iterator[int]:
-        """From the epoch in which the run was stopped to the last one."""
+        """The epochs from the one in which the run was stopped to the last one."""
         self.log.begin(self.step)
         self.saved = time.monotonic()
         for epoch in range(self.step // self.steps_per_epoch, self.epochs):
@@ -123,7 +125,7 @@ class Run:
             yield epoch
 
     def batches(self) -> Iterator[Tensor]:
-        """The crops of the rest of this epoch: x (B, 3, H, W) in [0, 1], channels last."""
+        """The remaining batches of this epoch: x (B, 3, H, W) in [0, 1], channels last."""
         last_step = (self.epoch + 1) * self.steps_per_epoch
         for images in data.loader(self.crops, self.step, last_step, self.batch_size,
                                   processes.rank(), processes.world(), self.num_workers):
@@ -131,11 +133,11 @@ class Run:
             yield x.contiguous(memory_format=torch.channels_last)
 
     def check(self, values: dict[str, Tensor]) -> None:
-        """UserError when a loss or the gradient norm of this step is not finite."""
+        """Raise UserError if a loss or the gradient norm of this step is not finite."""
         check_finite(values, self.step, self.checkpoints.last)
 
     def end_step(self, values: dict[str, Any], every: int = 50, **state: Any) -> None:
-        """Count and log a step (to TensorBoard once in `every`), and save `latest` when it is due.
+        """Count a step, log it (in TensorBoard every `every` steps) and save `latest` if it is due.
 
         state: what the checkpoint holds besides the parts of the run.
         """

@@ -1,0 +1,86 @@
+"""Evaluate a paper's bundled weights on Kodak: results JSON, plot, and the rows of its pages.
+
+    python -m common.recipes.report hyperprior       or  make report-hyperprior
+
+Every curve of weights.yaml whose files are bundled is evaluated and published under its name; other
+bundled weights are published as the curve "small".
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from common import UserError, cli, data
+from common.evaluation.results import load_results
+from common.papers import ROOT, papers
+from common.recipes.pages import publish
+from common.recipes.recipe_file import as_list, read_recipe
+
+
+def bundled_curves(home: Path) -> dict[str, tuple[list[Path], list[str]]]:
+    """Weights files, and flags of eval.py for them, by the name of their curve."""
+    left = sorted((home / "weights").glob("*.pth"))
+    recipe = home / "weights.yaml"
+    known = read_recipe(recipe)["curves"] if recipe.exists() else {}
+    curves = {}
+    for name, curve in known.items():
+        files = [home / "weights" / file for file in curve["files"]]
+        if curve.get("bundle", True) and all(file in left for file in files):
+            curves[name] = files, [str(word) for word in curve.get("evaluate", [])]
+            left = [file for file in left if file not in files]
+    if left and "small" not in curves:
+        curves["small"] = left, []
+    elif left:
+        names = ", ".join(file.name for file in left)
+        print(f"note: {home.name}/weights has {names}, which belong to no curve of weights.yaml")
+    return curves
+
+
+def report(root: Path, args: argparse.Namespace) -> None:
+    """Evaluate and publish the bundled weights of one paper."""
+    home, images = root / args.paper, data.list_images(args.dataset)
+    official = home / "results"
+    into = args.into or official
+    curves = bundled_curves(home)
+    if not curves:
+        print(f"{args.paper}: there are no bundled weights to report")
+    recipe = home / "weights.yaml"
+    flag = as_list(read_recipe(recipe)["eval"]["dataset"]) if recipe.exists() else []
+    for name, (files, flags) in curves.items():
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "eval.py", *([*flag, str(args.dataset.resolve())]
+                                                    if args.dataset != data.KODAK else []),
+                       "--checkpoint", *map(str, files), "--resultdir", folder,
+                       "--outdir", str(Path(folder, "output")), "--threads", str(args.threads),
+                       "--device", args.device, *flags]
+            paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+            done = subprocess.run(command, cwd=home,
+                                  env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
+            results = sorted(Path(folder).glob("*.json"))
+            if done.returncode or len(results) != 1:
+                raise UserError(f"{args.paper}: eval.py did not write the results of {name}")
+            publish(root, args.paper, load_results(results[0]) | {"name": name}, into, images,
+                    into.resolve() == official.resolve())
+        print(f"{args.paper}: {into / name}.json and .png are written")
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("paper", choices=papers(root),
+                        help="name of the paper's folder")
+    parser.add_argument("--dataset", type=Path, default=data.KODAK, help="folder of test images")
+    parser.add_argument("--into", type=Path,
+                        help="folder to write to; the paper's results/ if not given")
+    parser.add_argument("--threads", type=cli.threads, default=0,
+                        help="number of CPU threads; 0 uses all")
+    parser.add_argument("--device", default="auto", help="device to code on: auto, cpu or cuda")
+    report(root, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    cli.run(main)
