@@ -2,9 +2,10 @@
 
     python -m common.evaluation.bench advdnic
 
-It times coding of a 512x768 image, with the part of the entropy model; the wavefronts of variant3_old
-against CompressAI's joint model, which decodes position by position; and a training step in bf16
-against float32. Weights are random, scaled so that latents take about half a bit per pixel.
+It times coding of a 512x768 image, with the part of the entropy model; the wavefronts of
+variant3_old against CompressAI's joint model, which decodes position by position; and a training
+step in bf16 against float32. Weights are random, scaled so that latents take about half a bit per
+pixel.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Compress a folder of images to files, decode them, and measure rate, distortion and time.
 
     python eval.py                                       bundled small weights, Kodak
-    python eval.py --model-dir experiments/variant2      that folder's last checkpoint, one or more
-    python eval.py --checkpoint A.pth B.pth              these weights: one point of the curve each
+    python eval.py --model-dir experiments/variant2      last checkpoint of one or more folders
+    python eval.py --checkpoint A.pth B.pth              these weights, one point of the curve each
     python eval.py --complexity                          parameters and GMACs of the ten
     torchrun --nproc_per_node=4 eval.py ...              images divided over processes
 
@@ -80,7 +80,7 @@ def find(args: argparse.Namespace) -> dict[str, list[Path]]:
 
 
 def print_complexity(num_filters: int = 128) -> None:
-    """Parameters and multiply-accumulates of the ten for one 768x512 image."""
+    """Print parameters and multiply-accumulates of the ten experiments for a 768x512 image."""
     print(f"one 768x512 image, N = {num_filters}; GMACs of convolutions as they are computed, of "
           "GDN and of attention")
     print(f"{'':14s}{'parameters':>11s}{'encoder':>9s}{'decoder':>9s}{'of it context':>15s}")

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def newest(folder: Path, device: torch.device) -> Experiment:
-    """The model of a folder, which must be of params.json's experiment."""
+    """Load the newest model of a folder, which must match its params.json."""
     values = params.read(folder)
     path = last_checkpoint(folder)
     model = load(path, device)
@@ -110,7 +110,7 @@ def last_checkpoint(folder: Path) -> Path:
 
 # ------------------------------------------------------------------------------------ one image
 def compress(model: Experiment, args: argparse.Namespace) -> None:
-    """Image -> file; with -V its measures, in OUTPUT.txt too, and the figure."""
+    """Compress an image; with -V, print its measurements, write them to OUTPUT.txt, and plot."""
     output = args.output_file or args.input_file.with_name(f"{args.input_file.name}.ncf")
     text_file, plot = (output.with_name(f"{output.name}.{end}") for end in ("txt", "panels.png"))
     plot = args.plot or plot
@@ -144,7 +144,7 @@ def decompress(model: Experiment, args: argparse.Namespace) -> None:
 
 
 def protect(inputs: list[Path], outputs: list[Path]) -> None:
-    """UserError when one of the outputs would replace an input or another output."""
+    """Raise UserError if an output would replace an input or another output."""
     taken = {path.resolve() for path in inputs}
     for path in outputs:
         if path.resolve() in taken:
@@ -155,7 +155,7 @@ def protect(inputs: list[Path], outputs: list[Path]) -> None:
 
 @torch.no_grad()
 def looked_at(model: Experiment, coded: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    """What is inside of a coded image: latents, parameters, bits, reconstruction; on the CPU."""
+    """Intermediate results of a coded image, on the CPU: latents, parameters, bits, x_hat."""
     conditional = model.gaussian_conditional
     y_bits = -conditional.likelihood_lower_bound(conditional._likelihood(
         coded["y_hat"], coded["scales"], coded["means"])).double().log2()
@@ -168,7 +168,7 @@ def looked_at(model: Experiment, coded: dict[str, Any], size: tuple[int, int]) -
 
 
 def measures(image: Tensor, inner: dict[str, Any], size: int) -> dict[str, Any]:
-    """Of a uint8 image (3, H, W) and what `looked_at` found in its file of `size` bytes."""
+    """Measurements of an image (3, H, W), uint8; inner: from `looked_at`; size: bytes of file."""
     decoded = data.to_uint8(inner["x_hat"])
     row = image_record("", image, decoded, size)
     ms_ssim = row["ms-ssim-rgb"] if math.isfinite(row["ms-ssim-rgb"]) else None
@@ -180,7 +180,7 @@ def measures(image: Tensor, inner: dict[str, Any], size: int) -> dict[str, Any]:
 
 
 def report(values: dict[str, Any]) -> str:
-    """The source's six lines."""
+    """The six lines that the source prints."""
     return "\n".join([f"Mean squared error: {values['mse']:.4f}",
                       f"PSNR (dB): {values['psnr']:.2f}",
                       f"Multiscale SSIM: {number(values['ms-ssim'])}",
@@ -194,7 +194,7 @@ def number(value: float | None) -> str:
 
 
 def panels(image: Tensor, inner: dict[str, Any], path: Path) -> None:
-    """Ten panels of the channel of y that costs most, and of z's."""
+    """Plot ten panels, for the channels of y and of z with the most bits."""
     from matplotlib.figure import Figure
 
     k, m = (int(inner[f"{name}_bits"].sum((1, 2)).argmax()) for name in ("y", "z"))
@@ -223,7 +223,7 @@ def panels(image: Tensor, inner: dict[str, Any], path: Path) -> None:
 
 # ------------------------------------------------------------------------------------- benchmark
 def benchmark(model: Experiment, args: argparse.Namespace) -> None:
-    """Code each image, decode it, compare; a CSV of a row an image, and of their mean."""
+    """Code, decode and compare each image; write a CSV with a row per image and their mean."""
     paths = data.list_images(args.data_dir or data.KODAK)
     folder = args.outdir or args.model_dir / "benchmark"
     names = image_names(paths)

@@ -1,4 +1,4 @@
-"""params.json of a model's folder: what the experiment is, as the source keeps it."""
+"""params.json in the folder of a model: the parameters of the experiment, as in the source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from advdnic.model import EXPERIMENTS
 
 NAME = "params.json"
 OPTIMIZERS = ("adam", "adam_w", "adamwd", "radam", "sgd", "momentum", "rmsprop", "adafactor",
-              "lamb", "muon")  # of the source's names those that PyTorch or timm has; muon is ours
+              "lamb", "muon")  # the source's names, as far as in PyTorch or timm; muon is ours
 DECAYS = ("constant", "exponential", "cosine", "cosine_restarts")
 DEFAULTS: dict[str, Any] = {
     "experiment": "base", "num_filters": 128, "patchsize": 256, "lmbda": 0.01,
@@ -31,7 +31,7 @@ POSITIVE = ("num_filters", "patchsize", "lmbda", "base_learning_rate", "aux_lear
 
 
 def boolean(text: str | bool) -> bool:
-    """true, yes, 1; false, no, 0. The source takes every word, False too, as true."""
+    """Parse true, yes, 1 or false, no, 0. The source takes every word, even False, as true."""
     value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(
         str(text).lower())
     if value is None:
@@ -40,7 +40,7 @@ def boolean(text: str | bool) -> bool:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The parameters of a model's folder over the defaults; UserError for what is not one."""
+    """The parameters in the folder of a model, over the defaults; UserError if there are none."""
     path = folder / NAME
     try:
         values = json.loads(path.read_text())
@@ -59,7 +59,7 @@ def write(folder: Path, values: dict[str, Any]) -> None:
 
 
 def checked(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """DEFAULTS with `values` in their places; UserError names a wrong one."""
+    """DEFAULTS updated with `values`; UserError for unknown names and wrong values."""
     result = dict(DEFAULTS)
     for key, value in values.items():
         if key not in DEFAULTS:
@@ -71,7 +71,7 @@ def checked(values: dict[str, Any], where: str) -> dict[str, Any]:
         try:
             fits = (kind(value) == value if number else isinstance(value, kind)
                     and isinstance(value, bool) == (kind is bool))
-        except (OverflowError, ValueError):  # Infinity, NaN, integers without end
+        except (OverflowError, ValueError):  # Infinity, NaN, huge integers
             fits = False
         if not fits:
             raise UserError(f"{where}: {key} {str(value)[:40]} is not {kind.__name__}")

@@ -198,7 +198,7 @@ class Waves:
         self.ring = ring * stride
         planes = partial(torch.zeros, batch, self.ring, dtype=torch.float64, device=device)
         self.x = planes(net.N + 1)
-        self.u = [planes(net.N) for _ in range(count)]  # outputs of the stem and of each net but the last
+        self.u = [planes(net.N) for _ in range(count)]  # of the stem, of nets but the last
         wide = [[planes(2 * net.N) for _ in range(n)] for n in (count + 1, count, count, count)]
         self.u_elu, self.u_mid, self.ul_elu, self.ul_mid = wide  # inputs of convolutions
         rows = torch.arange(height, device=device)

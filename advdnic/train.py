@@ -5,8 +5,9 @@
     python main.py --model-dir experiments/base train --epochs 10   the source's form of the same
     torchrun --nproc_per_node=4 train.py ...                        several processes
 
-What an experiment is stands in params.json of its folder; flags of the same names win over it and
-are written there when the folder is new. Checkpoints, log and TensorBoard events go there too.
+The parameters of an experiment are in params.json in its folder. Flags of the same names override
+them, and are written there if the folder is new. Checkpoints, log and TensorBoard events go there,
+too.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from torch import Tensor
 from advdnic import params
 from advdnic.model import EXPERIMENTS, Experiment, build
 
-KEPT = 5  # checkpoints
+KEPT = 5  # number of checkpoints that are kept
 LATEST = "latest.pth"
 MODEL = ("experiment", "num_filters", "variant1", "ep_compat", "mod2_down_inverse", "resnets",
          "stages", "scales_min", "scales_max", "scales_levels")
@@ -43,7 +44,7 @@ SAME_RUN = (*params.DEFAULTS, "batchsize", "images", "steps_per_epoch", "random_
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `main.py train`, and ours."""
+    """Add the flags of `main.py train`, and ours."""
     add = parser.add_argument_group("the source's flags").add_argument
     add("--train-data-dir", "--dataset",
         help="folder or .tar shards of training images; bundled photographs if not given")
@@ -69,7 +70,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="verbosity of the terminal; INFO and DEBUG show progress")
     add = parser.add_argument_group("keys of params.json").add_argument
     for key, value in params.DEFAULTS.items():
-        if key == "use_adversarial_loss":  # stands before the command, too
+        if key == "use_adversarial_loss":  # also a flag before the command
             continue
         kind = params.boolean if isinstance(value, bool) else type(value)
         names = [f"--{key}"] if key != "lmbda" else ["--lmbda", "--lambda"]
@@ -206,9 +207,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def settle_params(args: argparse.Namespace) -> None:
-    """Fill args with params.json of the folder, where flags do not say otherwise.
+    """Set args from params.json in the folder, where no flag is given.
 
-    A new run writes it there; on --resume a flag must not contradict the run's.
+    A new run writes params.json; with --resume, flags must not contradict it.
     """
     given = {key: getattr(args, key) for key in params.DEFAULTS
              if getattr(args, key, None) is not None}
@@ -228,7 +229,7 @@ def settle_params(args: argparse.Namespace) -> None:
 
 
 def seed_of(args: argparse.Namespace) -> int:
-    """--random-seed; or that of the run to resume; or a new one, the same in all processes."""
+    """--random-seed, that of the run to resume, or a new one, the same in all processes."""
     if args.random_seed is not None:
         return args.random_seed
     found = sorted([*args.model_dir.glob(LATEST), *epoch_checkpoints(args.model_dir)],
@@ -242,7 +243,7 @@ def seed_of(args: argparse.Namespace) -> int:
 
 
 def optimizers(model: Experiment, args: argparse.Namespace) -> tuple[Any, Any]:
-    """(main, aux): everything but the quantiles, and the quantiles."""
+    """Optimisers (main, aux) of the main parameters and of the quantiles."""
     if args.main_optimizer == "muon":
         return make_optimizers(model, "muon", args.base_learning_rate, args.aux_learning_rate)
     aux = [p for n, p in model.named_parameters() if n.endswith("quantiles")]
@@ -252,7 +253,7 @@ def optimizers(model: Experiment, args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def optimizer_of(name: str, parameters: Any, lr: float, weight_decay: float) -> Any:
-    """By the source's names."""
+    """Make an optimiser by its name in the source."""
     import timm.optim
 
     kinds = {"adam": torch.optim.Adam, "adam_w": torch.optim.AdamW, "adamwd": torch.optim.AdamW,
@@ -266,10 +267,10 @@ def optimizer_of(name: str, parameters: Any, lr: float, weight_decay: float) -> 
 
 
 def schedule(optimizer: Any, kind: str, per_epoch: int, total: int) -> Any:
-    """Stepped every step; decays of the source's names."""
+    """Schedule by its name in the source, stepped every training step."""
     rates = torch.optim.lr_scheduler
     def restarts(step: int) -> float:
-        """First cycle 1,000 steps; each five times as long as the last, from 3/4 of its rate."""
+        """Cycles: the first has 1,000 steps, each next one 5 times the length and 3/4 the rate."""
         height, length = 1.0, 1000
         while step >= length:
             height, length, step = 0.75 * height, 5 * length, step - length
@@ -284,7 +285,7 @@ def schedule(optimizer: Any, kind: str, per_epoch: int, total: int) -> Any:
 
 
 def profile(args: argparse.Namespace, step: int, folder: Path) -> Any:
-    """A trace of this training step in <folder>/profile, if its turn has come."""
+    """Write a trace of this training step to <folder>/profile, if it is due."""
     if not args.save_profiling_steps or step % args.save_profiling_steps or processes.rank():
         return contextlib.nullcontext()
     (folder / "profile").mkdir(parents=True, exist_ok=True)
@@ -294,7 +295,7 @@ def profile(args: argparse.Namespace, step: int, folder: Path) -> Any:
 
 # ------------------------------------------------------------------------------------- validation
 def validation_images(args: argparse.Namespace) -> list[Tensor]:
-    """uint8 (3, h, w) in whole 64s: central crops of --eval-patchsize, or the whole images."""
+    """Central crops (3, h, w), uint8, of --eval-patchsize or of whole images, in whole 64s."""
     if args.eval_patchsize and args.eval_patchsize < 64:
         raise UserError(f"--eval-patchsize {args.eval_patchsize}: give 64 or more")
     return central_parts(data.list_images(args.eval_data_dir or data.KODAK),
@@ -304,7 +305,7 @@ def validation_images(args: argparse.Namespace) -> list[Tensor]:
 @torch.no_grad()
 def validate(model: Experiment, images: list[Tensor], criterion: RateDistortionLoss,
              device: torch.device) -> dict[str, float]:
-    """Mean losses, quantised as in files, the rate estimated."""
+    """Mean losses over the images, quantised as in files, with estimated rate."""
     model.eval()
     sums: dict[str, float] = {}
     for image in images:

@@ -8,6 +8,7 @@ weights can initialise this model. Everything that the decoder recomputes uses e
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +188,7 @@ class Checkerboard(Codec):
         for string, (use_context, blocks) in zip(y_strings, self._passes(params), strict=True):
             count = self.M * sum(map(len, blocks))
             decoder = entropy.Decoders(string, count, tables)
-            for positions in blocks:
-                indexes, means = context.predict(positions, use_context)
-                context.put(positions, decoder.decode(indexes).to(means) + means)
+            context.walk(blocks, partial(_decoded, decoder), use_context)
             decoder.finish()
         x_hat = tiled(self.g_s, context.y_hat().to(z_hat.device), up=16)
         return {"x_hat": x_hat.clamp_(0, 1)}
@@ -208,13 +207,17 @@ class Checkerboard(Codec):
         y_rows = y.to(params.device).flatten(2).transpose(1, 2)  # (B, h*w, M)
         coded = []
         for use_context, blocks in self._passes(params):
-            parts = []
-            for positions in blocks:
-                indexes, means = context.predict(positions, use_context)
+            parts: list[tuple[Tensor, Tensor]] = []
+
+            def rounded(positions: Tensor, indexes: Tensor, means: Tensor,
+                        parts: list[tuple[Tensor, Tensor]] = parts) -> Tensor:
                 symbols = torch.round(y_rows[:, positions].to(means) - means)
-                context.put(positions, symbols + means)
                 parts.append((symbols, indexes))
-            coded.append(tuple(torch.cat(column, 1) for column in zip(*parts, strict=True)))
+                return symbols
+
+            context.walk(blocks, rounded, use_context)
+            symbols, indexes = (torch.cat(column, 1) for column in zip(*parts, strict=True))
+            coded.append((symbols, indexes))
         return context.y_hat().to(y.device), coded
 
     def _passes(self, params: Tensor) -> list[tuple[bool, list[Tensor]]]:
@@ -245,6 +248,11 @@ class Checkerboard(Codec):
                                "can start a training, with --init_ckpt)")
         net.load_state_dict(state_dict)
         return net
+
+
+def _decoded(decoder: entropy.Decoders, _: Tensor, indexes: Tensor, means: Tensor) -> Tensor:
+    """Symbols of the next positions, for `Context.walk`."""
+    return decoder.decode(indexes).to(means)
 
 
 def build(N: int = 192, M: int = 192, ckbd_forward: str = "onepass",

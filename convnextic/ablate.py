@@ -1,13 +1,13 @@
-"""Train the rows of the source's ablation table at equal steps and print ours beside it.
+"""Train the rows of the source's ablation table with equal steps, and compare with its results.
 
     python ablate.py                                    ablation.yaml, on the bundled photographs
     python ablate.py --rows baseline GDN --seed 1       some rows, another seed
     python ablate.py --config config.yaml -- --trainset /path --variant v1_patch --epochs 200
 
-Each row is one change of the baseline (v1_patch), trained by train.py as results/<name>-<row>/; a
-row that is there already is continued or read, not trained again. J = bpp + lmbda * 255^2 * MSE,
-from mean bpp and mean PSNR, as is all that the source has: compare rows by it, not by PSNR alone.
-What follows `--` goes to train.py.
+Each row is one change of the baseline (v1_patch), trained by train.py as results/<name>-<row>/. A
+row that exists is continued or read, not trained again. Compare rows by J, not by PSNR alone:
+J = bpp + lmbda * 255^2 * MSE, from mean bpp and mean PSNR, as the source only reports these. Flags
+after `--` are passed to train.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROWS = {
     "GDN": ["--block_norm", "gdn"],
     "k5 + drop path": ["--kernel_size", "5", "--drop_path_rate", "0.1"],
     "drop path": ["--drop_path_rate", "0.1"],
-    "stride 2 (v2)": ["--variant", "v2_stride2"],  # of another table of the source's
+    "stride 2 (v2)": ["--variant", "v2_stride2"],  # from another table of the source
 }
 PUBLISHED = {  # bpp, PSNR after 200 epochs: Flicker test split, 256x256 crops, estimated
     "3": {"baseline": (0.3024, 28.4361), "AdamW": (0.2947, 28.2912), "d3393": (0.3025, 28.4938),
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def result(name: str) -> dict[str, float | str]:
-    """What the last validation of a run found."""
+    """Result of the last validation of a run."""
     newest = sorted(Path("results", name).glob("*/snapshots/latest.pt"),
                     key=lambda path: path.stat().st_mtime_ns)[-1]
     state = load_checkpoint(newest)
@@ -87,7 +87,7 @@ def cost(bpp: float, psnr: float, lmbda: float) -> float:
 
 
 def table(found: dict[str, dict]) -> str:
-    """Rows with ours and the source's, J of each also relative to its baseline."""
+    """Table with our results and the source's, and J also relative to the baseline."""
     quality = next(iter(found.values()))["quality"]
     theirs = PUBLISHED.get(str(quality), {})
     lines = ["| row | steps | bpp | PSNR | J | against baseline | source: bpp | PSNR | J | against "

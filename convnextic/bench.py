@@ -2,9 +2,9 @@
 
     python -m common.evaluation.bench convnextic
 
-CompressAI has no such codec, so a training step is compared with the same step in PyTorch's defaults
-(float32, contiguous tensors, its gradient of depthwise weights). For coding, the share of time that
-the transforms take is printed.
+CompressAI has no such codec, so a training step is compared with the same step with PyTorch's
+defaults (float32, contiguous tensors, its gradient of depthwise weights). For coding, the share of
+time that the transforms take is printed.
 """
 
 from __future__ import annotations

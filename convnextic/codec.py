@@ -1,4 +1,4 @@
-"""Code one image file; patch by patch if wanted, and in the source's file format.
+"""Code one image file, optionally in patches or in the file format of the source.
 
     python codec.py encode --model nic -m mse -q 3 -o compressed.bin test.png
     python codec.py decode -o out.png compressed.bin
@@ -6,9 +6,9 @@
     python codec.py encode test.png --checkpoint VR.pt -lb 130 -ph 1088 -pw 1408    lmbda 0.013
     python codec.py encode test.png --format source               the source's header
 
-Without --checkpoint, the bundled small weights, of a variable rate: -q 1 to 4 (without it 3) or -lb
-5 to 160. Decoding recognises weights by the fingerprint in the file. The source's format has none:
-give --checkpoint again where it was given.
+Without --checkpoint, the bundled small weights are used, which have a variable rate: -q 1 to 4 (3
+if not given) or -lb 5 to 160. Decoding finds the weights by the fingerprint in the file. The format
+of the source has no fingerprint, so decoding needs the same --checkpoint as encoding.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from torch.nn import functional as F
 from convnextic.model import LMBDAS, ConvNeXTIC, load
 
 WEIGHTS = Path(__file__).parent / "weights"
-MODELS = ("cnexTIC", "nic")  # of which the source's files know the first, by its place
+MODELS = ("cnexTIC", "nic")  # the source's files store the index; only 0 is used
 METRICS = ("mse", "ms-ssim")
-PATCH = (1088, 1408)  # height, width: the source's
+PATCH = (1088, 1408)  # height, width in the source
 MULTIPLE = 256  # to which the source pads
 LMBDA_UNIT = 10_000  # -lb 130 is lmbda 0.013
 QUALITY = 3
@@ -53,11 +53,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    """Both forms of the source: `--command=encode --image X` is `encode X`."""
+    """Parse both forms of the source's command line: `encode X`, `--command=encode --image X`."""
     words = [word for part in argv for word in (
         part.split("=", 1) if part.startswith(("--command=", "--image=", "--input=")) else [part])]
     words = [w for w in words if w not in ("--command", "--image", "--input")]
-    for i, word in enumerate(words):  # the command may stand behind flags
+    for i, word in enumerate(words):  # the command may follow flags
         if word in ("encode", "decode"):
             words.insert(0, words.pop(i))
             break
@@ -93,7 +93,7 @@ def side(text: str) -> int:
 
 # ------------------------------------------------------------------------------------ our format
 def encode(model: ConvNeXTIC, x: Tensor, args: argparse.Namespace) -> tuple[bytes, str]:
-    """x (3, H, W) in [0, 1] -> the file, and what to print of it."""
+    """Encode x (3, H, W) in [0, 1]; return the file and a text about it."""
     quality = args.quality or QUALITY
     if model.variable_rate and args.lamb is None:
         args.lamb = round(LMBDAS[quality - 1] * LMBDA_UNIT)
@@ -118,7 +118,7 @@ def encode(model: ConvNeXTIC, x: Tensor, args: argparse.Namespace) -> tuple[byte
 
 
 def decode(model: ConvNeXTIC, file: bytes) -> Tensor:
-    """A file of ours, in patches or not -> x_hat (3, H, W)."""
+    """Decode a file in our format, with or without patches, to x_hat (3, H, W)."""
     parts = bitstream.unpack(file, model.tag)
     if len(parts.parameters) < 8:
         return image_file.decode_image(model, file)
@@ -128,7 +128,7 @@ def decode(model: ConvNeXTIC, file: bytes) -> Tensor:
 
 
 def lmbda_of(model: ConvNeXTIC, lamb: int | None) -> dict[str, float]:
-    """The rate that -lb asks for, as `compress` takes it."""
+    """The rate that -lb requests, as arguments of `compress`."""
     if not model.variable_rate:
         if lamb is not None:
             raise UserError(f"-lb {lamb}: this model has one rate; leave -lb out, or give a "
@@ -145,9 +145,10 @@ def lmbda_of(model: ConvNeXTIC, lamb: int | None) -> dict[str, float]:
 
 # --------------------------------------------------------------------------------------- patches
 def cut(x: Tensor, patch: tuple[int, int], mode: str) -> tuple[list[Tensor], tuple[int, int]]:
-    """Patches of x (3, H, W) in raster order, and where x lies in their grid.
+    """Patches of x (3, H, W) in raster order, and the position of x in their grid.
 
-    mode: how the grid is filled: "replicate", x in its corner; "zeros", around x, as the source.
+    mode: padding of the grid: "replicate", with x in the upper left corner; or "zeros", with x in
+    the centre, as in the source.
     """
     height, width = x.shape[1:]
     missing = [-height % patch[0], -width % patch[1]]
@@ -159,7 +160,7 @@ def cut(x: Tensor, patch: tuple[int, int], mode: str) -> tuple[list[Tensor], tup
 
 
 def check_area(x: Tensor, patch: tuple[int, int]) -> None:
-    """UserError for an image that, filled up to whole patches, would not be decoded again."""
+    """Raise UserError if x, padded to whole patches, would be too large to be decoded."""
     rows, columns = (-(-s // p) for s, p in zip(x.shape[1:], patch, strict=True))
     if rows * patch[0] * columns * patch[1] > bitstream.MAX_PIXELS:
         raise UserError(f"{rows * columns} patches of {patch[0]}x{patch[1]} are more than "
@@ -186,7 +187,7 @@ def decode_patches(model: ConvNeXTIC, strings: list[bytes], size: tuple[int, int
     if len(strings) != count * rows * columns:
         raise UserError(f"the file holds {len(strings)} strings, {count * rows * columns} are "
                         "needed: it is damaged or of another model")
-    grid = None  # made when something has been decoded: a few bytes can claim any size
+    grid = None  # allocated after a first patch: damaged files can state any size
     shape = tuple(s // factor for s in patch)
     for k, (i, j) in enumerate(corners(full, patch)):
         mine = [[s] for s in strings[k * count : (k + 1) * count]]
@@ -202,7 +203,7 @@ def decode_patches(model: ConvNeXTIC, strings: list[bytes], size: tuple[int, int
 
 
 def grown(size: tuple[int, int]) -> tuple[int, int]:
-    """The source's padding: 256, which suits every variant."""
+    """The padded size in the source: multiples of 256, which suits every variant."""
     return tuple(-(-s // MULTIPLE) * MULTIPLE for s in size)
 
 
@@ -213,7 +214,7 @@ def strings_of(model: ConvNeXTIC) -> int:
 # ----------------------------------------------------------------------------- the source's format
 @dataclass(frozen=True)
 class SourceFile:
-    """What the source's header says; patch and lamb of its variable-rate codec only."""
+    """Contents of a file in the source's format; patch and lamb for a variable rate only."""
 
     metric: str
     quality: int
@@ -245,7 +246,7 @@ def pack_source(model: ConvNeXTIC, x: Tensor, rate: dict[str, float], lamb: int 
 
 
 def unpack_source(file: bytes, variable: bool) -> SourceFile:
-    """UserError for a file that is foreign, cut, has something behind it, or absurd sizes."""
+    """Parse a file; UserError if it is foreign, truncated, too long, or states impossible sizes."""
     position = 0
 
     def take(form: str) -> tuple[int, ...]:
@@ -283,7 +284,7 @@ def unpack_source(file: bytes, variable: bool) -> SourceFile:
 
 
 def decode_source(args: argparse.Namespace) -> None:
-    """Decode a file of the source's format: nothing in it tells the weights or the variant."""
+    """Decode a file in the source's format, which identifies neither weights nor variant."""
     device = processes.start(args.device, threads=args.threads)
     file = read_file(args.input)
     if not file:

@@ -2,7 +2,7 @@
 
     python eval.py                                  bundled small weights, Kodak
     python eval.py --snapshot ./results/VCIP/7/snapshots/best.pt --testset /path/to/Kodak
-    python eval.py --checkpoint A.pt B.pt           these weights: one point of the curve each
+    python eval.py --checkpoint A.pt B.pt           these weights, one point of the curve each
     python eval.py --snapshot VR.pt --lmbda 0.0035 0.0067 0.013     rates of a variable-rate model
     torchrun --nproc_per_node=4 eval.py ...         images divided over processes
 
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
-    """What to evaluate, by the name of its curve."""
+    """Weights to evaluate, by the name of the curve."""
     small = sorted((HERE / "weights").glob("small-*.pth"))
     if args.snapshot or args.checkpoint:
         paths = [args.snapshot] if args.snapshot else args.checkpoint
@@ -89,7 +89,7 @@ def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
 
 
 def rates(model: ConvNeXTIC, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The operating points: one, or those of a variable-rate model."""
+    """The operating points of a model: one, or several if its rate is variable."""
     if not model.variable_rate:
         if args.lmbda:
             raise UserError("--lmbda is for variable-rate models; this one has one rate")
@@ -106,7 +106,7 @@ def rates(model: ConvNeXTIC, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def print_complexity() -> None:
-    """Parameters and multiply-accumulates for one 768x512 image, by both counting rules."""
+    """Print parameters and multiply-accumulates for a 768x512 image, by both counting rules."""
     print("one 768x512 image; masked convolutions with all their taps; 'thop' charges transposed "
           "convolutions by output pixels")
     for variant in VARIANTS:

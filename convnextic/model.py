@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -523,19 +524,12 @@ class ConvNeXTIC(Codec):
         z_hat = entropy.decode_bottleneck(self.entropy_bottleneck, z_strings, shape)
         params, tables = self._params(z_hat), entropy.Tables.of(self.gaussian_conditional)
         decoders = self._decoders(y_strings, params, tables)
-        groups = []
-        for _, context, blocks in self.context_model.passes(params, self._table()):
-            for which, positions in blocks:
-                indexes, means = context.predict(positions, which)
-                symbols = decoders[which if self.context == "mcm" else 0].decode(indexes)
-                context.put(positions, symbols.to(means) + means)
-            groups.append(context.y_hat())
+        y_hat = self._walk(params, lambda _, string, positions, indexes, means:
+                           decoders[string].decode(indexes).to(means))
         for decoder in decoders:
             decoder.finish()
-        y_hat = torch.cat(groups, 1).to(z_hat.device)
-        up = self.stride
-        x_hat = tiled(lambda part: self.synthesize(part, lmbda), y_hat, up=up, halo=HALO,
-                      limit=self.tile_above)
+        x_hat = tiled(lambda part: self.synthesize(part, lmbda), y_hat.to(z_hat.device),
+                      up=self.stride, halo=HALO, limit=self.tile_above)
         return {"x_hat": x_hat.clamp_(0, 1)}
 
     def _decoders(self, strings: list[list[bytes]], params: Tensor, tables: entropy.Tables) -> list:
@@ -562,17 +556,30 @@ class ConvNeXTIC(Codec):
     def _encode(self, y: Tensor, params: Tensor) -> tuple[Tensor, list[list]]:
         """Return y_hat (B, M, h, w), and [(symbols, CDF indexes), ...] for each string of y."""
         coded: list[list] = [[] for _ in range(4 if self.context == "mcm" else 1)]
+        rows = [section.flatten(2).transpose(1, 2)  # (B, h * w, channels)
+                for section in y.to(params.device).split(self.context_model.sizes, 1)]
+
+        def rounded(k: int, string: int, positions: Tensor, indexes: Tensor, means: Tensor
+                    ) -> Tensor:
+            symbols = torch.round(rows[k][:, positions].to(means) - means)
+            coded[string].append((symbols, indexes))
+            return symbols
+
+        return self._walk(params, rounded).to(y.device), coded
+
+    def _walk(self, params: Tensor, symbols: Callable[..., Tensor]) -> Tensor:
+        """y_hat (B, M, h, w), channel group after channel group.
+
+        symbols(k, string, positions, indexes, means): those of channel group k, which are coded in
+        the y string of this number.
+        """
         groups = []
-        sections = y.to(params.device).split(self.context_model.sizes, 1)
         for k, context, blocks in self.context_model.passes(params, self._table()):
-            rows = sections[k].flatten(2).transpose(1, 2)  # (B, h * w, channels)
             for which, positions in blocks:
-                indexes, means = context.predict(positions, which)
-                symbols = torch.round(rows[:, positions].to(means) - means)
-                context.put(positions, symbols + means)
-                coded[which if self.context == "mcm" else 0].append((symbols, indexes))
+                string = which if self.context == "mcm" else 0
+                context.walk([positions], partial(symbols, k, string), which)
             groups.append(context.y_hat())
-        return torch.cat(groups, 1).to(y.device), coded
+        return torch.cat(groups, 1)
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Tensor], **options: Any) -> ConvNeXTIC:

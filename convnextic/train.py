@@ -6,9 +6,9 @@
     python train.py --variant v5_vr --resume results/scctx/3/snapshots/best.pt --name vr
     torchrun --nproc_per_node=4 train.py ...             more processes or machines
 
-Everything goes to ./results/<name>/<quality_level>/: config.yaml, snapshots/best.pt,
+A run writes to ./results/<name>/<quality_level>/: config.yaml, snapshots/best.pt,
 snapshots/<epoch>_<bpp>_<mse>.pt, snapshots/latest.pt, logs/. `--resume` alone continues that run
-where it stopped; `--resume FILE` starts from weights, as in the source.
+where it stopped; `--resume FILE` starts a new run from weights, as in the source.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from convnextic.model import BASELINE, CHOICES, LMBDAS, VARIANTS, ConvNeXTIC, build, merged
 
-SOURCE_EPOCH = 2_450  # about, of the source's 20,000 photographs in batches of 8
+SOURCE_EPOCH = 2_450  # steps, about: the source has 20,000 photographs in batches of 8
 LATEST, BEST = "latest.pt", "best.pt"
 LMBDA_MIN = (0.0003, 0.0007, 0.001, 0.0015, 0.0035, 0.007, 0.013, 0.03)  # of a variable rate
 LMBDA_MAX = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.23)
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def choose_lmbda(args: argparse.Namespace) -> None:
-    """lmbda and its range from quality_level, where they are not given."""
+    """Set lmbda and its range from quality_level where they are not given."""
     quality = args.quality_level
     known = quality in map(str, range(1, len(LMBDAS) + 1))
     for key, values in (("lmbda", LMBDAS), ("lambda_min", LMBDA_MIN), ("lambda_max", LMBDA_MAX)):
@@ -258,7 +258,7 @@ def choose_lmbda(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what cannot be meant; say what has no effect."""
+    """Raise UserError for flags that contradict each other."""
     if args.eta_min > args.lr:
         raise UserError(f"--eta_min {args.eta_min} is above --lr {args.lr}")
     if args.startepoch and not args.resume:
@@ -268,7 +268,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def draw_lmbda(args: argparse.Namespace, step: int, count: int) -> Tensor:
-    """(count,) multipliers, one for each sample: of 21 equally spaced ones, uniformly."""
+    """Draw lmbda (count,) for each sample, uniformly from 21 equally spaced values."""
     values = np.linspace(args.lambda_max, args.lambda_min, VARIABLE_RATES)
     key = (args.seed + 2**33 + processes.rank()) % 2**64
     rng = np.random.Generator(np.random.Philox(key=key, counter=step))
@@ -276,7 +276,7 @@ def draw_lmbda(args: argparse.Namespace, step: int, count: int) -> Tensor:
 
 
 def optimizers(model: ConvNeXTIC, args: argparse.Namespace) -> tuple[Any, Any]:
-    """(main, aux). The source puts all of p(z), not its quantiles alone, under aux (`eb_group`)."""
+    """Optimisers (main, aux); in the source, aux trains all of p(z), not only its quantiles."""
     if args.optimizer == "muon":
         return make_optimizers(model, "muon", args.lr, args.lr_aux)
     named = dict(model.named_parameters())
@@ -295,7 +295,7 @@ def optimizers(model: ConvNeXTIC, args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def schedule(optimizer: Any, args: argparse.Namespace) -> Any:
-    """multistep, constant, or a cosine: past T_max it climbs again, as PyTorch's, or restarts."""
+    """Schedule by name; past T_max, cosine rises again, as PyTorch's, cosine_restarts restarts."""
     rates = torch.optim.lr_scheduler
     period = args.T_max or args.epochs
     if args.lr_schedule == "multistep":
@@ -308,7 +308,7 @@ def schedule(optimizer: Any, args: argparse.Namespace) -> Any:
 
 
 def load_weights(model: ConvNeXTIC, path: str) -> None:
-    """Strictly; but a variable-rate model may start from a fixed-rate one, its nets being 1."""
+    """Load weights strictly; a variable-rate model also accepts those of a fixed-rate model."""
     state = load_checkpoint(path)["model"]
     weights = {n: t for n, t in model.state_dict().items() if n.startswith("scale_")} | state
     try:
@@ -322,7 +322,7 @@ def load_weights(model: ConvNeXTIC, path: str) -> None:
 def validate(model: ConvNeXTIC, images: Tensor, args: argparse.Namespace,
              criterion: RateDistortionLoss, device: torch.device, log: Log, step: int
              ) -> dict[str, float]:
-    """Mean losses over central crops, quantised as in files, rate estimated; v5 at lambda_max."""
+    """Mean losses over central crops, quantised as in files, rate estimated; v5: at lambda_max."""
     model.eval()
     sums: dict[str, float] = {}
     for batch in images.split(args.batchsize_test):

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def print_complexity() -> None:
-    """Parameters and multiply-accumulates for one 768x512 image, by both counting rules."""
+    """Print parameters and multiply-accumulates for a 768x512 image, by both counting rules."""
     print("one 768x512 image; 'thop' charges transposed convolutions by output pixels, 4x too much,"
           " and skips GDN and entropy models")
     for code_rate, (N, M) in WIDTHS.items():

@@ -169,23 +169,24 @@ class JointAutoregressive(Codec):
         """Return y_hat (B, M, h, w), and symbols and CDF indexes (B, h*w, M) in coding order."""
         context = self._context(params)
         y_rows = y.to(params).flatten(2).transpose(1, 2).contiguous()  # (B, h*w, M)
-        all_symbols, all_indexes = [], []
-        for positions in wavefront(*y.shape[-2:], params.device):
-            indexes, means = context.predict(positions)
+        coded = []
+
+        def rounded(positions: Tensor, indexes: Tensor, means: Tensor) -> Tensor:
             symbols = torch.round(y_rows[:, positions] - means)
-            context.put(positions, symbols + means)
-            all_symbols.append(symbols)
-            all_indexes.append(indexes)
-        return context.y_hat().to(y.device), torch.cat(all_symbols, 1), torch.cat(all_indexes, 1)
+            coded.append((symbols, indexes))
+            return symbols
+
+        context.walk(wavefront(*y.shape[-2:], params.device), rounded)
+        symbols, indexes = (torch.cat(parts, 1) for parts in zip(*coded, strict=True))
+        return context.y_hat().to(y.device), symbols, indexes
 
     def _decode_waves(self, strings: list[bytes], params: Tensor) -> Tensor:
         """Decode y_hat (B, M, h, w) from one string per image."""
         context, tables = self._context(params), entropy.Tables.of(self.gaussian_conditional)
         h, w = params.shape[-2:]
         decoder = entropy.Decoders(strings, self.M * h * w, tables)
-        for positions in wavefront(h, w, params.device):
-            indexes, means = context.predict(positions)
-            context.put(positions, decoder.decode(indexes).to(means) + means)
+        context.walk(wavefront(h, w, params.device),
+                     lambda _, indexes, means: decoder.decode(indexes).to(means))
         decoder.finish()
         return context.y_hat()
 

@@ -121,7 +121,7 @@ def training(base: str, rounds: int) -> None:
 
 
 def once(name: str, ours: bench.Step, serial: bench.Step, rounds: int) -> None:
-    """As bench.compare, but the serial loop, which takes half a minute, is called once per round."""
+    """As bench.compare, but the serial loop, of half a minute or more, runs once per round."""
     bench.show(name, [(bench.seconds(serial), bench.timed(ours)) for _ in range(rounds)])
 
 

@@ -56,7 +56,7 @@ def flags() -> argparse.ArgumentParser:
         help="regulator, e.g. 1.5 or 1/2.5; "
         f"a decimal outside [{FACTORS[0]:g}, {FACTORS[1]:g}] means --sweep")
     add("--patch", type=cli.positive_int, default=64,
-        help="number of pixels of which height and width are padded to a multiple")
+        help="multiple to which height and width are padded, in pixels")
     add("--s", type=int, help="level of rate; the number of levels or more means all of them. "
         "If not given, all levels, or with --path the source's 2")
     add = parser.add_argument_group("our flags for this paper").add_argument
@@ -228,7 +228,7 @@ def against_fixed(ours: dict[str, Any], fixed: dict[str, Any]) -> str:
 
 
 def print_complexity() -> None:
-    """Parameters and multiply-accumulates for one 768x512 image, by both counting rules."""
+    """Print parameters and multiply-accumulates for a 768x512 image, by both counting rules."""
     print("one 768x512 image; 'thop' charges transposed convolutions by output pixels, 4x too much,"
           " and skips GDN, entropy models and the masked convolution")
     for base, (N, M) in WIDTHS.items():

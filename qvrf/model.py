@@ -277,12 +277,14 @@ class QVRF(Codec):
             rows = y.flatten(2).transpose(1, 2).contiguous()  # (B, h * w, M)
             symbols, means = torch.empty_like(rows), torch.empty_like(rows)
             indexes = torch.empty_like(rows, dtype=torch.int32)
-            for positions in wavefront(height, width, params.device):
-                wave_indexes, wave_means = context.predict(positions)
+
+            def rounded(positions: Tensor, wave_indexes: Tensor, wave_means: Tensor) -> Tensor:
                 wave = torch.round((rows[:, positions] - wave_means) * float(a))
-                context.put(positions, wave * (1 / float(a)) + wave_means)
                 symbols[:, positions], means[:, positions] = wave, wave_means
                 indexes[:, positions] = wave_indexes
+                return wave
+
+            context.walk(wavefront(height, width, params.device), rounded)
             return tuple(t.transpose(1, 2).unflatten(2, (height, width))
                          for t in (symbols, indexes, means))
 
@@ -291,10 +293,8 @@ class QVRF(Codec):
         """Decode y_hat (B, M, h, w), float32, from one string per image."""
         context, (height, width) = self._context(params, a), params.shape[-2:]
         decoder = entropy.Decoders(strings, self.M * height * width, tables)
-        for positions in wavefront(height, width, params.device):
-            indexes, means = context.predict(positions)
-            symbols = decoder.decode(indexes).to(means)
-            context.put(positions, symbols * (1 / a) + means)
+        context.walk(wavefront(height, width, params.device),
+                     lambda _, indexes, means: decoder.decode(indexes).to(means))
         decoder.finish()
         return context.y_hat()
 

@@ -283,8 +283,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 def starting_point(args: argparse.Namespace, out: Path) -> tuple[Path | None, Path | None]:
     """(weights to start from, run to continue), of which at most one is not None.
 
-    --checkpoint alone continues that run, as in the source. Without it, a stage starts from the best
-    weights of the previous stage in --out.
+    --checkpoint alone continues that run, as in the source. Without it, a stage starts from the
+    best weights of the previous stage in --out.
     """
     if args.checkpoint:
         path = Path(args.checkpoint)

@@ -3,9 +3,9 @@
     python -m common.evaluation.bench tbtc
     python -m tbtc.bench SWINT_CHECKPOINT       the bits that padding costs
 
-It times decoding by part; ChARM against CompressAI's codec of channel groups, with the same networks
-in floats; our Swin blocks against timm's and PyTorch's fused attention; and a training step of
-SwinT-ChARM S in bf16 against float32.
+It times decoding by part; ChARM against CompressAI's codec of channel groups, with the same
+networks in floats; our Swin blocks against timm's and PyTorch's fused attention; and a training
+step of SwinT-ChARM S in bf16 against float32.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def stopwatch(model: ZYC2022, device: str) -> Iterator[dict[str, float]]:
 
 
 def charm(rounds: int) -> None:
-    """Time the decoding of y given the output of h_s: ours in exact arithmetic, against CompressAI's
+    """Time the decoding of y given the output of h_s: ours, exact, against CompressAI's
     ChannelGroupsLatentCodec in floats; and the entropy decoding within.
     """
     model = lively("zyc2022-conv-charm")

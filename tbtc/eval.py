@@ -2,7 +2,7 @@
 
     python eval.py                                      bundled small weights, Kodak
     python eval.py checkpoint /path/to/kodak -a zyc2022-swint-charm --cuda -v -p A.ckpt B.ckpt
-    python eval.py pretrained /path/to/kodak -a zyc2022-swint-charm      the bundled ones of it
+    python eval.py pretrained /path/to/kodak -a zyc2022-swint-charm      its bundled weights
     python eval.py --complexity                         parameters and MACs of all models, by part
     torchrun --nproc_per_node=4 eval.py ...             images divided over processes
 
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
-    """What to evaluate, by the name of its curve: bundled weights have one for each model."""
+    """Weights to evaluate, by the name of the curve; bundled weights have a curve per model."""
     if args.source == "checkpoint" and not (args.path or args.checkpoint):
         raise UserError("checkpoint: name weights with -p")
     if args.path and args.source != "checkpoint":
@@ -119,7 +119,7 @@ def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
 
 def measure(model: SliceCoder, images: list[Path], name: str, checkpoint: Path,
             args: argparse.Namespace) -> dict[str, Any]:
-    """One operating point."""
+    """Evaluate one operating point."""
     config = model.provenance.config
     meta = {"model": model.name, "quality": config.get("quality"), "steps_source": SOURCE_STEPS}
     meta = {key: value for key, value in meta.items() if value is not None}
@@ -133,7 +133,7 @@ def measure(model: SliceCoder, images: list[Path], name: str, checkpoint: Path,
 
 
 def as_eval_model(curve: dict[str, Any], args: argparse.Namespace) -> None:
-    """What CompressAI's eval_model prints and writes."""
+    """Print and write the results as CompressAI's eval_model does."""
     kind = "entropy estimation" if args.entropy_estimation else args.entropy_coder
     keys = ("psnr-rgb", "ms-ssim-rgb", "bpp", "encoding_time", "decoding_time")
     name = args.architecture or curve["name"]

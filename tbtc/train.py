@@ -5,8 +5,8 @@
     python train.py --model zyc2022-conv-charm --quality S --lmbda 0.0067 --dataset_directory /path
     torchrun --nproc_per_node=2 train.py --scale_lr ...  several processes; or --devices 0 1
 
-The source has its settings in a Python class; here they are flags and YAML keys of the same names.
-A run goes to ckpt/<model>-lambda=<lmbda>-beta=<beta>/lightning_logs/version_<n>/: hparams.yaml,
+The source has a Python class of settings; here they are flags and YAML keys of the same names. A
+run writes to ckpt/<model>-lambda=<lmbda>-beta=<beta>/lightning_logs/version_<n>/: hparams.yaml,
 model.txt, TensorBoard events, log.txt, checkpoints/. `--resume` continues the newest version.
 """
 
@@ -41,7 +41,7 @@ from tbtc.model import CHARM_WIDTHS, MODELS, SIZES, SPLITS, SliceCoder, build, l
 
 LATEST = "latest.ckpt"
 PRECISIONS = {"auto": "auto", "bf16": "bf16", "fp32": "fp32", "32-true": "fp32", "32": "fp32",
-              "bf16-mixed": "bf16"}  # ours, and Lightning's names
+              "bf16-mixed": "bf16"}  # our names and Lightning's
 SAME_RUN = ("model", "quality", "charm_widths", "split", "num_heads", "lmbda", "beta", "metric",
             "train_batch_size", "train_patch_size", "net_lr", "aux_lr", "scale_lr", "optimizer",
             "lr_schedule", "warmup", "decay_at", "gradient_clip_norm", "quantiles",
@@ -245,9 +245,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check(args: argparse.Namespace, given: Iterable[str] = ()) -> argparse.Namespace:
-    """Refuse what cannot be meant; one number of a patch size is both sides.
+    """Raise UserError for contradictory flags; a single number of a patch size means both sides.
 
-    given: flags of the command line, of which --lmbda or --beta wins over the other from a YAML.
+    given: flags on the command line; --lmbda or --beta there overrides the other one of a YAML.
     """
     if args.lmbda and args.beta and ("--lmbda" in given) != ("--beta" in given):
         setattr(args, "beta" if "--lmbda" in given else "lmbda", None)
@@ -280,7 +280,7 @@ def check(args: argparse.Namespace, given: Iterable[str] = ()) -> argparse.Names
 
 # ------------------------------------------------------------------------------ runs, checkpoints
 def run_folder(config: dict[str, Any]) -> Path:
-    """Where Lightning keeps the versions of a run, by the settings that name it."""
+    """Folder in which Lightning keeps the versions of a run, named after its settings."""
     keys = ("ckpt_dir", "model", "lmbda", "beta")
     root, model, lmbda, beta = (config.get(key) for key in keys)
     lmbda = 0.01 if lmbda is None and beta is None else lmbda
@@ -293,20 +293,20 @@ def versions(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest of a version's checkpoints that can be continued."""
+    """The newest checkpoint of a version that can be continued."""
     found = [*folder.glob("checkpoints/*-last.ckpt"), *folder.glob(f"checkpoints/{LATEST}")]
     return max(found, key=lambda p: p.stat().st_mtime_ns, default=None)
 
 
 def version(args: argparse.Namespace) -> tuple[Path, Path | None]:
-    """This run's folder, and the checkpoint it goes on from."""
+    """Folder of this run, and the checkpoint from which it continues."""
     root = run_folder(vars(args))
     have = versions(root)
-    for folder in reversed(have if args.resume else []):  # one may have been stopped too early
+    for folder in reversed(have if args.resume else []):  # some may have no checkpoint
         if checkpoint := newest_checkpoint(folder):
             return folder, checkpoint
     number = int(have[-1].name.split("_")[1]) + 1 if have else 0
-    if processes.world() > 1:  # all processes write to the first one's
+    if processes.world() > 1:  # all use the folder of the first
         numbers = [number]
         torch.distributed.broadcast_object_list(numbers)
         number = numbers[0]
@@ -314,7 +314,7 @@ def version(args: argparse.Namespace) -> tuple[Path, Path | None]:
 
 
 class LightningCheckpoints(Checkpoints):
-    """Lightning's names; of each kind only the newest is kept."""
+    """Checkpoints with Lightning's names, of which only the newest of each kind is kept."""
 
     def discard(self, names: list[str]) -> None:
         for name in names if processes.rank() == 0 else ():
@@ -322,10 +322,10 @@ class LightningCheckpoints(Checkpoints):
 
 
 class EMA:
-    """Exponential moving average of all parameters, in a model of its own for validation and files.
+    """Exponential moving average of all parameters, as a separate model for validation and coding.
 
-    After n updates the decay is min(decay, (1 + n) / (10 + n)), so that the first weights are soon
-    forgotten.
+    After n updates, the decay is min(decay, (1 + n) / (10 + n)), so that the first weights are
+    forgotten quickly.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -338,7 +338,7 @@ class EMA:
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
 
     def settled(self) -> SliceCoder:
-        """A copy to code with: its quantiles and tables fit the averaged densities."""
+        """A copy for coding, whose quantiles and tables match the averaged densities."""
         model = copy.deepcopy(self.model)
         model.update(force=True, update_quantiles=True)
         return model
@@ -355,7 +355,7 @@ class EMA:
 
 
 def start_from(model: SliceCoder, path: Path) -> None:
-    """Copy the weights of a checkpoint, ours or the source's; the averaged ones if it has some."""
+    """Load the weights of a checkpoint, ours or the source's; averaged ones if there are any."""
     trained = load(path)
     try:
         model.load_state_dict(trained.state_dict())
@@ -365,8 +365,8 @@ def start_from(model: SliceCoder, path: Path) -> None:
 
 
 def schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> Any:
-    """Stepped every step: linear warm-up from a hundredth, then constant with one step down to a
-    tenth, or a cosine to zero.
+    """Schedule, stepped every training step: linear warm-up from 1 % of the rate, then a constant
+    rate with one drop to a tenth, or a cosine to zero.
     """
     total = args.num_epochs * args.steps_per_epoch
     warm = round(args.warmup * total)
@@ -383,7 +383,7 @@ def schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> Any:
 
 # ------------------------------------------------------------------------------------- validation
 def validation_images(args: argparse.Namespace) -> list[Tensor]:
-    """uint8 (3, h, w): central crops of `valid_patch_size`, or what an image has, in whole 64s."""
+    """Central crops (3, h, w), uint8, of `valid_patch_size` or less, with sides in whole 64s."""
     root, folder = Path(args.dataset_directory or ""), data.KODAK
     for name in ("valid", "test") if args.dataset_directory else ():
         if (root / name).is_dir():
@@ -395,7 +395,7 @@ def validation_images(args: argparse.Namespace) -> list[Tensor]:
 @torch.no_grad()
 def validate(model: SliceCoder, images: list[Tensor], args: argparse.Namespace,
              criterion: RateDistortionLoss, device: torch.device) -> dict[str, float]:
-    """Mean losses over images quantised as in files, their rate estimated."""
+    """Mean losses over the images, quantised as in files, with estimated rate."""
     model.eval()
     sums: dict[str, float] = {}
     first = 0

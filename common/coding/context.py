@@ -6,15 +6,12 @@ of positions, each of which depends on earlier groups only: a pixel, a wavefront
 checkerboard. Both must obtain the same bits, so all arithmetic here is exact (exact.py).
 
     context = Context(context_prediction, entropy_parameters, params, scale_table)
-    for positions in groups:
-        indexes, means = context.predict(positions)
-        symbols = ...                                   # rounded from y, or from the decoder
-        context.put(positions, symbols + means)
+    context.walk(groups, symbols)       # symbols(positions, indexes, means): rounded, or decoded
     y_hat = context.y_hat()
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from common.coding import exact
@@ -26,6 +23,9 @@ from torch import Tensor, nn
 MEAN_BITS = 8  # means are multiples of 2^-8, of 2^-9 for a gain above 1, 2^-10 above 2, ...
 HYPER_BYTES = 2**28  # up to this size, the first layer sees all hyper parameters at once
 ROWS = 4  # CPUs multiply matrices with a multiple of 4 rows up to 1.6 times faster
+
+
+Symbols = Callable[[Tensor, Tensor, Tensor], Tensor]  # positions, CDF indexes, means -> symbols
 
 
 class CausalConv(MaskedConv2d):
@@ -85,6 +85,7 @@ class Context:
         device, channels = params.device, layers[0].in_channels
         self.shape = (batch, channels, height, width)
         self.boundaries = exact.scale_boundaries(scale_table.to(device)) / gain
+        self.gain = gain
         mantissa, exponent = math.frexp(gain)
         self.mean_bits = MEAN_BITS + max(0, exponent - (mantissa == 0.5))
         self.neighbours = [exact.Rows(layer, f"context_prediction.{i}", device)
@@ -149,6 +150,17 @@ class Context:
             x = layer(x)
         scales, means = x[:n].view(batch, len(positions), -1).chunk(2, dim=2)
         return scales, means
+
+    def walk(self, groups: Iterable[Tensor], symbols: Symbols, context: int | bool = True) -> None:
+        """Code one group of positions after the other, as encoder or as decoder.
+
+        symbols(positions, indexes, means): the symbols at these positions (B, n, M), which the
+        encoder rounds from (y - means) * gain and the decoder reads from its string; context: as
+        in `predict`.
+        """
+        for positions in groups:
+            indexes, means = self.predict(positions, context)
+            self.put(positions, symbols(positions, indexes, means) * (1 / self.gain) + means)
 
     def put(self, positions: Tensor, y_hat: Tensor) -> None:
         """Store the decoded latents y_hat (B, n, M) of positions (n,)."""

@@ -1,4 +1,4 @@
-"""What every train.py has around its loop: the shared flags, and `Run`."""
+"""The parts of a train.py around its loop: the shared flags, and `Run`."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Run:
         return self.epoch + 1 == self.epochs
 
     def announce(self, config: dict[str, Any], bundled: bool, flag: str = "--epochs") -> None:
-        """Print the configuration and what is trained on what; flag: the one for more epochs."""
+        """Print configuration, images and hardware; flag: the flag that sets the epochs."""
         if processes.rank() > 0:
             return
         print(yaml.safe_dump(config, sort_keys=False).strip())
@@ -149,7 +149,7 @@ class Run:
             self.save(self.latest, **state)
 
     def end_epoch(self) -> tuple[str, dict[str, float]]:
-        """The line for the log, and the mean losses over the epoch."""
+        """Return the line for the log, and the mean losses over the epoch."""
         means = self.log.means()
         return (f"epoch {self.epoch}  step {self.step}  train loss {means['loss']:.4f} "
                 f"bpp {means['bpp']:.4f}"), means

@@ -16,9 +16,9 @@ from torch import Tensor
 
 
 def check_images(metric: str, paths: Iterable[Path], patch_size: int) -> None:
-    """UserError when a crop, or a validation image, is too small for the metric or unreadable.
+    """Raise UserError if a crop or a validation image is too small for the metric or unreadable.
 
-    A mistake is reported before the training starts, not hours later.
+    This reports a mistake before the training starts, not hours later.
     """
     check_size(metric, (patch_size, patch_size))
     for path in paths:
@@ -26,7 +26,7 @@ def check_images(metric: str, paths: Iterable[Path], patch_size: int) -> None:
 
 
 def central_crops(paths: Iterable[Path], size: Sequence[int], flag: str) -> Tensor:
-    """Centres of images, uint8 (n, 3, *size), size = (height, width).
+    """Central crops of images, uint8 (n, 3, *size), size = (height, width).
 
     UserError names an image that is smaller; flag: the flag that sets the size.
     """
@@ -41,7 +41,7 @@ def central_crops(paths: Iterable[Path], size: Sequence[int], flag: str) -> Tens
 
 
 def central_parts(paths: Iterable[Path], size: Sequence[int], multiple: int = 64) -> list[Tensor]:
-    """Centres of images, uint8 (3, h, w): `size` (height, width) or less, in whole `multiple`s.
+    """Central parts of images, uint8 (3, h, w): `size` or less, in whole multiples of `multiple`.
 
     UserError names an image that is smaller than one multiple.
     """
@@ -60,9 +60,9 @@ def central_parts(paths: Iterable[Path], size: Sequence[int], multiple: int = 64
 @torch.no_grad()
 def validate(model: Codec, paths: list[Path], batch_size: int, criterion: RateDistortionLoss,
              device: torch.device, log: Log, step: int) -> dict[str, float]:
-    """Mean losses over whole images, quantised as in coding, rate estimated; in float32.
+    """Mean losses over whole images, quantised as in coding, with estimated rate; in float32.
 
-    The losses go to TensorBoard, and so does the last image beside its reconstruction.
+    The losses and the last image with its reconstruction are logged to TensorBoard.
     """
     model.eval()
     sums: dict[str, float] = {}
