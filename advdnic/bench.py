@@ -72,7 +72,7 @@ def waves(rounds: int) -> None:
     theirs.update(force=True)
     x = photograph()
     files = ours.compress(x), theirs.compress(x)
-    bench.compare("advdnic variant3_old: decompress, beside CompressAI's joint model",
+    bench.compare("advdnic variant3_old: decompress, and CompressAI's joint model",
                   lambda: ours.decompress(files[0]["strings"], files[0]["shape"]),
                   lambda: theirs.decompress(files[1]["strings"], files[1]["shape"]), rounds)
 

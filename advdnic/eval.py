@@ -81,8 +81,8 @@ def find(args: argparse.Namespace) -> dict[str, list[Path]]:
 
 def print_complexity(num_filters: int = 128) -> None:
     """Print parameters and multiply-accumulates of the ten experiments for a 768x512 image."""
-    print(f"one 768x512 image, N = {num_filters}; GMACs of convolutions as they are computed, of "
-          "GDN and of attention")
+    print(f"one 768x512 image, N = {num_filters}; GMACs of convolutions, GDN and "
+          "attention")
     print(f"{'':14s}{'parameters':>11s}{'encoder':>9s}{'decoder':>9s}{'of it context':>15s}")
     for experiment in EXPERIMENTS:
         found = complexity_of_parts(build(experiment, num_filters))

@@ -130,7 +130,7 @@ def compress(model: Experiment, args: argparse.Namespace) -> None:
         print(text)
         write_atomic(text_file, f"{text}\n".encode())
         bits = inner["y_bits"].sum((1, 2)).tolist()
-        print("bits of y's channels, the most first: " + ", ".join(
+        print("bits of the channels of y, in descending order: " + ", ".join(
             f"{k}: {bits[k]:.0f}" for k in sorted(range(len(bits)), key=lambda k: -bits[k])))
     panels(image, inner, plot)
 
@@ -148,7 +148,7 @@ def protect(inputs: list[Path], outputs: list[Path]) -> None:
     taken = {path.resolve() for path in inputs}
     for path in outputs:
         if path.resolve() in taken:
-            raise UserError(f"{path}: would replace what is read or written beside it; name "
+            raise UserError(f"{path}: would replace an input or another output; name "
                             "another output")
         taken.add(path.resolve())
 

@@ -87,7 +87,7 @@ def checked(values: dict[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f"{where}: scales_min must lie below scales_max, scales_levels above 1")
     if result["main_optimizer"] == "muon" and (result["weight_decay"]
                                                or result["aux_optimizer"] != "adam"):
-        raise UserError(f"{where}: main_optimizer muon goes without weight_decay and with "
+        raise UserError(f"{where}: main_optimizer muon needs weight_decay 0 and "
                         "aux_optimizer adam")
     if result["aux_optimizer"] == "muon":
         raise UserError(f"{where}: muon is for the main parameters only")

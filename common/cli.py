@@ -28,7 +28,7 @@ def run(main: Callable[[], None]) -> None:
     except OSError as e:
         _fail(f"{e.filename}: {e.strerror or e}" if e.filename else str(e.strerror or e), 2)
     except KeyboardInterrupt:
-        _fail("interrupted (a training goes on with --resume)", 130)
+        _fail("interrupted (continue a training with --resume)", 130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

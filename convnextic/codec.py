@@ -87,7 +87,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def side(text: str) -> int:
     value = cli.positive_int(text)
     if value % 64 or value > bitstream.MAX_SIDE:
-        raise argparse.ArgumentTypeError(f"{text} is no multiple of 64 up to {bitstream.MAX_SIDE}")
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a multiple of 64 up to {bitstream.MAX_SIDE}")
     return value
 
 

@@ -96,7 +96,7 @@ def rates(model: ConvNeXTIC, args: argparse.Namespace) -> list[dict[str, Any]]:
         return [{}]
     config = model.provenance.config
     if not args.lmbda and not {"lambda_min", "lambda_max"} <= set(config):
-        raise UserError("these weights do not tell their range of rates: give --lmbda")
+        raise UserError("these weights do not state their range of rates: give --lmbda")
     values = args.lmbda or np.geomspace(config["lambda_min"], config["lambda_max"], RATES).tolist()
     low, high = config.get("lambda_min", 0), config.get("lambda_max", max(values))
     if args.lmbda and not (0.999 * low <= min(values) and max(values) <= 1.001 * high):
@@ -107,8 +107,8 @@ def rates(model: ConvNeXTIC, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def print_complexity() -> None:
     """Print parameters and multiply-accumulates for a 768x512 image, by both counting rules."""
-    print("one 768x512 image; masked convolutions with all their taps; 'thop' charges transposed "
-          "convolutions by output pixels")
+    print("one 768x512 image; masked convolutions with all their taps; 'thop' counts transposed "
+          "convolutions per output pixel")
     for variant in VARIANTS:
         for N, M in ((128, 192), (192, 320)):
             model = build(variant, N, M)

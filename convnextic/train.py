@@ -254,7 +254,7 @@ def choose_lmbda(args: argparse.Namespace) -> None:
     for key in ("quality_level", "name"):
         value = getattr(args, key)
         if not value or value == ".." or Path(value).name != value:
-            raise UserError(f"--{key} '{value}': is the name of a folder")
+            raise UserError(f"--{key} '{value}': must be the name of a folder")
 
 
 def check(args: argparse.Namespace) -> None:

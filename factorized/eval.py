@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def print_complexity() -> None:
     """Print parameters and multiply-accumulates for a 768x512 image, by both counting rules."""
-    print("one 768x512 image; 'thop' charges transposed convolutions by output pixels, 4x too much,"
-          " and skips GDN and entropy models")
+    print("one 768x512 image; 'thop' counts transposed convolutions per output pixel, 4x too many,"
+          " and omits GDN and entropy models")
     for code_rate, (N, M) in WIDTHS.items():
         counts = complexity(build(N, M))
         print(f"{code_rate:5s} N={N} M={M}  parameters {counts['params_total']:,} "

@@ -109,7 +109,7 @@ def check(args: argparse.Namespace) -> None:
     if args.sweep and args.factormode == 0:
         raise UserError("--sweep is for continuous rates: give --factormode 1 with it")
     if args.s is not None and args.s < 0:
-        raise UserError(f"--s {args.s}: levels count from 0")
+        raise UserError(f"--s {args.s}: levels are counted from 0")
     if args.patch % QVRF.downsampling_factor:
         raise UserError(f"--patch {args.patch}: give a multiple of {QVRF.downsampling_factor}")
     if args.patch != QVRF.downsampling_factor and not args.entropy_estimation:
@@ -140,7 +140,7 @@ def exported(path: Path) -> Path:
     stem, dot, suffixes = path.name.partition(".")
     found = sorted(path.parent.glob(f"{stem}-????????{dot}{suffixes}"))
     if not path.exists() and len(found) > 1:
-        raise UserError(f"{path}: which one of {', '.join(p.name for p in found)}?")
+        raise UserError(f"{path}: ambiguous, name one of {', '.join(p.name for p in found)}?")
     return found[0] if found and not path.exists() else path
 
 
@@ -229,8 +229,8 @@ def against_fixed(ours: dict[str, Any], fixed: dict[str, Any]) -> str:
 
 def print_complexity() -> None:
     """Print parameters and multiply-accumulates for a 768x512 image, by both counting rules."""
-    print("one 768x512 image; 'thop' charges transposed convolutions by output pixels, 4x too much,"
-          " and skips GDN, entropy models and the masked convolution")
+    print("one 768x512 image; 'thop' counts transposed convolutions per output pixel, 4x too many,"
+          " and omits GDN, entropy models and the masked convolution")
     for base, (N, M) in WIDTHS.items():
         counts = complexity(build(base))
         print(f"{base:6s} N={N} M={M}  parameters {counts['params_total']:,} "

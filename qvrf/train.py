@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume and (out / NEWEST).exists():
         config = load_checkpoint(out / NEWEST).get("config", {})
         if config.get("stage") not in stages:
-            raise UserError(f"{out / NEWEST} is of stage {config.get('stage')}, not of --stage "
+            raise UserError(f"{out / NEWEST} belongs to stage {config.get('stage')}, not to --stage "
                             f"{' '.join(map(str, stages))}: leave --resume out")
         done = stages.index(config["stage"])
     for i, stage in enumerate(stages):

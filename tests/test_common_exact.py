@@ -5,7 +5,7 @@ import io
 import math
 
 from common import UserError
-from common.coding import exact, exact_int8, exact_tables
+from common.coding import exact, exact_int8, exact_layers, exact_tables
 
 import pytest
 import torch
@@ -176,7 +176,7 @@ def test_strips_equal_the_whole(monkeypatch):
         exact.run(strided, whole_input := latent(1, 8, 40, 31)),
     )
     for elements in (1, 30_000):
-        monkeypatch.setattr(exact, "STRIP_ELEMENTS", elements)
+        monkeypatch.setattr(exact_layers, "STRIP_ELEMENTS", elements)
         assert torch.equal(exact.run(h_s, z), whole)
         assert torch.equal(exact.run(strided, whole_input), whole_strided)
 
@@ -270,9 +270,9 @@ def test_spec_survives_a_checkpoint_and_wins_over_new_defaults(monkeypatch):
     file.seek(0)
     spec = torch.load(file, weights_only=True)
 
-    monkeypatch.setattr(exact, "GRID_BITS", 9)
-    monkeypatch.setattr(exact, "CLAMP_BITS", 10)
-    monkeypatch.setattr(exact, "WEIGHT_BITS", 10)
+    monkeypatch.setattr(exact_layers, "GRID_BITS", 9)
+    monkeypatch.setattr(exact_layers, "CLAMP_BITS", 10)
+    monkeypatch.setattr(exact_layers, "WEIGHT_BITS", 10)
     later = hyper_synthesis()  # the same weights, as a later version of the code would load them
     assert not torch.equal(exact.run(later, z), y)
     exact.restore(later, spec)
@@ -344,7 +344,7 @@ def test_digits_give_the_bits_of_float64(layer, shape, strip, monkeypatch):
     with torch.no_grad():  # weights at both ends of the 16 bits, in different channels
         layer.weight.view(-1)[0] = 1.0 - 2**-17
         layer.weight.view(-1)[-1] = -1.0 + 2**-17
-    monkeypatch.setattr(exact, "STRIP_ELEMENTS", strip)
+    monkeypatch.setattr(exact_layers, "STRIP_ELEMENTS", strip)
     for scale in (0.01, 1, 100, 10_000):
         x = scale * torch.randn(shape)
         found = []
@@ -352,7 +352,7 @@ def test_digits_give_the_bits_of_float64(layer, shape, strip, monkeypatch):
             monkeypatch.setattr(exact_int8, "DIGITS_WORK", work)
             found.append(exact.run(layer, x))
         assert torch.equal(*found)
-    prepared = exact._prepare(layer, "", x.device)
+    prepared = exact_layers.prepare(layer, "", x.device)
     terms = prepared.weight.shape[1] * prepared.weight.shape[3]
     assert bool(prepared.digits) == (terms > 1)  # they were used
 

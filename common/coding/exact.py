@@ -19,11 +19,9 @@ indexed by the quantised input.
 from __future__ import annotations
 
 import math
-import weakref
-from dataclasses import dataclass
 
 from common import UserError
-from common.coding import exact_int8, exact_tables
+from common.coding import exact_layers, exact_tables
 from common.coding.contract import ExactModule
 from common.layers import mask_of
 
@@ -34,33 +32,8 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 VERSION = 1  # of the arithmetic; a stream can only be decoded with the version that wrote it
-WEIGHT_BITS = 16  # |q| <= 2^15
-GRID_BITS = 12  # activations are multiples of 2^-12 ...
-CLAMP_BITS = 12  # ... and lie in [-2^12, 2^12]
-MAX_SHIFT = 30  # weights are multiples of 2^-30 or coarser, so that biases fit as well
-STRIP_ELEMENTS = 2**23  # at most this many float64 (64 MiB) of unfolded input at a time
 NORM_BITS, NORM_CLAMP_BITS = 12, 9  # LayerNorm squares its inputs: +-512 in steps of 2^-12
-LINEAR = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 SMOOTH = (nn.GELU, nn.SiLU, nn.ELU, nn.Softplus, nn.Mish, nn.Sigmoid, nn.Tanh)
-
-
-@dataclass
-class _Layer:
-    """A quantised linear layer; a transposed convolution is in the form of `_polyphase`."""
-
-    weight: Tensor  # integers in float64, (out, in / groups, kh, kw)
-    bias: Tensor  # integers in float64, (out, 1, 1)
-    scale: Tensor  # powers of two, (out, 1, 1): value of one unit of the accumulator
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    grid_bits: int
-    clamp_bits: int
-    rows: tuple[Tensor, list[int]] | None = None  # weight and used taps, for `Rows`
-    digits: tuple | None = None  # weight as int8, for exact_int8.py; empty: does not fit
-
-
-_prepared: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -77,13 +50,13 @@ def run(layers: nn.Module, x: Tensor) -> Tensor:
     for unsupported layers.
     """
     x = x.double()
-    if not math.isfinite(x.sum().item()):  # as if any element is not finite
+    if not math.isfinite(x.sum().item()):  # so is the sum if any element is not
         raise UserError(
             "NaN or infinity in the latent: the model's weights or its input are broken"
         )
     for name, layer in _flatten(layers):
-        if isinstance(layer, LINEAR):
-            x = _apply(layer, _prepare(layer, name, x.device), x)
+        if isinstance(layer, exact_layers.LINEAR):
+            x = exact_layers.apply_layer(layer, exact_layers.prepare(layer, name, x.device), x)
         elif isinstance(layer, nn.LayerNorm):
             x = _normalise(layer, name, x)
         elif isinstance(layer, GDN):
@@ -120,12 +93,12 @@ class Rows:
 
     @torch.no_grad()
     def __init__(self, layer: nn.Module, name: str, device: torch.device):
-        prepared = _prepare(layer, name, device)
+        prepared = exact_layers.prepare(layer, name, device)
         if prepared.rows is None:
             out, inputs, kh, kw = prepared.weight.shape
             mask = mask_of(layer)
             if prepared.groups != 1 or (mask is None and kh * kw > 1):
-                raise UserError(f"layer {name} is not one that acts on rows")
+                raise UserError(f"layer {name} cannot be applied to rows")
             live = torch.ones(kh * kw) if mask is None else mask.flatten(2).amax(dim=(0, 1))
             taps = live.nonzero().flatten().tolist()
             kernel = prepared.weight.reshape(out, inputs, kh * kw)[:, :, taps]
@@ -154,10 +127,10 @@ def spec(layers: nn.Module) -> dict:
 
     Consists of plain numbers and int32 tensors, which `torch.load(weights_only=True)` reads.
     """
-    settings = [_settings(layer) for layer in _linear(layers)]
+    settings = [exact_layers.settings_of(layer) for layer in _linear(layers)]
     return {
         "version": VERSION,
-        "weight_bits": WEIGHT_BITS,
+        "weight_bits": exact_layers.WEIGHT_BITS,
         "grid_bits": [s["grid_bits"] for s in settings],
         "clamp_bits": [s["clamp_bits"] for s in settings],
         "shifts": [s["shifts"].clone() for s in settings],
@@ -181,11 +154,11 @@ def restore(layers: nn.Module, spec: dict | None) -> None:
             raise UserError("the fixed-point entry is damaged: use an intact checkpoint") from error
         if version != VERSION:
             raise UserError(f"fixed-point arithmetic {version} is not known: update the code")
-        if sizes != [_out_channels(layer) for layer in linear]:
-            raise UserError("the fixed-point entry does not match: it is of other layers or widths")
+        if sizes != [exact_layers.out_channels(layer) for layer in linear]:
+            raise UserError("the fixed-point entry does not match: it has other layers or widths")
     for layer, entry in zip(linear, settings, strict=True):
         layer.exact_settings = entry  # on the module, so that deep copies have it, too
-        _prepared.pop(layer, None)
+        exact_layers.prepared_layers.pop(layer, None)
 
 
 def values(parameter: Tensor, x: Tensor) -> Tensor:
@@ -228,146 +201,7 @@ def _flatten(layers: nn.Module, prefix: str = ""):
 def _linear(layers: nn.Module) -> list[nn.Module]:
     """All linear layers at any depth, in the order of their registration."""
     return [layer for _, part in _flatten(layers) for layer in part.modules()
-            if isinstance(layer, LINEAR)]
-
-
-def _out_channels(layer: nn.Module) -> int:
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    """The weight in float64, in the shape (out, in / groups, kh, kw) of an ordinary convolution."""
-    weight = layer.weight.detach().double()
-    if (mask := mask_of(layer)) is not None:
-        weight = weight * mask
-    if isinstance(layer, nn.Linear):
-        return weight[:, :, None, None]
-    return _polyphase(layer, weight) if isinstance(layer, nn.ConvTranspose2d) else weight
-
-
-def _polyphase(layer: nn.ConvTranspose2d, weight: Tensor) -> Tensor:
-    """Kernel of an ordinary convolution that, followed by a pixel shuffle, is the transposed one.
-
-    Before the padding is cropped, output row t = q * stride + r is the sum over m of input row
-    q - m times tap r + m * stride, i.e. a convolution with ceil(k / stride) taps for each phase r.
-    (in, out / groups, kh, kw) -> (out * sh * sw, in / groups, ceil(kh / sh), ceil(kw / sw)), with
-    the channels in the order of pixel_shuffle.
-    """
-    (sh, sw), groups = layer.stride, layer.groups
-    channels, out, kh, kw = weight.shape
-    nh, nw = -(-kh // sh), -(-kw // sw)
-    weight = F.pad(weight, (0, nw * sw - kw, 0, nh * sh - kh))
-    weight = weight.reshape(groups, channels // groups, out, nh, sh, nw, sw).flip(3, 5)
-    return weight.permute(0, 2, 4, 6, 1, 3, 5).reshape(-1, channels // groups, nh, nw)
-
-
-def _settings(layer: nn.Module) -> dict:
-    """Grid, clamp and exponents of a layer: those of `restore`, or chosen from the weights."""
-    if getattr(layer, "exact_settings", None) is not None:
-        return layer.exact_settings
-    peak = _weight(layer).abs().reshape(_out_channels(layer), -1).amax(dim=1).cpu()
-    exponent = torch.frexp(peak).exponent  # peak < 2^exponent
-    shifts = (WEIGHT_BITS - 1 - exponent).clamp_max(MAX_SHIFT).int()
-    return {"grid_bits": GRID_BITS, "clamp_bits": CLAMP_BITS, "shifts": shifts}
-
-
-def _power_of_two(exponents: Tensor) -> Tensor:
-    """2^exponents in float64. torch.ldexp uses a vectorised pow, which may not be exact."""
-    return torch.tensor([math.ldexp(1.0, e) for e in exponents.tolist()], dtype=torch.float64)
-
-
-def _prepare(layer: nn.Module, name: str, device: torch.device) -> _Layer:
-    """Quantise a layer; the result is cached until its weights change.
-
-    In-place changes through `.data` cannot be detected; `restore(layers, None)` clears the cache.
-    """
-    weight, bias = layer.weight, layer.bias
-    key = (device, weight.device, weight.data_ptr(), weight._version)
-    if bias is not None:
-        key += (bias.data_ptr(), bias._version)
-    if (known := _prepared.get(layer)) is not None and known[0] == key:
-        return known[1]
-    transposed, linear = isinstance(layer, nn.ConvTranspose2d), isinstance(layer, nn.Linear)
-    if not linear and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
-        raise UserError(f"layer {name}: only zero padding given in numbers has an exact form")
-    if transposed and layer.dilation != (1, 1):
-        raise UserError(f"layer {name}: a dilated transposed convolution has no exact form")
-    if not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
-        raise UserError(f"layer {name} holds NaN or infinite weights: use an intact checkpoint")
-
-    settings, phases = _settings(layer), math.prod(layer.stride) if transposed else 1
-    grid_bits, clamp_bits = settings["grid_bits"], settings["clamp_bits"]
-    shifts = settings["shifts"].repeat_interleave(phases)
-    unit = _power_of_two(shifts).to(weight.device)
-    q = torch.round(_weight(layer) * unit.view(-1, 1, 1, 1))
-    b = torch.zeros_like(unit) if bias is None else bias.detach().double().repeat_interleave(phases)
-    b = torch.round(b * unit * 2.0**grid_bits)
-    bound = q.abs().sum(dim=(1, 2, 3)) * 2.0 ** (grid_bits + clamp_bits) + b.abs()
-    if (worst := float(bound.max())) >= 2.0**exact_tables.EXACT_BITS:
-        raise UserError(
-            f"layer {name} cannot be computed exactly: sums reach {worst:.3g}, the limit is"
-            f" 2^{exact_tables.EXACT_BITS}; its weights or biases are too large"
-        )
-    known = _Layer(
-        weight=q.to(device).contiguous(),
-        bias=b.to(device).view(-1, 1, 1),
-        scale=_power_of_two(-shifts - grid_bits).to(device).view(-1, 1, 1),
-        stride=(1, 1) if transposed or linear else layer.stride,
-        dilation=(1, 1) if linear else layer.dilation,
-        groups=1 if linear else layer.groups,
-        grid_bits=grid_bits,
-        clamp_bits=clamp_bits,
-    )
-    # The cache keeps the tensors alive, so that no other weights can get the same addresses.
-    _prepared[layer] = (key, known, weight.detach(), None if bias is None else bias.detach())
-    return known
-
-
-def _apply(layer: nn.Module, prepared: _Layer, x: Tensor) -> Tensor:
-    """Apply one linear layer to real-valued x; the result is real-valued and exact."""
-    x = exact_tables.quantise(x, prepared.grid_bits, prepared.clamp_bits)
-    if isinstance(layer, nn.Linear):  # acts on the last dimension
-        flat = x.reshape(-1, x.shape[-1]).t()[None, :, :, None]
-        return _convolve(prepared, flat)[0, :, :, 0].t().reshape(*x.shape[:-1], -1)
-    (ph, pw), (h, w) = layer.padding, x.shape[-2:]
-    if not isinstance(layer, nn.ConvTranspose2d):
-        return _convolve(prepared, F.pad(x, (pw, pw, ph, ph)))
-    (sh, sw), (nh, nw) = layer.stride, prepared.weight.shape[-2:]
-    out_h = (h - 1) * sh - 2 * ph + layer.kernel_size[0] + layer.output_padding[0]
-    out_w = (w - 1) * sw - 2 * pw + layer.kernel_size[1] + layer.output_padding[1]
-    bottom, right = -(-(ph + out_h) // sh) - h, -(-(pw + out_w) // sw) - w
-    y = _convolve(prepared, F.pad(x, (nw - 1, right, nh - 1, bottom)))
-    b, _, qh, qw = y.shape
-    y = y.view(b, -1, sh, sw, qh, qw).permute(0, 1, 4, 2, 5, 3).reshape(b, -1, qh * sh, qw * sw)
-    return y[..., ph : ph + out_h, pw : pw + out_w]
-
-
-def _convolve(layer: _Layer, x: Tensor) -> Tensor:
-    """Integer convolution without padding, in strips that bound the memory for large planes.
-
-    It unfolds and multiplies, because the convolution of a GPU library may use Winograd or FFT
-    algorithms, which are not exact.
-    """
-    weight = layer.weight.view(layer.groups, len(layer.weight) // layer.groups, -1)
-    (kh, kw), (sh, sw), (dh, dw) = layer.weight.shape[-2:], layer.stride, layer.dilation
-    digits = exact_int8.digits_of(layer, x)
-    rows = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1
-    columns = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
-    out = x.new_empty(x.shape[0], len(layer.weight), rows, columns)
-    strip = max(1, STRIP_ELEMENTS // (x.shape[0] * x.shape[1] * kh * kw * columns))
-    for top in range(0, rows, strip):
-        n = min(strip, rows - top)
-        if digits is not None:
-            sums = exact_int8.sums_by_digits(digits, x, top * sh, n, columns, layer)
-            torch.mul(sums.add_(layer.bias), layer.scale, out=out[:, :, top : top + n])
-            continue
-        patches = x[:, :, top * sh : (top + n - 1) * sh + dh * (kh - 1) + 1]
-        if (kh, kw, sh, sw) != (1, 1, 1, 1):
-            patches = F.unfold(patches, (kh, kw), layer.dilation, 0, layer.stride)
-        patches = patches.reshape(x.shape[0], layer.groups, weight.shape[-1], n * columns)
-        sums = torch.matmul(weight, patches).view(x.shape[0], -1, n, columns)
-        torch.mul(sums.add_(layer.bias), layer.scale, out=out[:, :, top : top + n])
-    return out
+            if isinstance(layer, exact_layers.LINEAR)]
 
 
 def _normalise(layer: nn.LayerNorm, name: str, x: Tensor) -> Tensor:

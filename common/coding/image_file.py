@@ -93,5 +93,5 @@ def find_model(file: bytes, kind: type[Codec], checkpoints: Iterable[Path],
         if seen[-1] == wanted:
             return model
     have = ", ".join(s.hex() for s in seen) or "none"
-    raise UserError(f"the file was encoded with the weights {wanted.hex()}, at hand are {have}: "
+    raise UserError(f"the file was encoded with the weights {wanted.hex()}, available are {have}: "
                     "pass the right --checkpoint")

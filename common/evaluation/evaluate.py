@@ -89,9 +89,9 @@ def _trained_as(path: Path) -> str | None:
 
 def curves_of(checkpoints: dict[str, list[Path]],
               measure: Callable[[str, Path], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Results of each curve from those of its weights: measure(name, checkpoint) -> points.
+    """Results of each curve; measure(name, checkpoint) returns the points of one of its weights.
 
-    A curve without weights is named in one line and left out; UserError when none has any.
+    A curve without weights is skipped with a note; UserError if no curve has weights.
     """
     curves = []
     for name, paths in checkpoints.items():
@@ -109,7 +109,7 @@ def fixed_rate_curves(args: argparse.Namespace, checkpoints: dict[str, list[Path
                       load: Callable[[Path, torch.device], Codec], images: list[Path],
                       device: torch.device, meta: Callable[[Any], dict[str, Any]]
                       ) -> list[dict[str, Any]]:
-    """Results of weights that have one rate each; meta(model): what the table should say of one."""
+    """Results of fixed-rate weights; meta(model): further entries for the table."""
     coding_device = processes.parse_device(args.entropy_device)
 
     def measure(name: str, checkpoint: Path) -> list[dict[str, Any]]:

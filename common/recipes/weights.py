@@ -112,7 +112,7 @@ class Plan:
             found = sorted(p.name for p in (self.settings.root / paper / "weights").glob("*.pth"))
             if others := [name for name in found if name not in known]:
                 say(f"note: {paper}/weights has {', '.join(others)}, of no curve in weights.yaml; "
-                    "eval.py shows it unless it is removed")
+                    "eval.py evaluates it unless it is removed")
 
 
 def chain(stage: Stage) -> list[Stage]:
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
         if not args.short:
             plan.strangers()
     except KeyboardInterrupt:
-        print("error: interrupted: the same command goes on from here", file=sys.stderr)
+        print("error: interrupted: run the same command again to continue", file=sys.stderr)
         sys.exit(130)
 
 

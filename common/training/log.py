@@ -55,7 +55,7 @@ class Log:
                 bad = [k for k, v in values.items() if not math.isfinite(v)]
                 if bad:
                     raise UserError(f"{', '.join(bad)} not finite at step {step}; the newest "
-                                    "checkpoint is from before; try a smaller learning rate or "
+                                    "checkpoint is older; try a smaller learning rate or "
                                     "--precision fp32")
                 self.scalars("train", values, step)
                 self.bar.set_postfix(loss=f"{values['loss']:.3f}", bpp=f"{values['bpp']:.3f}")

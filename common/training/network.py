@@ -45,7 +45,7 @@ def prepare_network(model: nn.Module, compile: bool = False) -> nn.Module:
     if compile and not processes.broadcast_flag(can_compile(next(model.parameters()).device)):
         compile = False
         if processes.rank() == 0:
-            print("torch.compile finds no working compiler here: training without --compile")
+            print("torch.compile finds no working compiler; training without --compile")
     net = torch.compile(model) if compile else model
     if processes.world() == 1:
         return net
