@@ -49,7 +49,7 @@ def photograph() -> Tensor:
 
 
 def coding(rounds: int) -> None:
-    """Print seconds of compress, of decompress, and of decompress without g_s."""
+    """Print the time of compress, of decompress, and of decompress without g_s."""
     x = photograph()
     for experiment in EXPERIMENTS:
         model = lively(experiment)

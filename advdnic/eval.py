@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def find(args: argparse.Namespace) -> dict[str, list[Path]]:
-    """What to evaluate, by the name of its curve."""
+    """Weights to evaluate, by the name of the curve."""
     if args.checkpoint:
         return {args.checkpoint[0].stem: args.checkpoint}
     if args.model_dir:

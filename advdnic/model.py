@@ -27,7 +27,8 @@ from compressai.entropy_models import GaussianConditional
 from torch import Tensor, nn
 
 from advdnic import transforms as t
-from advdnic.pixelcnn import PixelCNN, Steps, Waves
+from advdnic.pixelcnn import PixelCNN
+from advdnic.pixelcnn_decoders import Steps, Waves
 
 EXPERIMENTS = ("base", "mod1", "mod2", "mod3", "mod4", "variant1", "variant2", "variant3",
                "variant3_old", "variant4")

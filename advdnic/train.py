@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
 
     # model, optimisers, schedules
     model = build(**{key: getattr(args, key) for key in MODEL})
-    if args.init_ckpt:  # a checkpoint to resume from replaces them
+    if args.init_ckpt:  # --resume replaces them
         load_weights(model, args.init_ckpt)
     model = model.to(device, memory_format=torch.channels_last)
     if args.patchsize % model.downsampling_factor:
@@ -144,7 +144,7 @@ def run(args: argparse.Namespace) -> None:
              "scheduler": schedulers[0], "aux_scheduler": schedulers[1], "log": log}
     config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
     decays = args.main_opt_lr_decay_type, args.aux_opt_lr_decay_type
-    whole = ("epochs",) if "cosine" in decays else ()  # all of the schedule depends on it
+    whole = ("epochs",) if "cosine" in decays else ()  # the whole schedule depends on it
     checkpoints = Checkpoints(folder, parts, config, (*SAME_RUN, *whole),
                                    "another --model-dir")
     state = checkpoints.begin(args.resume, None)
@@ -164,7 +164,7 @@ def run(args: argparse.Namespace) -> None:
         """One optimisation step on a batch; returns the scalars to log."""
         with autocast(device, args.precision):
             output = net(x)
-        losses = criterion(output, x)  # of the reconstruction as it is, not clipped
+        losses = criterion(output, x)  # of x_hat before clipping
 
         optimizer.zero_grad()
         aux_optimizer.zero_grad()
@@ -215,7 +215,7 @@ def settle_params(args: argparse.Namespace) -> None:
              if getattr(args, key, None) is not None}
     there = args.model_dir / params.NAME
     before = params.read(args.model_dir) if there.exists() else None
-    if before is None and "experiment" not in given:  # experiments/variant2/generator: variant2
+    if before is None and "experiment" not in given:  # from the path: experiments/variant2
         names = {name: part for part in EXPERIMENTS for name in (part, f"{part}_model")}
         given["experiment"] = next((names[p] for p in reversed(args.model_dir.parts) if p in names),
                                    "base")

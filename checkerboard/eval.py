@@ -23,7 +23,7 @@ from checkerboard.model import build, load
 HERE = Path(__file__).parent
 MODEL_NAMES = ("CheckerboardAutogressive",)
 WIDTHS = {"low": (192, 192), "high": (192, 320)}  # the report's N, M
-SOURCE_STEPS = 250_000  # of the seminar: 250 epochs of about 1,010; CompressAI trained 4-5 M
+SOURCE_STEPS = 250_000  # the seminar's 250 epochs of about 1,010; CompressAI trains 4-5 M
 
 
 def flags() -> argparse.ArgumentParser:

@@ -150,7 +150,7 @@ class Checkerboard(Codec):
             y_hat, _ = self._encode(y, self._params(z_hat))
         elif self.ckbd_forward == "onepass":
             y_hat = self.gaussian_conditional.quantize(y, "noise")
-        else:  # the anchors first
+        else:  # only its anchors are used
             _, means = self._predict(params, torch.zeros_like(params))
             y_hat = quantize_ste(y - means) + means
         context = self.context_prediction(y_hat) * ~is_anchor  # sees anchors only
@@ -163,7 +163,7 @@ class Checkerboard(Codec):
         return {"x_hat": x_hat, "likelihoods": {"y": y_likelihoods, "z": z_likelihoods}}
 
     def _predict(self, params: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """scales and means, (B, M, h, w) each."""
+        """Scales and means, (B, M, h, w) each."""
         return self.entropy_parameters(torch.cat([params, context], 1)).chunk(2, 1)
 
     @torch.no_grad()

@@ -4,7 +4,7 @@
     python train.py --config quick.yaml                  nine minutes on two CPU cores
     python train.py --dataset /path/to/vimeo --lmbda 0.013 --exp_version 1
     python train.py --gpu_id '0 1 2' ...                 three processes
-    torchrun --nproc_per_node=4 train.py ...             the same, or more machines
+    torchrun --nproc_per_node=4 train.py ...             the same, or on several machines
 
 Checkpoints: ./ckpts/<prefix>/<exp_version>/epoch_<n>.pth. Logs: ./logs/<prefix>/<exp_version>/.
 """
@@ -36,7 +36,7 @@ from checkerboard.model import FORWARDS, PARITIES, build
 
 MODEL_NAMES = ("CheckerboardAutogressive",)
 WIDTHS = {"low": (192, 192), "high": (192, 320)}  # --code_rate -> N, M
-SOURCE_EPOCH = 1_010  # steps of the source's epochs, for the few bundled photographs
+SOURCE_EPOCH = 1_010  # steps per epoch in the source, used for the bundled photographs
 LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18)  # --quality 1..8
 
 
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
             main_parameters(model).values(), args.clip_max_norm)
         run.check({**losses, "grad_norm": grad_norm})
         optimizer.step()
-        # the quantiles follow p(z): their loss depends on no data and on no other parameter
+        # the loss of the quantiles depends on p(z) only, not on data, and trains only them
         aux_loss = model.aux_loss()
         aux_loss.backward()
         aux_optimizer.step()

@@ -38,7 +38,7 @@ def _keep_freed_memory() -> None:
     mallopt(_M_TOP_PAD, 1 << 28)
 
 
-def _allow_torchvision():
+def _allow_torchvision() -> object:
     """Make `import torchvision` work where its compiled operators cannot load.
 
     On Linux, the torchvision of PyPI is built for CUDA. With a CPU-only torch its library does not
@@ -68,4 +68,4 @@ def _allow_torchvision():
 
 
 _keep_freed_memory()
-_torchvision_operators = _allow_torchvision()  # the declarations live as long as this object
+_torchvision_operators = _allow_torchvision()  # keeps the declarations alive

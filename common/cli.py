@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from common import UserError, processes
 
@@ -19,7 +19,7 @@ SWITCHES = (argparse._StoreTrueAction, argparse.BooleanOptionalAction)  # flags 
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main(): a UserError becomes one line on stderr and exit status 2."""
+    """Run the main() of a script; a UserError becomes one line on stderr and exit status 2."""
     try:
         main()
     except UserError as e:
@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                          allow_abbrev=False, **kwargs)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         print(f"error: {message} (see --help)", file=sys.stderr)
         sys.exit(2)
 
@@ -109,7 +109,7 @@ def _convert(action: argparse.Action, value: Any, where: str) -> Any:
         converted = value
     else:
         items = value if isinstance(value, list) else [value]
-        kind = action.type or str
+        kind = action.type if callable(action.type) else str
         try:
             converted = [kind(str(v)) for v in items]
             ok = all(action.choices is None or v in action.choices for v in converted)

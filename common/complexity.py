@@ -58,7 +58,7 @@ def complexity_of_parts(model: nn.Module, size: tuple[int, int] = (512, 768), **
                 part[key] += out.numel() * layer.in_features
         else:
             inputs, outputs = args[0][0, 0].numel(), out[0, 0].numel()
-            weights = layer.weight.numel()
+            weights = layer.get_parameter("weight").numel()
             if mask_of(layer) is not None:
                 part["macs_masked"] += outputs * weights
                 return
@@ -77,7 +77,7 @@ def complexity_of_parts(model: nn.Module, size: tuple[int, int] = (512, 768), **
                     and mask_of(layer) is None):
                 part["params_thop"] += sum(p.numel() for p in layer.parameters())
             if isinstance(layer, EntropyBottleneck):  # its forward needs values
-                layer.forward = lambda x, *_: (x, x)
+                layer.forward = lambda x, *_: (x, x)  # type: ignore[method-assign]
     device = next(model.parameters()).device
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         model(torch.empty(1, 3, *size, device=device), **rate)

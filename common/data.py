@@ -75,7 +75,8 @@ def _to_rgb(image: Image.Image, sixteen_bit: bool) -> tuple[Image.Image, str]:
     if "A" in mode or mode == "PA" or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        lost = "transparency laid on white" if rgba.getextrema()[3][0] < 255 else f"mode {mode}"
+        transparent = np.asarray(rgba)[..., 3].min() < 255
+        lost = "transparency laid on white" if transparent else f"mode {mode}"
         return Image.alpha_composite(white, rgba).convert("RGB"), lost
     names = {"L": "grayscale", "1": "black and white", "P": "palette"}
     return image.convert("RGB"), names.get(mode, f"mode {mode}")

@@ -25,8 +25,8 @@ class Shortcut(nn.Conv2d):
 def replace_shortcuts(model: nn.Module) -> None:
     """Replace the shortcut in every ResidualBlockWithStride; keys and results do not change."""
     for module in model.modules():
-        if isinstance(module, ResidualBlockWithStride) and module.skip is not None:
-            module.skip = Shortcut(*module.skip.weight.shape[1::-1])
+        if isinstance(module, ResidualBlockWithStride) and isinstance(module.skip, nn.Conv2d):
+            module.skip = Shortcut(module.skip.in_channels, module.skip.out_channels)
 
 
 def mask_of(layer: nn.Module) -> Tensor | None:

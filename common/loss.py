@@ -54,13 +54,15 @@ class RateDistortionLoss(nn.Module):
         if lmbda is not None:
             each = 255**2 * (x_hat - x).square().mean(dim=(1, 2, 3))
             loss = bpp + (lmbda * each).mean()
-        elif self.metric == "ms-ssim":
-            terms["ms_ssim"] = ms_ssim(x_hat, x, data_range=1.0)
-            loss = bpp + self.lmbda * (1 - terms["ms_ssim"])
         elif self.beta is not None:
             loss = mse + self.beta * bpp * height * width
         else:
-            loss = bpp + self.lmbda * mse
+            assert self.lmbda is not None  # exactly one of the two is set
+            if self.metric == "ms-ssim":
+                terms["ms_ssim"] = ms_ssim(x_hat, x, data_range=1.0)
+                loss = bpp + self.lmbda * (1 - terms["ms_ssim"])
+            else:
+                loss = bpp + self.lmbda * mse
         return {"loss": loss, "bpp": bpp, **terms, "mse": mse}
 
 

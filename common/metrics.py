@@ -28,7 +28,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
     10 log10(255^2 / MSE), MSE over all three channels; inf for identical images.
     """
-    difference = _batch(a).float() - _batch(b).float()  # small integers: exact
+    difference = _batch(a).float() - _batch(b).float()  # exact, as these are small integers
     error = difference.square_().mean(dim=(1, 2, 3), dtype=torch.float64)
     return float((10 * torch.log10(255**2 / error)).mean())
 

@@ -1,1 +1,1 @@
-"""ConvNeXTIC: the VCIP 2022 challenge codec of ConvNeXt blocks."""
+"""ConvNeXTIC: a codec with ConvNeXt blocks, an entry to the VCIP 2022 challenge."""

@@ -21,7 +21,8 @@ from common.evaluation import bench
 import torch
 from torch import nn
 
-from convnextic.model import ConvNeXTIC, Depthwise, build
+from convnextic.blocks import Depthwise
+from convnextic.model import ConvNeXTIC, build
 
 LMBDA = 0.013
 
@@ -34,7 +35,7 @@ def run(rounds: int) -> None:
 
 # -------------------------------------------------------------------------------------- coding
 def coding(variant: str, rounds: int) -> None:
-    """Print seconds of compress and decompress of 512x768, and the share of g_a, h_a and g_s."""
+    """Print the time of compress and decompress of 512x768, and the share of g_a, h_a, g_s."""
     model = lively(variant)
     x = data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None]
     file = model.compress(x)

@@ -22,11 +22,12 @@ from common.evaluation import compare, evaluate
 
 import numpy as np
 
-from convnextic.model import VARIANTS, ConvNeXTIC, build, load
+from convnextic.model import ConvNeXTIC, build, load
+from convnextic.variants import VARIANTS
 
 HERE = Path(__file__).parent
 SOURCE_STEPS = 980_000  # 400 epochs of about 2,450
-RATES = 6  # of a variable-rate model, between its lambda_min and lambda_max
+RATES = 6  # number of rates between lambda_min and lambda_max
 
 
 def flags() -> argparse.ArgumentParser:

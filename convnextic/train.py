@@ -35,11 +35,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from convnextic.model import BASELINE, CHOICES, LMBDAS, VARIANTS, ConvNeXTIC, build, merged
+from convnextic.model import LMBDAS, ConvNeXTIC, build
+from convnextic.variants import BASELINE, CHOICES, VARIANTS, merged
 
 SOURCE_EPOCH = 2_450  # steps, about: the source has 20,000 photographs in batches of 8
 LATEST, BEST = "latest.pt", "best.pt"
-LMBDA_MIN = (0.0003, 0.0007, 0.001, 0.0015, 0.0035, 0.007, 0.013, 0.03)  # of a variable rate
+LMBDA_MIN = (0.0003, 0.0007, 0.001, 0.0015, 0.0035, 0.007, 0.013, 0.03)  # for a variable rate
 LMBDA_MAX = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.23)
 VARIABLE_RATES = 21  # equally spaced from lambda_max to lambda_min
 SCHEDULES = ("multistep", "cosine", "cosine_restarts", "constant")
@@ -196,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
         """One optimisation step on a batch; returns the scalars to log."""
         with autocast(device, args.precision):
             output = net(x, lmbda)
-        # each sample's lmbda weighs its own distortion
+        # lmbda weights the distortion of its own sample
         losses = criterion(output, x, lmbda)
 
         optimizer.zero_grad()
@@ -229,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
             line += f"  test loss {test['loss']:.4f} bpp {test['bpp']:.4f} psnr {test['psnr']:.2f}"
             if test["loss"] < best:
                 best = test["loss"]
-                names.insert(0, BEST)  # before LATEST: a run killed between them makes it again
+                names.insert(0, BEST)  # before LATEST, so a resumed run can repeat it
             if (epoch + 1) % args.snapshot_save_epoch == 0 or run.is_last_epoch:
                 scores = f"_{test['bpp']:.4f}_{test['mse'] / 255**2:.8f}"
                 scores = "" if args.variable_rate else scores

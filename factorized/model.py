@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.coding import entropy
-from common.coding.contract import Codec
+from common.coding.contract import Codec, Coded
 from common.coding.model_file import load_model
 from common.coding.tiles import tiled
 
@@ -75,11 +75,11 @@ class Factorized(Codec):
         return {"x_hat": x_hat, "likelihoods": {"y": y_likelihoods}}
 
     @torch.no_grad()
-    def compress(self, x: Tensor) -> dict[str, Any]:
+    def compress(self, x: Tensor) -> Coded:
         """x as in forward -> {"strings": [y_strings], "shape": (H/16, W/16)}."""
         y = tiled(self.g_a, x, down=16)
         y_strings = entropy.encode_bottleneck(self.entropy_bottleneck, y)
-        return {"strings": [y_strings], "shape": tuple(y.shape[-2:])}
+        return {"strings": [y_strings], "shape": (y.size(2), y.size(3))}
 
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:

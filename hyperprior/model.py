@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.coding import entropy, exact
-from common.coding.contract import Codec
+from common.coding.contract import Codec, Coded
 from common.coding.model_file import load_model
 from common.coding.tiles import tiled
 
@@ -106,7 +106,7 @@ class Hyperprior(Codec):
         return {"x_hat": x_hat, "likelihoods": {"y": y_likelihoods, "z": z_likelihoods}}
 
     @torch.no_grad()
-    def compress(self, x: Tensor) -> dict[str, Any]:
+    def compress(self, x: Tensor) -> Coded:
         """x as in forward -> {"strings": [y_strings, z_strings], "shape": (H/64, W/64)}."""
         y = tiled(self.g_a, x, down=16)
         z = self.h_a(torch.abs(y))
@@ -114,7 +114,7 @@ class Hyperprior(Codec):
         z_hat = entropy.dequantize(self.entropy_bottleneck, z)
         y_strings = entropy.encode(y.round(), self._indexes(z_hat),
                                    entropy.Tables.of(self.gaussian_conditional))
-        return {"strings": [y_strings, z_strings], "shape": tuple(z.shape[-2:])}
+        return {"strings": [y_strings, z_strings], "shape": (z.size(2), z.size(3))}
 
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:

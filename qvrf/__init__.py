@@ -1,1 +1,1 @@
-"""QVRF: one model, every rate."""
+"""QVRF: a variable-rate framework for image compression (Tong et al., ICIP 2023)."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from qvrf.model import BASES, LMBDAS, QVRF, build, load
 
 HERE = Path(__file__).parent
-LEVEL = 5  # of the training steps
+LEVEL = 5  # level of the training steps
 
 
 def run(rounds: int) -> None:

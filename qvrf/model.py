@@ -50,7 +50,7 @@ class Latents:
     y: Tensor  # (B, M, H/16, W/16)
     z: Tensor  # (B, N, H/64, W/64)
     z_hat: Tensor  # rounded
-    params: Tensor  # of h_s, exact (float64): scales (B, M, ...) in balle, else (B, 2M, ...)
+    params: Tensor  # exact output of h_s (float64): scales (B, M, ...) in balle, else (B, 2M, ...)
     z_strings: list[bytes] | None = None  # set when first coded
 
 
@@ -87,7 +87,7 @@ class QVRF(Codec):
         if model != "balle":
             self.context_prediction = CausalConv(M, 2 * M, kernel_size=5, padding=2)
             self.exact_parts = ("h_s", "context_prediction", "entropy_parameters")
-        self.entropy_bottleneck.__class__ = entropy.EntropyBottleneck  # draws no random numbers
+        self.entropy_bottleneck.__class__ = entropy.EntropyBottleneck  # keeps its weights
         self.Gain = nn.Parameter(initial_gain(levels))
 
     # ------------------------------------------------------------------------------- the rate

@@ -21,13 +21,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import filecmp
 from pathlib import Path
 from typing import Any
 
 from common import UserError, cli, data, processes
-from common.coding.model_file import load_checkpoint, load_error
-from common.files import write_atomic
+from common.coding.model_file import load_checkpoint
 from common.loss import RateDistortionLoss
 from common.training.checkpoints import Checkpoints
 from common.training.cuda_graph import Recorded
@@ -47,10 +45,18 @@ import torch
 import yaml
 from torch import Tensor
 
-from qvrf.model import BASES, LEVELS, LMBDAS, QVRF, WIDTHS, build, initial_gain
+from qvrf.model import BASES, LEVELS, LMBDAS, QVRF, WIDTHS, build
+from qvrf.stages import (
+    BEST,
+    NEWEST,
+    config_of,
+    load_weights,
+    set_aside,
+    spread_gains,
+    starting_point,
+)
 
-SOURCE_EPOCH = 1_073  # steps of the source's epochs, for the few bundled photographs
-NEWEST, BEST = "checkpoint.pth.tar", "checkpoint_best_loss.pth.tar"
+SOURCE_EPOCH = 1_073  # steps per epoch in the source, used for the bundled photographs
 ANEW = "--checkpoint FILE --refresh 1 and another --out"  # flags that start another run
 SAME_RUN = ("model", "levels", "N", "M", "stage", "ste", "lmbda", "optimizer", "learning_rate",
             "aux_learning_rate", "lr_schedule", "milestones", "batch_size", "patch_size", "flip",
@@ -123,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume and (out / NEWEST).exists():
         config = load_checkpoint(out / NEWEST).get("config", {})
         if config.get("stage") not in stages:
-            raise UserError(f"{out / NEWEST} belongs to stage {config.get('stage')}, not to --stage "
+            raise UserError(f"{out / NEWEST} is of stage {config.get('stage')}, not of --stage "
                             f"{' '.join(map(str, stages))}: leave --resume out")
         done = stages.index(config["stage"])
     for i, stage in enumerate(stages):
@@ -133,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         one.stage, one.epochs = stage, args.epochs[i % len(args.epochs)]
         one.learning_rate = args.learning_rate[i % len(args.learning_rate)]
         one.resume = args.resume and i == done and (out / NEWEST).exists()
-        if i > 0:  # the first of several stages may start from --checkpoint, the others do not
+        if i > 0:  # only the first of several stages may start from --checkpoint
             one.checkpoint, one.refresh, one.loadFromPretrainedSinglemodel = None, 0, 0
         train(one, device)
 
@@ -171,7 +177,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     torch.manual_seed(args.seed + 1000 * args.stage + processes.rank())
     ste = args.stage > 2 or args.ste == 1
     args.steps_before = 0
-    processes.broadcast_flag(True)  # nobody reads what another still writes
+    processes.broadcast_flag(True)  # wait until all files are written
 
     # data
     crop = tuple(args.patch_size)
@@ -183,7 +189,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     test_images = central_crops(test_paths(args.dataset), crop, "--patch-size")
     batch = processes.per_process_batch(args.batch_size)
 
-    # model and where it starts
+    # model and its starting point
     model = build(args.model, args.levels, args.N, args.M)
     args.N, args.M = model.N, model.M
     start, resumed = (None, out / NEWEST) if args.resume else starting_point(args, out)
@@ -249,11 +255,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         return {**losses, "aux": aux_loss, "grad_norm": grad_norm}
 
     train_step = Recorded(train_step, optimizer, aux_optimizer,
-                          enabled=args.graph and not ste)  # that reads the gain
+                          enabled=args.graph and not ste)  # which reads the gain on the CPU
     for epoch in run.remaining_epochs():
         model.train()
         for x in run.batches():
-            # stage 1 is a codec of one rate, with step 1: later the step of the *lowest* rate
+            # stage 1 trains one rate with step 1, which is later the step of the *lowest* rate
             s = last if args.stage == 1 else draw_level(args.seed, run.step, model.levels)
             values = train_step(x, s)
             run.end_step({**values, "level": s, "lr": learning_rate(optimizer)}, best_loss=best)
@@ -273,100 +279,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             scheduler.step(test["loss"])
         if args.stage > 1:
             line += "  Gain " + " ".join(f"{g:.3f}" for g in model.Gain.tolist())
-        for name in [BEST, NEWEST] if improved else [NEWEST]:  # a resumed run makes BEST again
+        # NEWEST last: a run that is killed in between repeats the epoch when it is resumed
+        for name in [BEST, NEWEST] if improved else [NEWEST]:
             run.save(name, best_loss=best, loss=means["loss"])
         log.line(line)
     log.close()
-
-
-# ---------------------------------------------------------------------------------- the start
-def starting_point(args: argparse.Namespace, out: Path) -> tuple[Path | None, Path | None]:
-    """(weights to start from, run to continue), of which at most one is not None.
-
-    --checkpoint alone continues that run, as in the source. Without it, a stage starts from the
-    best weights of the previous stage in --out.
-    """
-    if args.checkpoint:
-        path = Path(args.checkpoint)
-        if not (args.refresh or args.loadFromPretrainedSinglemodel):
-            return None, path
-        return path, None
-    if not (out / NEWEST).exists():
-        return None, None
-    before = config_of(out / NEWEST).get("stage", 0)
-    if args.stage <= before:
-        raise UserError(f"{out / NEWEST} is of a run of stage {before}: continue it with --resume, "
-                        "name weights with --checkpoint FILE --refresh 1, or give another --out")
-    # a run that was killed may have left BEST of the stage to come, and this one's set aside
-    for best in (out / BEST, aside(out / BEST, before)):
-        if best.exists() and config_of(best).get("stage") == before:
-            return best, None
-    return out / NEWEST, None
-
-
-def config_of(path: Path) -> dict[str, Any]:
-    return load_checkpoint(path).get("config", {})
-
-
-def load_weights(model: QVRF, path: Path, single: bool) -> tuple[int, int]:
-    """Load weights strictly; if `single`, those of a fixed-rate base, which has no Gain.
-
-    Returns their number of training steps and their stage (0: not trained here).
-    """
-    state = load_checkpoint(path)
-    weights = dict(state["model"])
-    if single:
-        if "Gain" in weights:
-            raise UserError(f"{path}: has a Gain already, it is no fixed-rate model: leave "
-                            "--loadFromPretrainedSinglemodel out")
-        weights["Gain"] = initial_gain(model.levels)
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, KeyError) as e:
-        raise UserError(f"{path}: not weights of --model {model.model} --levels {model.levels} "
-                        f"--N {model.N} --M {model.M}: {load_error(e)}") from None
-    config = state.get("config", {})
-    return config.get("steps_before", 0) + state.get("step", 0), config.get("stage", 0)
-
-
-@torch.no_grad()
-def spread_gains(model: QVRF, last: float, level: int | None = None) -> None:
-    """Turn a fixed-rate codec (regulator 1) into a level of `model`: the last one, or `level`.
-
-    The gains rise from 1 to `last` in equal ratios. Latents, means and scales are divided by the
-    gain of that level in the layers that compute them, and multiplied by it in those that read
-    them.
-    """
-    gains = (last ** torch.linspace(0, 1, model.levels, dtype=torch.float64)).float()
-    step = float(gains[-1 if level is None else level])
-    made = [model.g_a[-1],
-            model.h_s[-2] if model.model == "balle" else model.entropy_parameters[-1]]
-    read = [model.g_s[0], model.h_a[0]]
-    if model.model != "balle":
-        read.append(model.context_prediction)
-    for layer in made:
-        layer.weight /= step
-        layer.bias /= step
-    for layer in read:
-        layer.weight *= step
-    model.Gain.copy_(gains)
-
-
-def set_aside(out: Path) -> None:
-    """Copy the checkpoints in `out` to other names, before they are overwritten."""
-    for path in filter(Path.exists, (out / NEWEST, out / BEST) if processes.rank() == 0 else ()):
-        stage, number = config_of(path).get("stage", 0), 1
-        while (kept := aside(path, stage, number)).exists() and not filecmp.cmp(kept, path, False):
-            number += 1
-        if not kept.exists():
-            write_atomic(kept, path.read_bytes())
-    processes.broadcast_flag(True)  # the others wait
-
-
-def aside(path: Path, stage: int, number: int = 1) -> Path:
-    """Path at which a checkpoint of a stage is kept: <stem>_stage<n>.pth.tar."""
-    count = "" if number == 1 else f"_{number}"
-    return path.with_name(f"{path.name.removesuffix('.pth.tar')}_stage{stage}{count}.pth.tar")
 
 
 def draw_level(seed: int, step: int, levels: int) -> int:

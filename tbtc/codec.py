@@ -3,7 +3,8 @@
     python codec.py encode IN.png [-o OUT.bin] [--checkpoint P]
     python codec.py decode OUT.bin [-o OUT.png] [--checkpoint P]
 
-Without --checkpoint the bundled weights of --weights encode, and the file tells which decode it.
+Without --checkpoint, the bundled small weights are used: encoding takes those of --weights, and
+decoding finds them by the fingerprint in the file.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from compressai.layers import GDN
 from compressai.models.utils import conv, deconv
 from torch import Tensor, nn
 
-from tbtc.coder import Run, SliceCoder
+from tbtc.slices import Run, SliceCoder
 from tbtc.swin import HEAD, SwinAnalysis, SwinSynthesis
 from tbtc.tcm import TCM, our_name
 
@@ -43,7 +43,7 @@ TABLES = ("_quantized_cdf", "_cdf_length", "_offset")
 
 # -------------------------------------------------------------------------------------- transforms
 def conv_transforms(D: int, N: int, Hd: int) -> dict[str, nn.Module]:
-    """g_a, g_s, h_a, h_s of the Conv models: Minnen et al. 2018; N is D in the paper's sizes."""
+    """g_a, g_s, h_a, h_s of the Conv models (Minnen et al. 2018); in the paper's sizes, N = D."""
     return {
         "g_a": nn.Sequential(conv(3, N), GDN(N), conv(N, N), GDN(N), conv(N, N), GDN(N),
                              conv(N, D)),
@@ -116,7 +116,7 @@ class ZYC2022(SliceCoder):
         channels, hyper = widths[0 if transform == "conv" else 3], widths[-1]
         slices = [SLICE] * (channels // SLICE) if prior == "charm" else [channels]
         if sum(slices) != channels:
-            raise UserError(f"ChARM codes slices of {SLICE} channels; {channels} is no multiple")
+            raise UserError(f"ChARM codes slices of {SLICE} channels, not {channels}")
         super().__init__(slices, hyper)
         self.name, self.N, self.M = f"zyc2022-{transform}-{prior}", hyper, channels
         parts = (conv_transforms(channels, widths[-2], hyper) if transform == "conv"

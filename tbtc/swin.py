@@ -94,7 +94,7 @@ class WindowAttention(nn.Module):
                          heads=self.heads).unbind(0)
 
     def bias(self) -> Tensor:
-        """(heads, w * w, w * w)"""
+        """Relative position bias (heads, w * w, w * w)."""
         table = self.relative_position_bias_table[self.relative_position_index.flatten()]
         side = len(self.relative_position_index)
         return table.view(side, side, -1).permute(2, 0, 1)

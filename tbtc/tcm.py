@@ -26,7 +26,7 @@ from compressai.layers import (
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from tbtc.coder import Run, SliceCoder
+from tbtc.slices import Run, SliceCoder
 from tbtc.swin import Block, WindowAttention
 
 SLICES = 5

@@ -266,8 +266,8 @@ def check(args: argparse.Namespace, given: Iterable[str] = ()) -> argparse.Names
     if min(args.valid_patch_size) < factor:
         raise UserError(f"--valid_patch_size {args.valid_patch_size}: give {factor} or more")
     if not 0 <= args.warmup < args.decay_at <= 1:
-        raise UserError(f"--warmup {args.warmup} --decay_at {args.decay_at}: give "
-                        "fractions of the run, the first below the second")
+        raise UserError(f"--warmup {args.warmup} --decay_at {args.decay_at}: shares of the run, "
+                        "the first the smaller one")
     if not 0 <= args.gradient_clip_norm < math.inf:
         raise UserError(f"--gradient_clip_norm {args.gradient_clip_norm}: give 0 or more")
     if not args.ema_decay < 1:

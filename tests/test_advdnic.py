@@ -26,7 +26,8 @@ from advdnic import codec, main, params, train
 from advdnic import eval as advdnic_eval
 from advdnic import transforms as t
 from advdnic.model import EXPERIMENTS, build, load
-from advdnic.pixelcnn import PixelCNN, Steps, Waves
+from advdnic.pixelcnn import PixelCNN
+from advdnic.pixelcnn_decoders import Steps, Waves
 
 ROOT = Path(__file__).parents[1]
 CONTEXTS = ("variant3", "variant3_old", "variant4")

@@ -18,20 +18,10 @@ import torch
 from PIL import Image
 
 from convnextic import ablate, codec, train
-from convnextic.model import (
-    AROUND,
-    BASELINE,
-    CHECKERBOARD,
-    CORNERS,
-    EDGES,
-    SCCTX,
-    VARIANTS,
-    Depthwise,
-    anchors,
-    build,
-    lattices,
-    load,
-)
+from convnextic.blocks import Depthwise
+from convnextic.context import AROUND, CHECKERBOARD, CORNERS, EDGES, SCCTX, anchors, lattices
+from convnextic.model import build, load
+from convnextic.variants import BASELINE, VARIANTS
 
 ROOT = Path(__file__).parents[1]
 ABLATIONS = [  # option, value: each beside v1_patch

@@ -25,8 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tbtc import complexity, train
 from tbtc import eval as tbtc_eval
-from tbtc.coder import in_floats
 from tbtc.model import MODELS, ZOO, ZYC2022, build, load
+from tbtc.slices import in_floats
 from tbtc.swin import Block, WindowAttention, shift_mask
 from tbtc.tcm import TCM, our_name
 

@@ -12,7 +12,6 @@ checkerboard. Both must obtain the same bits, so all arithmetic here is exact (e
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 
 from common.coding import exact
 
@@ -39,6 +38,8 @@ class CausalConv(MaskedConv2d):
 
     It equals CompressAI's layer, but masks the weight in each call instead of overwriting it.
     """
+
+    mask: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.weight * self.mask, self.bias)
@@ -92,10 +93,7 @@ class Context:
                            for i, layer in enumerate(layers)]
         self.places_in_first = [width_of_params + i * layers[0].out_channels
                                 for i in range(len(layers) + 1)]
-        self.first, *self.rest = (
-            exact.Rows(layer, f"entropy_parameters.{i}", device) if isinstance(layer, nn.Conv2d)
-            else partial(exact.activate, layer, f"entropy_parameters.{i}")
-            for i, layer in enumerate(entropy_parameters))
+        self.first, self.rest = exact.rows_of(entropy_parameters, "entropy_parameters", device)
         # decoded latents of a plane with a border of zeros, one row of M values per position
         k = layers[0].kernel_size[0]
         self.border, self.stride = k // 2, width + 2 * (k // 2)
@@ -107,16 +105,17 @@ class Context:
         known = [(params, 0)] + ([] if extra is None else [(extra, self.places_in_first[-1])])
         self.known = [(t.flatten(2).transpose(1, 2).reshape(batch * height * width, -1), place)
                       for t, place in known]
-        self.hyper = None
+        self.hyper: Tensor | None = None
         if batch * height * width * len(self.first.bias) * 8 <= HYPER_BYTES:
             self.hyper = self._sums_of_known()
 
     def _sums_of_known(self, places: Tensor | None = None) -> Tensor:
         """Contribution of params and extra to the first layer of entropy_parameters."""
-        sums = None
+        sums: Tensor | None = None
         for rows, place in self.known:
             rows = rows if places is None else rows.index_select(0, places)
             sums = self.first.sums(rows, place, sums)
+        assert sums is not None  # `params` is always known
         return sums
 
     def predict(self, positions: Tensor, context: int | bool = True) -> tuple[Tensor, Tensor]:

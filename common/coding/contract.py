@@ -6,15 +6,19 @@ evaluation read from a model, with defaults where these make sense.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypedDict, runtime_checkable
 
+from common.coding.entropy import EntropyBottleneck
+
 import torch
+from compressai.entropy_models import GaussianConditional
 from compressai.models import CompressionModel
 from torch import Tensor, nn
 
-Run = Callable[[nn.Module, Tensor], Tensor]  # layers, x -> layers(x), in floats or in fixed point
+Layers = nn.Module | Sequence[nn.Module]  # one layer, a Sequential, or several in their order
+Run = Callable[[Layers, Tensor], Tensor]  # layers, x -> layers(x), in floats or in fixed point
 
 
 class _Strings(TypedDict):
@@ -53,19 +57,28 @@ class Codec(CompressionModel):
 
     tag: ClassVar[bytes]  # four bytes in the header of the paper's files
     options: ClassVar[tuple[str, ...]] = ()  # constructor arguments that weights do not reveal
-    exact_parts: tuple[str, ...] | property = ()  # modules that the decoder computes exactly
+    exact_parts: tuple[str, ...] = ()  # modules that the decoder computes exactly
     downsampling_factor: int = 64  # image pixels per position of the last latent
     coding_device: torch.device | None = None  # runs exact_parts; None: the device of the model
     provenance: Provenance = Provenance()
-    N: int | None = None  # hidden channels, for tables
-    M: int | None = None  # latent channels, for tables
+    N: int  # hidden channels
+    M: int  # latent channels
 
-    def compress(self, x: Tensor, **rate: Any) -> Coded:
+    # The parts that most papers share; each model sets those that it has.
+    g_a: nn.Module
+    g_s: nn.Module
+    h_a: nn.Module
+    h_s: nn.Module
+    entropy_bottleneck: EntropyBottleneck
+    gaussian_conditional: GaussianConditional
+
+    # With *args, a type checker accepts models that name their arguments instead.
+    def compress(self, x: Tensor, *args: Any, **rate: Any) -> Coded:
         """Code x, as in `forward`; rate: the operating point of a variable-rate model."""
         raise NotImplementedError
 
-    def decompress(self, strings: list[list[bytes]], shape: tuple[int, int], **rate: Any
-                   ) -> dict[str, Tensor]:
+    def decompress(self, strings: list[list[bytes]], shape: tuple[int, int], *args: Any,
+                   **rate: Any) -> dict[str, Tensor]:
         """Decode the result of `compress` to {"x_hat": (B, 3, H, W) in [0, 1]}."""
         raise NotImplementedError
 
@@ -74,7 +87,7 @@ class Codec(CompressionModel):
         return {}
 
     @classmethod
-    def from_state_dict(cls, state_dict: dict[str, Tensor], **options: Any) -> Codec:
+    def from_state_dict(cls, state_dict: dict[str, Tensor], *args: Any, **options: Any) -> Codec:
         """Build the model with the sizes of the weights and load them strictly.
 
         Raises KeyError or RuntimeError if the weights belong to another model.

@@ -13,6 +13,7 @@ end of a truncated string.
 
 import weakref
 from array import array
+from collections.abc import Sequence
 
 from common import UserError
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from compressai import entropy_models
 from compressai.ans import BufferedRansEncoder, RansDecoder
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 PRECISION = 16  # probabilities are multiples of 2^-16
@@ -39,7 +41,9 @@ _INTACT = RansDecoder().decode_with_indexes(
     _INITIAL_STATE + _TRAILER + bytes(64), _PROBE_INDEXES, *_PROBE
 )
 
-_cache: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary()
+# The buffers of an entropy model, their versions, and the tables made of them.
+_cache: """weakref.WeakKeyDictionary[
+    nn.Module, tuple[tuple[Tensor, ...], list[int], Tables]]""" = weakref.WeakKeyDictionary()
 
 
 class EntropyBottleneck(entropy_models.EntropyBottleneck):
@@ -99,9 +103,10 @@ class Tables:
         return len(self.rows) - 1
 
     @classmethod
-    def of(cls, entropy_model: nn.Module) -> "Tables":
+    def of(cls, entropy_model: entropy_models.EntropyModel) -> "Tables":
         """Tables of a CompressAI EntropyModel, cached until its buffers change."""
-        buffers = (entropy_model._quantized_cdf, entropy_model._cdf_length, entropy_model._offset)
+        buffers: tuple[Tensor, Tensor, Tensor] = (
+            entropy_model.quantized_cdf, entropy_model.cdf_length, entropy_model.offset)
         versions = [b._version for b in buffers]
         if (known := _cache.get(entropy_model)) is not None:
             same = all(a is b for a, b in zip(known[0], buffers, strict=True))
@@ -119,16 +124,16 @@ def encode(symbols: Tensor, indexes: Tensor, tables: Tables) -> list[bytes]:
     Symbols outside the range of their row are coded with more bits, up to +-2^26. Raises ValueError
     for larger ones (such as a NaN cast to an integer) and for indexes outside the tables.
     """
-    symbols = symbols.detach().cpu().numpy()
-    indexes = _rows(indexes, symbols.shape, tables)
-    if symbols.size and not -SYMBOL_LIMIT <= symbols.min() <= symbols.max() <= SYMBOL_LIMIT:
+    values = symbols.detach().cpu().numpy()
+    rows = _rows(indexes, values.shape, tables)
+    if values.size and not -SYMBOL_LIMIT <= values.min() <= values.max() <= SYMBOL_LIMIT:
         raise ValueError(
             f"symbols beyond +-{SYMBOL_LIMIT} cannot be coded: the latent is broken (NaN?)"
         )
-    symbols = symbols.astype(np.int32, copy=False)
+    values = values.astype(np.int32, copy=False)
     return [
         _encode_one(s.reshape(-1), i.reshape(-1), tables)
-        for s, i in zip(symbols, indexes, strict=True)
+        for s, i in zip(values, rows, strict=True)
     ]
 
 
@@ -139,30 +144,30 @@ def decode(strings: list[bytes], indexes: Tensor, tables: Tables) -> Tensor:
     a probability of error of about 2^-50). A change in the raw bits of a symbol outside its table
     is not detected here, but by the checksum of the file.
     """
-    indexes = _rows(indexes, tuple(indexes.shape), tables)
-    if len(strings) != len(indexes):
-        raise ValueError(f"{len(strings)} strings for {len(indexes)} images")
-    symbols = np.empty(indexes.shape, np.int32)
-    for string, i, out in zip(strings, indexes, symbols.reshape(len(strings), -1), strict=True):
+    rows = _rows(indexes, tuple(indexes.shape), tables)
+    if len(strings) != len(rows):
+        raise ValueError(f"{len(strings)} strings for {len(rows)} images")
+    symbols = np.empty(rows.shape, np.int32)
+    for string, i, out in zip(strings, rows, symbols.reshape(len(strings), -1), strict=True):
         _decode_one(string, i.reshape(-1), tables, out)
     return torch.from_numpy(symbols)
 
 
-def _rows(indexes: Tensor, shape: tuple, tables: Tables) -> np.ndarray:
-    indexes = indexes.detach().cpu().numpy()
-    if indexes.size and not 0 <= indexes.min() <= indexes.max() < len(tables):
+def _rows(indexes: Tensor, shape: tuple[int, ...], tables: Tables) -> NDArray[np.int32]:
+    rows = indexes.detach().cpu().numpy()
+    if rows.size and not 0 <= rows.min() <= rows.max() < len(tables):
         raise ValueError(f"indexes outside the {len(tables)} rows of the CDF tables")
-    return np.broadcast_to(indexes.astype(np.int32, copy=False), shape)
+    return np.broadcast_to(rows.astype(np.int32, copy=False), shape)
 
 
-def _integers(values: np.ndarray) -> bytearray | array:
+def _integers(values: NDArray[np.int32]) -> "bytearray | array[int]":
     """int32 values as the sequence that the coder reads fastest; a list would be slower to make."""
     if values.min() >= 0 and values.max() <= 255:
         return bytearray(values.astype(np.uint8))
     return array("i", values.tobytes())
 
 
-def _encode_one(symbols: np.ndarray, indexes: np.ndarray, tables: Tables) -> bytes:
+def _encode_one(symbols: NDArray[np.int32], indexes: NDArray[np.int32], tables: Tables) -> bytes:
     if symbols.size == 0:
         return b""
     coder = BufferedRansEncoder()
@@ -179,7 +184,8 @@ def _encode_one(symbols: np.ndarray, indexes: np.ndarray, tables: Tables) -> byt
     return coder.flush()
 
 
-def _decode_one(string: bytes, indexes: np.ndarray, tables: Tables, out: np.ndarray) -> None:
+def _decode_one(string: bytes, indexes: NDArray[np.int32], tables: Tables,
+                out: NDArray[np.int32]) -> None:
     if indexes.size == 0 and string == b"":
         return
     decoder = Decoder(string, indexes.size, tables)
@@ -204,7 +210,7 @@ class Decoder:
         self.decoder = RansDecoder()
         self.decoder.set_stream(string + _TRAILER + bytes(zeros))
 
-    def decode(self, indexes: np.ndarray) -> np.ndarray:
+    def decode(self, indexes: NDArray[np.int32]) -> NDArray[np.int32]:
         """Decode the next symbols (n,), int32; indexes: their rows of the tables (n,), int32."""
         tables, top = self.tables, int(indexes.max()) + 1  # the coder copies all rows
         values = self.decoder.decode_stream(
@@ -250,25 +256,26 @@ class Decoders:
 
 
 # ------------------------------------------ factorized latents (CompressAI's EntropyBottleneck)
-def _medians(bottleneck: nn.Module) -> Tensor:
+def _medians(bottleneck: entropy_models.EntropyBottleneck) -> Tensor:
     """Medians of the channels (C, 1, 1), around which z is rounded."""
     return bottleneck.quantiles[:, 0, 1].detach()[:, None, None]
 
 
-def _channels(bottleneck: nn.Module, batch: int, shape: tuple[int, int]) -> Tensor:
+def _channels(bottleneck: entropy_models.EntropyBottleneck, batch: int, shape: Sequence[int]
+              ) -> Tensor:
     """Indexes (B, C, h, w) that code channel i with row i."""
     channels = len(bottleneck.quantiles)
     return torch.arange(channels)[None, :, None, None].expand(batch, channels, *shape)
 
 
-def encode_bottleneck(bottleneck: nn.Module, z: Tensor) -> list[bytes]:
+def encode_bottleneck(bottleneck: entropy_models.EntropyBottleneck, z: Tensor) -> list[bytes]:
     """Code z (B, C, h, w), rounded around the medians, with one table per channel."""
     symbols = (z - _medians(bottleneck)).round()
     return encode(symbols, _channels(bottleneck, len(z), z.shape[-2:]), Tables.of(bottleneck))
 
 
 def decode_bottleneck(
-    bottleneck: nn.Module, strings: list[bytes], shape: tuple[int, int]
+    bottleneck: entropy_models.EntropyBottleneck, strings: list[bytes], shape: Sequence[int]
 ) -> Tensor:
     """Inverse of `encode_bottleneck`; returns z_hat (B, C, h, w), equal to `dequantize` of z."""
     indexes = _channels(bottleneck, len(strings), shape)
@@ -276,7 +283,7 @@ def decode_bottleneck(
     return decode(strings, indexes, Tables.of(bottleneck)).to(medians) + medians
 
 
-def dequantize(bottleneck: nn.Module, z: Tensor) -> Tensor:
+def dequantize(bottleneck: entropy_models.EntropyBottleneck, z: Tensor) -> Tensor:
     """z_hat = round(z - median) + median, as the decoder obtains it."""
     medians = _medians(bottleneck)
     return (z - medians).round() + medians

@@ -19,10 +19,14 @@ indexed by the quantised input.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 from common import UserError
 from common.coding import exact_layers, exact_tables
-from common.coding.contract import ExactModule
+from common.coding.contract import ExactModule, Layers
+from common.coding.exact_layers import Linear, Settings
 from common.layers import mask_of
 
 import torch
@@ -37,7 +41,7 @@ SMOOTH = (nn.GELU, nn.SiLU, nn.ELU, nn.Softplus, nn.Mish, nn.Sigmoid, nn.Tanh)
 
 
 @torch.no_grad()
-def run(layers: nn.Module, x: Tensor) -> Tensor:
+def run(layers: Layers, x: Tensor) -> Tensor:
     """Apply convolutional layers in exact arithmetic.
 
     layers: one layer, a list or a Sequential of Conv2d, ConvTranspose2d, Linear, LayerNorm, GDN,
@@ -92,7 +96,7 @@ class Rows:
     """
 
     @torch.no_grad()
-    def __init__(self, layer: nn.Module, name: str, device: torch.device):
+    def __init__(self, layer: Linear, name: str, device: torch.device):
         prepared = exact_layers.prepare(layer, name, device)
         if prepared.rows is None:
             out, inputs, kh, kw = prepared.weight.shape
@@ -122,7 +126,17 @@ class Rows:
         return self.sums(x, first, begun).mul_(self.scale)
 
 
-def spec(layers: nn.Module) -> dict:
+def rows_of(layers: nn.Sequential, name: str, device: torch.device
+            ) -> tuple[Rows, list[Callable[[Tensor], Tensor]]]:
+    """The first layer of a chain of 1x1 convolutions and activations, for rows; and the others."""
+    first, *rest = (Rows(layer, f"{name}.{i}", device) if isinstance(layer, nn.Conv2d)
+                    else partial(activate, layer, f"{name}.{i}") for i, layer in enumerate(layers))
+    if not isinstance(first, Rows):
+        raise UserError(f"layer {name}.0 cannot be applied to rows")
+    return first, list(rest)
+
+
+def spec(layers: nn.Module) -> dict[str, Any]:
     """Constants and exponents that a checkpoint stores so that its streams stay decodable.
 
     Consists of plain numbers and int32 tensors, which `torch.load(weights_only=True)` reads.
@@ -137,18 +151,19 @@ def spec(layers: nn.Module) -> dict:
     }
 
 
-def restore(layers: nn.Module, spec: dict | None) -> None:
+def restore(layers: nn.Module, spec: dict[str, Any] | None) -> None:
     """Compute with the `spec` of a checkpoint from now on; None chooses new exponents.
 
     Raises UserError if the spec belongs to other layers or to another version of the arithmetic.
     """
     linear = _linear(layers)
-    settings = [None] * len(linear)
+    entries: list[Settings | None] = [None] * len(linear)
     if spec is not None:
         try:
             version, keys = spec["version"], ("grid_bits", "clamp_bits", "shifts")
             columns = zip(*(spec[key] for key in keys), strict=True)
-            settings = [dict(zip(keys, column, strict=True)) for column in columns]
+            settings = [Settings(grid_bits=grid, clamp_bits=clamp, shifts=shifts)
+                        for grid, clamp, shifts in columns]
             sizes = [s["shifts"].numel() for s in settings]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError("the fixed-point entry is damaged: use an intact checkpoint") from error
@@ -156,8 +171,10 @@ def restore(layers: nn.Module, spec: dict | None) -> None:
             raise UserError(f"fixed-point arithmetic {version} is not known: update the code")
         if sizes != [exact_layers.out_channels(layer) for layer in linear]:
             raise UserError("the fixed-point entry does not match: it has other layers or widths")
-    for layer, entry in zip(linear, settings, strict=True):
-        layer.exact_settings = entry  # on the module, so that deep copies have it, too
+        entries = [*settings]
+    for layer, entry in zip(linear, entries, strict=True):
+        # on the module, so that deep copies have it, too
+        setattr(layer, exact_layers.SETTINGS, entry)
         exact_layers.prepared_layers.pop(layer, None)
 
 
@@ -189,7 +206,7 @@ def round_to_grid(x: Tensor, bits: int = 8) -> Tensor:
     return torch.round(x * 2.0**bits) * 2.0**-bits
 
 
-def _flatten(layers: nn.Module, prefix: str = ""):
+def _flatten(layers: Layers, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield (name, layer) in order, including the layers of nested Sequentials."""
     if isinstance(layers, nn.Module) and not isinstance(layers, (nn.Sequential, nn.ModuleList)):
         yield prefix or type(layers).__name__, layers
@@ -198,7 +215,7 @@ def _flatten(layers: nn.Module, prefix: str = ""):
         yield from _flatten(layer, f"{prefix}.{index}" if prefix else str(index))
 
 
-def _linear(layers: nn.Module) -> list[nn.Module]:
+def _linear(layers: nn.Module) -> list[Linear]:
     """All linear layers at any depth, in the order of their registration."""
     return [layer for _, part in _flatten(layers) for layer in part.modules()
             if isinstance(layer, exact_layers.LINEAR)]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
-
-from common.coding import exact
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # it imports this module
+    from common.coding.exact_layers import PreparedLayer
 
 DIGITS_MAX = 127 * 257  # two digits of base 256 cover -128 * 257 to this
 DIGITS_WORK = 2**24  # number of multiplications from which int8 digits pay off
 
 
-def digits_of(layer: exact._Layer, x: Tensor) -> tuple[Tensor, Tensor] | None:
+def digits_of(layer: PreparedLayer, x: Tensor) -> tuple[Tensor, Tensor] | None:
     """The weights as int8 (kh, kw * in, digits * out), and signs of the output channels; or None.
 
     Integers of 16 bits have two digits of base 256, those of 24 bits three. On CPUs with int8
@@ -49,7 +51,7 @@ def _digits(q: Tensor, count: int) -> list[Tensor]:
 
 
 def sums_by_digits(digits: tuple[Tensor, Tensor], x: Tensor, top: int, n: int, columns: int,
-               layer: exact._Layer) -> Tensor:
+                   layer: PreparedLayer) -> Tensor:
     """Sums of `n` output rows, from row `top` of the quantised x on: (B, out, n, columns)."""
     weight, signs = digits
     (kh, kw), (sh, sw), (dh, dw) = layer.weight.shape[-2:], layer.stride, layer.dilation
@@ -62,7 +64,7 @@ def sums_by_digits(digits: tuple[Tensor, Tensor], x: Tensor, top: int, n: int, c
         b, h, w, c = digit.stride()
         lines = digit.as_strided((batch, height, columns, kw, inputs),
                                  (b, h, w * sw, w * dw, c)).flatten(3).contiguous()
-        product = 0
+        product = torch.tensor(0, dtype=torch.int32)
         for k in range(kh):
             rows = lines[:, k * dh : k * dh + (n - 1) * sh + 1 : sh]
             product = product + torch._int_mm(rows.reshape(-1, kw * inputs), weight[k])

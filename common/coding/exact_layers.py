@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from dataclasses import dataclass
+from typing import TypedDict
 
 from common import UserError
 from common.coding import exact_int8, exact_tables
@@ -18,9 +19,22 @@ WEIGHT_BITS = 16  # |q| <= 2^15
 GRID_BITS = 12  # activations are multiples of 2^-12 ...
 CLAMP_BITS = 12  # ... and lie in [-2^12, 2^12]
 MAX_SHIFT = 30  # weights are multiples of 2^-30 or coarser, so that biases fit as well
-STRIP_ELEMENTS = 2**23  # at most this many float64 (64 MiB) of unfolded input at a time
+STRIP_ELEMENTS = 2**23  # maximum size of unfolded input, 64 MiB of float64
+SETTINGS = "exact_settings"  # attribute that holds the settings of `restore` in a layer
+Linear = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
 LINEAR = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-prepared_layers: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
+# What the layer was prepared from, the result, its weight and its bias.
+prepared_layers: weakref.WeakKeyDictionary[
+    nn.Module, tuple[tuple[object, ...], PreparedLayer, Tensor, Tensor | None]
+] = weakref.WeakKeyDictionary()
+
+
+class Settings(TypedDict):
+    """Grid and clamp of a layer's input, and the exponents of its output channels."""
+
+    grid_bits: int
+    clamp_bits: int
+    shifts: Tensor
 
 
 @dataclass
@@ -30,20 +44,21 @@ class PreparedLayer:
     weight: Tensor  # integers in float64, (out, in / groups, kh, kw)
     bias: Tensor  # integers in float64, (out, 1, 1)
     scale: Tensor  # powers of two, (out, 1, 1): value of one unit of the accumulator
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
     grid_bits: int
     clamp_bits: int
     rows: tuple[Tensor, list[int]] | None = None  # weight and used taps, for `Rows`
-    digits: tuple | None = None  # weight as int8, for exact_int8.py; empty: does not fit
+    # weight as int8 and signs, for exact_int8.py; empty: does not fit
+    digits: tuple[Tensor, Tensor] | tuple[()] | None = None
 
 
-def out_channels(layer: nn.Module) -> int:
+def out_channels(layer: Linear) -> int:
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
-def _weight(layer: nn.Module) -> Tensor:
+def _weight(layer: Linear) -> Tensor:
     """The weight in float64, in the shape (out, in / groups, kh, kw) of an ordinary convolution."""
     weight = layer.weight.detach().double()
     if (mask := mask_of(layer)) is not None:
@@ -69,10 +84,11 @@ def _polyphase(layer: nn.ConvTranspose2d, weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 4, 6, 1, 3, 5).reshape(-1, channels // groups, nh, nw)
 
 
-def settings_of(layer: nn.Module) -> dict:
+def settings_of(layer: Linear) -> Settings:
     """Grid, clamp and exponents of a layer: those of `restore`, or chosen from the weights."""
-    if getattr(layer, "exact_settings", None) is not None:
-        return layer.exact_settings
+    restored: Settings | None = getattr(layer, SETTINGS, None)
+    if restored is not None:
+        return restored
     peak = _weight(layer).abs().reshape(out_channels(layer), -1).amax(dim=1).cpu()
     exponent = torch.frexp(peak).exponent  # peak < 2^exponent
     shifts = (WEIGHT_BITS - 1 - exponent).clamp_max(MAX_SHIFT).int()
@@ -84,26 +100,33 @@ def _power_of_two(exponents: Tensor) -> Tensor:
     return torch.tensor([math.ldexp(1.0, e) for e in exponents.tolist()], dtype=torch.float64)
 
 
-def prepare(layer: nn.Module, name: str, device: torch.device) -> PreparedLayer:
+def prepare(layer: Linear, name: str, device: torch.device) -> PreparedLayer:
     """Quantise a layer; the result is cached until its weights change.
 
     In-place changes through `.data` cannot be detected; `restore(layers, None)` clears the cache.
     """
     weight, bias = layer.weight, layer.bias
-    key = (device, weight.device, weight.data_ptr(), weight._version)
+    key: tuple[object, ...] = (device, weight.device, weight.data_ptr(), weight._version)
     if bias is not None:
         key += (bias.data_ptr(), bias._version)
     if (known := prepared_layers.get(layer)) is not None and known[0] == key:
         return known[1]
-    transposed, linear = isinstance(layer, nn.ConvTranspose2d), isinstance(layer, nn.Linear)
-    if not linear and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
-        raise UserError(f"layer {name}: only zero padding given in numbers has an exact form")
-    if transposed and layer.dilation != (1, 1):
-        raise UserError(f"layer {name}: a dilated transposed convolution has no exact form")
+    stride: tuple[int, ...] = (1, 1)
+    dilation, groups, phases = stride, 1, 1  # these are the values of a Linear
+    if not isinstance(layer, nn.Linear):
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            raise UserError(f"layer {name}: only zero padding given as numbers has an exact form")
+        dilation, groups = layer.dilation, layer.groups
+        if not isinstance(layer, nn.ConvTranspose2d):
+            stride = layer.stride
+        elif dilation == (1, 1):
+            phases = math.prod(layer.stride)
+        else:
+            raise UserError(f"layer {name}: a dilated transposed convolution has no exact form")
     if not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
         raise UserError(f"layer {name} holds NaN or infinite weights: use an intact checkpoint")
 
-    settings, phases = settings_of(layer), math.prod(layer.stride) if transposed else 1
+    settings = settings_of(layer)
     grid_bits, clamp_bits = settings["grid_bits"], settings["clamp_bits"]
     shifts = settings["shifts"].repeat_interleave(phases)
     unit = _power_of_two(shifts).to(weight.device)
@@ -116,27 +139,29 @@ def prepare(layer: nn.Module, name: str, device: torch.device) -> PreparedLayer:
             f"layer {name} cannot be computed exactly: sums reach {worst:.3g}, the limit is"
             f" 2^{exact_tables.EXACT_BITS}; its weights or biases are too large"
         )
-    known = PreparedLayer(
+    prepared = PreparedLayer(
         weight=q.to(device).contiguous(),
         bias=b.to(device).view(-1, 1, 1),
         scale=_power_of_two(-shifts - grid_bits).to(device).view(-1, 1, 1),
-        stride=(1, 1) if transposed or linear else layer.stride,
-        dilation=(1, 1) if linear else layer.dilation,
-        groups=1 if linear else layer.groups,
+        stride=stride,
+        dilation=dilation,
+        groups=groups,
         grid_bits=grid_bits,
         clamp_bits=clamp_bits,
     )
     # The cache keeps the tensors alive, so that no other weights can get the same addresses.
-    prepared_layers[layer] = (key, known, weight.detach(), None if bias is None else bias.detach())
-    return known
+    prepared_layers[layer] = (key, prepared, weight.detach(),
+                              None if bias is None else bias.detach())
+    return prepared
 
 
-def apply_layer(layer: nn.Module, prepared: PreparedLayer, x: Tensor) -> Tensor:
+def apply_layer(layer: Linear, prepared: PreparedLayer, x: Tensor) -> Tensor:
     """Apply one linear layer to real-valued x; the result is real-valued and exact."""
     x = exact_tables.quantise(x, prepared.grid_bits, prepared.clamp_bits)
     if isinstance(layer, nn.Linear):  # acts on the last dimension
         flat = x.reshape(-1, x.shape[-1]).t()[None, :, :, None]
         return _convolve(prepared, flat)[0, :, :, 0].t().reshape(*x.shape[:-1], -1)
+    assert not isinstance(layer.padding, str)  # `prepare` has refused it
     (ph, pw), (h, w) = layer.padding, x.shape[-2:]
     if not isinstance(layer, nn.ConvTranspose2d):
         return _convolve(prepared, F.pad(x, (pw, pw, ph, ph)))

@@ -21,7 +21,7 @@ def pad(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
-def crop(x: Tensor, size: tuple[int, int]) -> Tensor:
+def crop(x: Tensor, size: Sequence[int]) -> Tensor:
     """Undo `pad`: the first (height, width) of (B, C, H, W)."""
     return x[..., : size[0], : size[1]]
 

@@ -61,7 +61,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: holds no state dict")
     for prefix in ("module.", "_orig_mod."):
         weights = {k.removeprefix(prefix): v for k, v in weights.items()}
-    steps = state.pop("int8_steps", {})  # of a file of common/recipes/export.py
+    steps = state.pop("int8_steps", {})  # in files of common/recipes/export.py
     if {k for k, v in weights.items() if v.dtype == torch.int8} != set(steps):
         raise UserError(f"{path}: the steps of its 8-bit kernels are missing: export it again")
     state["model"] = {k: v * steps[k] if k in steps else v.float() if v.is_floating_point() else v
@@ -100,7 +100,8 @@ def load_model(path: str | Path, kind: type[AnyCodec], device: torch.device | st
     for name, spec in state.get("exact", {}).items():
         exact.restore(model.get_submodule(name), spec)
     model.provenance = Provenance(config, *(state.get(k) for k in ("step", "epoch", "hardware")))
-    return model.eval().to(device, memory_format=torch.channels_last)
+    # torch's annotations do not know memory_format
+    return model.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def load_error(e: Exception) -> str:

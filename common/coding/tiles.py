@@ -14,7 +14,7 @@ def tiled(
     up: int = 1,
     halo: int = 2,
     tile: int = 1024,
-    limit: int = LIMIT,
+    limit: float = LIMIT,
 ) -> Tensor:
     """Apply transform to x (B, C, H, W), in overlapping tiles above `limit` image pixels.
 
@@ -39,7 +39,7 @@ def tiled(
         return transform(x)
     # In latent positions; `down` and `up` convert them to rows of x and of the result.
     rows, columns, step = height // down, width // down, max(1, tile // (down * up))
-    out = None
+    out: Tensor | None = None
     for top in range(0, rows, step):
         for left in range(0, columns, step):
             bottom, right = min(top + step, rows), min(left + step, columns)
@@ -53,4 +53,5 @@ def tiled(
                 (top - above) * up : (bottom - above) * up,
                 (left - before) * up : (right - before) * up,
             ]
+    assert out is not None  # the image has at least one tile
     return out

@@ -18,9 +18,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 from common import UserError, cli, data, processes
 from common.coding import entropy
+from common.coding.contract import Codec, Coded
 from common.loss import RateDistortionLoss
 from common.papers import ROOT, papers
 from common.training.network import autocast, prepare_network
@@ -28,13 +30,16 @@ from common.training.optimizers import make_optimizers
 
 import torch
 from compressai.layers import GDN
+from compressai.models import CompressionModel
 from torch import nn
 
 Step = Callable[[], object]
+Model = Codec | Any  # ours, or one of CompressAI with the same parts
+AnyModel = TypeVar("AnyModel", bound=CompressionModel)
 
 
 @torch.no_grad()
-def widen(model: nn.Module, target: nn.Module) -> nn.Module:
+def widen(model: nn.Module, target: AnyModel) -> AnyModel:
     """Fill `target`, a wider network, so that it computes the same as `model`, by copying channels.
 
     This gives a network of the paper's size with trained statistics, made from the bundled small
@@ -46,28 +51,27 @@ def widen(model: nn.Module, target: nn.Module) -> nn.Module:
         return torch.arange(wide) * narrow // wide
 
     for small, large in zip(model.parameters(), target.parameters(), strict=True):
-        for dim in range(small.dim()):
-            if small.size(dim) != large.size(dim):
-                small = small.index_select(dim, source(large.size(dim), small.size(dim)))
-        large.copy_(small)
-    for small, large in zip(model.modules(), target.modules(), strict=True):
-        weight, dim = getattr(large, "weight", None), 1
-        if isinstance(large, nn.ConvTranspose2d):
-            dim = 0
-        elif isinstance(large, GDN):
-            small, large, weight = small.gamma, large.gamma, large.gamma  # stored as a square root
-        elif not isinstance(large, nn.Conv2d):
+        values: torch.Tensor = small
+        for dim in range(values.dim()):
+            if values.size(dim) != large.size(dim):
+                values = values.index_select(dim, source(large.size(dim), values.size(dim)))
+        large.copy_(values)
+    for layer, wide in zip(model.modules(), target.modules(), strict=True):
+        if not isinstance(wide, (nn.Conv2d, nn.ConvTranspose2d, GDN)):
             continue
-        narrow = small.size(1) if isinstance(small, torch.Tensor) else small.weight.size(dim)
+        name, dim = "weight", 0 if isinstance(wide, nn.ConvTranspose2d) else 1
+        if isinstance(wide, GDN):
+            name = "gamma"  # stored as a square root
+        weight, narrow = wide.get_parameter(name), layer.get_parameter(name).size(dim)
         of = source(weight.size(dim), narrow)
         copies = torch.bincount(of, minlength=narrow)[of].to(weight)  # of each input channel
-        copies = copies.sqrt() if weight is large else copies
-        weight /= copies.view([-1 if d == dim else 1 for d in range(weight.dim())])
+        copies = copies.sqrt() if name == "gamma" else copies
+        weight.div_(copies.view([-1 if d == dim else 1 for d in range(weight.dim())]))
     target.update(force=True)
     return target.eval()
 
 
-def pair(paper: str, N: int | None = None, M: int | None = None) -> tuple[nn.Module, nn.Module]:
+def pair(paper: str, N: int | None = None, M: int | None = None) -> tuple[Codec, Model]:
     """Our network and CompressAI's, with the same weights, at the width of the paper."""
     module = importlib.import_module(f"{paper}.model")
     default = module.build()
@@ -153,11 +157,11 @@ def among_papers(papers: list[str], rounds: int) -> None:
 
 
 @torch.no_grad()
-def entropy_calls(model: nn.Module, x: torch.Tensor, theirs: bool = False) -> list:
+def entropy_calls(model: Model, x: torch.Tensor, theirs: bool = False) -> list[tuple[str, Step]]:
     """[(name, function)]: entropy encoding and decoding of the model's symbols for x."""
     y = model.g_a(x)
     bottleneck, latent = model.entropy_bottleneck, y
-    jobs = []
+    jobs: list[tuple[Step, Step]] = []
     if "h_a" in dict(model.named_children()):
         latent = model.h_a(y.abs())
         z_hat = bottleneck.dequantize(bottleneck.quantize(latent, "symbols", _medians(bottleneck)),
@@ -191,11 +195,11 @@ def entropy_calls(model: nn.Module, x: torch.Tensor, theirs: bool = False) -> li
             ("entropy coding, both ways", lambda: [f() for f in encoders + decoders])]
 
 
-def _medians(bottleneck: nn.Module) -> torch.Tensor:
+def _medians(bottleneck: entropy.EntropyBottleneck) -> torch.Tensor:
     return bottleneck.quantiles[:, :, 1:2].detach().reshape(1, -1, 1, 1)
 
 
-def code(model: nn.Module, x: torch.Tensor) -> Step:
+def code(model: Model, x: torch.Tensor) -> Step:
     def run() -> None:
         with torch.no_grad():
             result = model.compress(x)
@@ -204,7 +208,7 @@ def code(model: nn.Module, x: torch.Tensor) -> Step:
 
 
 @torch.no_grad()
-def decode(model: nn.Module, x: torch.Tensor, file: dict | None = None) -> Step:
+def decode(model: Model, x: torch.Tensor, file: Coded | None = None) -> Step:
     result = file or model.compress(x)
 
     def run() -> None:
@@ -251,8 +255,8 @@ def tiles() -> torch.Tensor:
     return torch.stack([data.to_float(crops[k]) for k in range(8)])
 
 
-def descent(model: nn.Module, net: Callable[[torch.Tensor], dict], x: torch.Tensor, lmbda: float,
-            precision: str) -> Step:
+def descent(model: CompressionModel, net: Callable[[torch.Tensor], dict[str, Any]],
+            x: torch.Tensor, lmbda: float, precision: str) -> Step:
     """A step of both optimisers of `model`, whose forward pass is net(x)."""
     optimizer, aux_optimizer = make_optimizers(model, "adam", 1e-4)
     criterion = RateDistortionLoss(lmbda)

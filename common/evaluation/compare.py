@@ -86,12 +86,12 @@ def plot(results: list[Results], published: list[Results], jpeg: Results,
 
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     rates = [rate for r in results for rate in r["results"]["bpp"]]
-    for curve, color in zip(published, plt.cm.Set2.colors * 9, strict=False):
+    for curve, color in zip(published, matplotlib.color_sequences["Set2"] * 9, strict=False):
         axes.plot(*_curve(curve), marker=".", linewidth=1.2, color=color, label=curve["name"])
     axes.plot(*_curve(jpeg), "--", color="0.4", linewidth=1.2, label=f"{jpeg['name']}, measured")
     for i, curve in enumerate(results):
         axes.plot(*_curve(curve), marker="osD^v"[i % 5], markersize=7, linewidth=2.5, zorder=3,
-                  color=plt.cm.tab10.colors[(3, 0, 2, 4, 1)[i % 5]],
+                  color=matplotlib.color_sequences["tab10"][(3, 0, 2, 4, 1)[i % 5]],
                   label=_label(curve, 0) if len(curve["results"]["bpp"]) == 1 else curve["name"])
     right = max([2 * max(rates), 1.0])
     visible = [p for c in [*results, *published, jpeg] for b, p in zip(*_curve(c), strict=True)

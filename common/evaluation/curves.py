@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="log folders of runs: <paper>/logs/<prefix>/<exp_version>")
     parser.add_argument("--plot", type=Path, default=Path("curves.png"), help="PNG file to write")
     args = parser.parse_args(argv)
-    names = compare.distinct([f.resolve().parts[-4:][0] for f in args.folders],  # the papers'
+    names = compare.distinct([f.resolve().parts[-4:][0] for f in args.folders],  # paper
                              [str(f) for f in args.folders])
     rows = {name: read(folder) for name, folder in zip(names, args.folders, strict=True)}
 

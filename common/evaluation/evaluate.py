@@ -7,8 +7,9 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from common import UserError, cli, data, processes
 from common.coding import bitstream
@@ -25,6 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
+
+Result = TypeVar("Result")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +82,7 @@ def find_checkpoints(args: argparse.Namespace, bundled: Path, prefix: str
 
 def output_folder(outdir: str, name: str, checkpoint: Path) -> Path:
     """Folder for the files of one operating point, different for epochs of different runs."""
-    run = "-".join(checkpoint.with_suffix("").parts[-3:])  # epoch_9 of which run
+    run = "-".join(checkpoint.with_suffix("").parts[-3:])  # epoch_9, after its run
     return Path(outdir, name, run if name != "small" else checkpoint.stem)
 
 
@@ -158,12 +161,11 @@ def evaluate(model: Codec, paths: list[Path], name: str, description: str = "",
                 decode_images(model, files, fingerprint)
                 warm = True
             files, encoding = time_call(
-                lambda x=x: encode_images(model, x, fingerprint, **rate), device)
+                partial(encode_images, model, x, fingerprint, **rate), device)
             for stem, file in zip(group, files, strict=True):
                 write_atomic(folder / f"{stem}.bin", file)
             files = [read_file(folder / f"{stem}.bin") for stem in group]
-            x_hat, decoding = time_call(
-                lambda files=files: decode_images(model, files, fingerprint), device)
+            x_hat, decoding = time_call(partial(decode_images, model, files, fingerprint), device)
             small = x.shape[-2] * x.shape[-1] <= LIMIT  # a larger one may exceed the memory
             estimates = (_estimate(model, x, rate) if entropy_estimation and small
                          else [None] * len(group))
@@ -230,7 +232,7 @@ def in_half(module: nn.Module, device: torch.device) -> None:
     module.register_forward_hook(leave, always_call=True)
 
 
-def time_call(function: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+def time_call(function: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
     def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)

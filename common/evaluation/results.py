@@ -112,7 +112,8 @@ def _checked(curve: Any, path: str | Path) -> dict[str, Any]:
 
 
 def _mean(values: list[float | None]) -> float | None:
-    return None if None in values else sum(values) / len(values)
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if len(numbers) == len(values) else None
 
 
 def _format(value: Any, indent: str) -> str:

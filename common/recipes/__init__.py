@@ -1,1 +1,1 @@
-"""Recipes: training, exporting and publishing the weights that a paper's folder bundles."""
+"""Recipes: train, export and publish the bundled weights of a paper."""

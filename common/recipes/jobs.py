@@ -53,7 +53,7 @@ class Job:
         self.settings, self.paper, self.name, self.needs = settings, paper, name, needs
         self.home = settings.root / paper
         self.folder, self.label = self.home / folder, f"{paper} {name}"
-        self.process: subprocess.Popen | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.descriptor: int | None = None  # of the lock
 
     def definition(self) -> dict[str, Any]:
@@ -61,6 +61,10 @@ class Job:
 
     def steps_of_work(self) -> Iterator[list[Any]]:
         """Yield command lines, which are run one after the other in the paper's folder."""
+        raise NotImplementedError
+
+    def state(self) -> str:
+        """What is done and what is left, in words."""
         raise NotImplementedError
 
     def record(self) -> dict[str, Any]:
@@ -125,12 +129,13 @@ class Job:
             return True
         log = self.folder / "output.txt"
         self.offset = log.stat().st_size if log.exists() else 0
-        parent = os.getpid()
+        parent, descriptor = os.getpid(), self.descriptor
+        assert descriptor is not None  # `begin` has locked the job
         paths = [str(self.settings.root), *filter(None, [os.environ.get("PYTHONPATH")])]
         with open(log, "ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, *map(str, command)], cwd=self.home, stdin=subprocess.DEVNULL,
-                stdout=output, stderr=output, pass_fds=[self.descriptor],
+                stdout=output, stderr=output, pass_fds=[descriptor],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
                 preexec_fn=lambda: end_with(parent))
         return False
@@ -143,7 +148,7 @@ class Job:
         return (self.folder / "output.txt").read_bytes()[self.offset:].decode(errors="replace")
 
     def reason(self, code: int) -> str:
-        """The last error line of a command that failed, or how it ended."""
+        """The last error line of a command that failed, or its exit status or signal."""
         lines = [line for line in re.split(r"[\r\n]+", self.output()) if line.strip()]
         errors = [line for line in lines if line.startswith("error: ")]
         if errors:

@@ -85,7 +85,7 @@ class Stage(Job):
 
     def step(self) -> int:
         """Number of steps done according to the logs, which count whole epochs."""
-        return sum(int(STEP.match(line)[1]) for line in self.logged())
+        return sum(int(found[1]) for line in self.logged() if (found := STEP.match(line)))
 
     def found(self) -> list[Path]:
         def natural(path: Path) -> list[Any]:
@@ -116,6 +116,7 @@ class Stage(Job):
         say(f"{self.label}: {why}: its run is kept as {show(before(kept[-1], n), self)} and "
             "trained again")
         descriptor, self.descriptor = self.descriptor, None
+        assert descriptor is not None  # a job is locked before it is settled
         os.close(descriptor)  # the lock file was renamed with the folder
         self.descriptor = self.lock()
 

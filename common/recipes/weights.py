@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from common import UserError, cli, data
 from common.files import write_atomic
@@ -187,7 +187,9 @@ class Bar:
 
     def __init__(self) -> None:
         tqdm.monitor_interval = 0  # no thread, as the runner forks
-        self.bar, self.job, self.looked = None, None, 0.0
+        self.bar: tqdm[NoReturn] | None = None
+        self.job: Stage | None = None
+        self.looked = 0.0
 
     def update(self, running: list[Job]) -> None:
         job = next((job for job in running if isinstance(job, Stage)), None)

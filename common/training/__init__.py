@@ -1,1 +1,1 @@
-"""Training: the parts of a run that no paper should write twice."""
+"""Training: the parts of a run that are the same in all papers."""

@@ -41,7 +41,7 @@ class Log:
     def step(self, step: int, values: dict[str, Any], every: int = 50) -> None:
         """Count one step; every `every` steps, write the scalars to TensorBoard."""
         there = {k: v.detach() for k, v in values.items() if isinstance(v, Tensor) and v.is_cuda}
-        if there:  # reading them now would make the GPU wait
+        if there:  # reading them now would synchronise with the GPU
             new = torch.stack(list(there.values())).double()
             before = self.on_gpu.get(tuple(there))
             self.on_gpu[tuple(there)] = new if before is None else before + new

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any, cast
 
 from common import processes
 
@@ -46,7 +47,7 @@ def prepare_network(model: nn.Module, compile: bool = False) -> nn.Module:
         compile = False
         if processes.rank() == 0:
             print("torch.compile finds no working compiler; training without --compile")
-    net = torch.compile(model) if compile else model
+    net = cast(nn.Module, torch.compile(model)) if compile else model
     if processes.world() == 1:
         return net
     names = [name for name, _ in model.named_parameters() if name.endswith("quantiles")]
@@ -55,4 +56,5 @@ def prepare_network(model: nn.Module, compile: bool = False) -> nn.Module:
     ddp._set_params_and_buffers_to_ignore_for_model(net, [prefix + n for n in names])
     known = inspect.signature(ddp).parameters  # torch 2.13 has renamed it
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return ddp(net, **{name: False})
+    settings: dict[str, Any] = {name: False}
+    return ddp(net, **settings)

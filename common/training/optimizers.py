@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from common import UserError, processes
 
@@ -28,7 +28,8 @@ def make_optimizers(model: nn.Module, name: str, lr: float,
     main = main_parameters(model)
     aux = [p for n, p in model.named_parameters() if n.endswith("quantiles")]
     device = next(iter(main.values())).device
-    graph = {"capturable": True} if device.type == "cuda" and processes.world() == 1 else {}
+    capturable = device.type == "cuda" and processes.world() == 1
+    graph: dict[str, Any] = {"capturable": True} if capturable else {}
     rate = torch.tensor(lr, device=device) if graph else lr  # as a tensor, schedules can change it
     if name == "adam":
         optimizer: torch.optim.Optimizer = torch.optim.Adam(main.values(), lr=rate, **graph)
@@ -37,8 +38,10 @@ def make_optimizers(model: nn.Module, name: str, lr: float,
 
         kernels = [p for n, p in main.items() if "entropy_bottleneck" not in n]
         density = [p for n, p in main.items() if "entropy_bottleneck" in n]
-        groups = [{"params": kernels}, {"params": density, "use_fallback": True}]
-        optimizer = Muon(groups, lr=rate, nesterov=True, fallback_lr_scale=0.5,
+        groups: list[dict[str, Any]] = [{"params": kernels},
+                                        {"params": density, "use_fallback": True}]
+        # its annotations do not know a learning rate in a tensor
+        optimizer = Muon(groups, lr=cast(float, rate), nesterov=True, fallback_lr_scale=0.5,
                          betas=(0.9, 0.999), **graph)
     else:
         raise UserError(f"--optimizer {name}: choose adam or muon")

@@ -59,7 +59,7 @@ class SliceCoder(Codec):
         raise NotImplementedError
 
     def refine(self, i: int, y_hat: Tensor, support: Any, run: Run) -> Tensor:
-        """y_hat of slice i, improved (TCM's latent residual prediction)."""
+        """Improve y_hat of slice i (latent residual prediction in TCM)."""
         return y_hat
 
     # ---------------------------------------------------------------------------------- training
