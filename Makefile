@@ -5,6 +5,7 @@ DATASET ?=
 THREADS ?=
 JOBS ?=
 SHORT ?=
+WORKERS ?= 2
 
 VENV := .venv
 STAMP := $(VENV)/.stamp
@@ -18,8 +19,8 @@ PAPERS := $(patsubst %/model.py,%,$(wildcard $(patsubst %/train.py,%/model.py,$(
 
 help:
 	@echo "make setup              make $(VENV) and install the pinned packages (the others do it too)"
-	@echo "make test               run every test"
-	@echo "make lint               ruff"
+	@echo "make test               run every test, in WORKERS=2 processes of one thread each"
+	@echo "make lint               ruff (style) and mypy (types)"
 	@echo "make reproduce-PAPER    train, code the 24 Kodak images, table and plot; PAPER is one of:"
 	@echo "                            $(PAPERS)"
 	@echo "                        CONFIG=config.yaml DATASET=/path runs the paper's own recipe"
@@ -50,10 +51,11 @@ $(STAMP): requirements.txt pyproject.toml
 	@touch $@
 
 test: $(STAMP)
-	$(PY) -m pytest tests -q --durations=10
+	$(PY) -m pytest tests -q --durations=10 -n $(WORKERS) --dist loadfile
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 
 ablate-convnextic: $(STAMP)
 	cd convnextic && ../$(PY) ablate.py
@@ -88,5 +90,5 @@ reproduce-% weights-% report-%:
 	@echo "error: no paper '$*'; choose from: $(PAPERS)" >&2; exit 2
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common import UserError
 from common.coding import entropy, exact
 from common.coding.context import CausalConv, Context, wavefront
-from common.coding.contract import Codec
+from common.coding.contract import Codec, Coded
 from common.coding.model_file import load_model
 from common.coding.tiles import LIMIT, tiled
 
@@ -35,6 +34,16 @@ EXPERIMENTS = ("base", "mod1", "mod2", "mod3", "mod4", "variant1", "variant2", "
 Symbols = Callable[[Tensor, Tensor, Tensor], Tensor]
 Code = Callable[[Tensor, Tensor, Tensor], Tensor]
 FILTERS = (3, 3, 3)  # of the network of p(z), as in tensorflow-compression 1.2
+
+
+class CodedInSteps(Coded):
+    """Result of `compress`, with the intermediate results of the encoder."""
+
+    y: Tensor
+    z: Tensor
+    y_hat: Tensor
+    scales: Tensor
+    means: Tensor
 
 
 class Experiment(Codec):
@@ -83,6 +92,10 @@ class Experiment(Codec):
         self.scales_levels = scales_levels
         self.prior = ("context" if experiment in ("variant3", "variant3_old", "variant4")
                       else "means" if experiment == "variant2" else "scales")
+        parts: dict[str, tuple[str, ...]] = {
+            "scales": ("h_s",), "means": ("h_scale_s", "h_mean_s"),
+            "context": ("h_s", "context_model", "entropy_parameters")}
+        self.exact_parts = parts[self.prior]
         if experiment == "variant4":
             self.h_a, self.h_s = t.Variant4HyperAnalysis(N), t.variant4_hyper_synthesis(N)
         else:
@@ -119,23 +132,18 @@ class Experiment(Codec):
                                     else t.base_synthesis(N))
 
     @property
-    def exact_parts(self) -> tuple[str, ...]:
-        return {"scales": ("h_s",), "means": ("h_scale_s", "h_mean_s"),
-                "context": ("h_s", "context_model", "entropy_parameters")}[self.prior]
-
-    @property
     def tile_above(self) -> float:
         """Image pixels above which tiles are used; never with squeeze-excite or attention."""
         local = not any(isinstance(m, (t.ExactSE, t.NonLocal, t.MBSignal)) for m in self.modules())
         return LIMIT if local else math.inf
 
     def update(self, scale_table: Tensor | None = None, force: bool = False,
-               **more: bool) -> bool:
+               update_quantiles: bool = False) -> bool:
         """Compute the CDF tables, by default for the scale table of this model."""
         if scale_table is None:
             scale_table = torch.linspace(math.log(self.scales_min), math.log(self.scales_max),
                                          self.scales_levels).exp()
-        return super().update(scale_table, force=force, **more)
+        return super().update(scale_table, force, update_quantiles)
 
     # ---------------------------------------------------------------------------------- training
     def forward(self, x: Tensor) -> dict[str, Any]:
@@ -172,7 +180,7 @@ class Experiment(Codec):
 
     # ------------------------------------------------------------------------------------ coding
     @torch.no_grad()
-    def compress(self, x: Tensor) -> dict[str, Any]:
+    def compress(self, x: Tensor) -> CodedInSteps:
         """x as in forward -> {"strings": [y_strings, z_strings], "shape": (H / 64, W / 64)}, and
         the intermediate results y, z, y_hat, scales, means.
         """
@@ -184,7 +192,7 @@ class Experiment(Codec):
         symbols, indexes = (torch.cat([part.flatten(1) for part in column], 1)
                             for column in zip(*coded, strict=True))
         y_strings = entropy.encode(symbols, indexes, entropy.Tables.of(self.gaussian_conditional))
-        return {"strings": [y_strings, z_strings], "shape": tuple(z.shape[-2:]), "y": y, "z": z,
+        return {"strings": [y_strings, z_strings], "shape": (z.size(2), z.size(3)), "y": y, "z": z,
                 "y_hat": y_hat, "scales": scales, "means": means}
 
     @torch.no_grad()
@@ -202,7 +210,8 @@ class Experiment(Codec):
 
     @torch.no_grad()
     @torch.compiler.disable
-    def _encode(self, y: Tensor, z_hat: Tensor) -> tuple[Tensor, Tensor, Tensor, list]:
+    def _encode(self, y: Tensor, z_hat: Tensor
+                ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
         """y_hat, scales, means (B, C, h, w); [(symbols, CDF indexes), ...] in coding order."""
         device = self.coding_device or y.device
         rows = y.to(device).double().flatten(2).transpose(1, 2)  # (B, h * w, C)
@@ -213,7 +222,8 @@ class Experiment(Codec):
             coded.append((q, indexes))
             return q
 
-        return *(part.to(y) for part in self._walk(z_hat.to(device), symbols)), coded
+        y_hat, scales, means = (part.to(y) for part in self._walk(z_hat.to(device), symbols))
+        return y_hat, scales, means, coded
 
     @torch.no_grad()
     def _decode(self, strings: list[bytes], z_hat: Tensor) -> Tensor:
@@ -243,11 +253,10 @@ class Experiment(Codec):
             return y_hat
 
         if self.prior != "context":
-            scales, means = ((self.h_scale_s, self.h_mean_s) if self.prior == "means"
-                             else (self.h_s, None))
-            scales = exact.run(scales, z_hat).flatten(2).transpose(1, 2)
-            means = (torch.zeros_like(scales) if means is None
-                     else exact.run(means, z_hat).flatten(2).transpose(1, 2))
+            h_scale_s = self.h_scale_s if self.prior == "means" else self.h_s
+            scales = exact.run(h_scale_s, z_hat).flatten(2).transpose(1, 2)
+            means = (exact.run(self.h_mean_s, z_hat).flatten(2).transpose(1, 2)
+                     if self.prior == "means" else torch.zeros_like(scales))
             code(torch.arange(h * w, device=z_hat.device), scales, means)
         else:
             psi = exact.run(self.h_s, z_hat)
@@ -257,20 +266,18 @@ class Experiment(Codec):
 
     def _masked(self, psi: Tensor, code: Code) -> None:
         """variant3_old: the masked 5x5 convolution, wavefront by wavefront."""
+        assert isinstance(self.context_model, CausalConv)
         context = Context(self.context_model, self.entropy_parameters, psi,
                           self.gaussian_conditional.scale_table)
-        for positions in wavefront(*psi.shape[-2:], psi.device):
+        for positions in wavefront(psi.size(2), psi.size(3), psi.device):
             scales, means = context.parameters(positions)
             context.put(positions, code(positions, scales, means))
 
     def _pixelcnn(self, psi: Tensor, code: Code) -> None:
         """variant3, variant4: PixelCNN++, in wavefronts or, with strides, pixel by pixel."""
         batch, _, height, width = psi.shape
-        first, *rest = (
-            exact.Rows(layer, f"entropy_parameters.{i}", psi.device)
-            if isinstance(layer, nn.Conv2d)
-            else partial(exact.activate, layer, f"entropy_parameters.{i}")
-            for i, layer in enumerate(self.entropy_parameters))
+        assert isinstance(self.context_model, PixelCNN)
+        first, rest = exact.rows_of(self.entropy_parameters, "entropy_parameters", psi.device)
         known = first.sums(psi.permute(0, 2, 3, 1).reshape(batch * height * width, -1))
         known = known.unflatten(0, (batch, -1))
         kind = Steps if self.context_model.stages else Waves

@@ -14,7 +14,9 @@ pixel, and keeps all results. `Waves` decodes pixels of several rows at once, bu
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
+
+from common.coding.contract import Run, in_floats
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,7 @@ class ShiftedConv(nn.Module):
         super().__init__()
         kh, kw = KINDS[kind]
         self.conv = nn.Conv2d(inputs, outputs, (kh, kw), stride)
+        assert self.conv.bias is not None
         nn.init.normal_(self.conv.weight, 0, (2 / (outputs * kh * kw)) ** 0.5)
         nn.init.zeros_(self.conv.bias)
         self.conv.register_buffer("mask", torch.ones_like(self.conv.weight), persistent=False)
@@ -44,7 +47,7 @@ class ShiftedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, self.pads))
 
-    def exact(self, x: Tensor, run: Any) -> Tensor:
+    def exact(self, x: Tensor, run: Run) -> Tensor:
         return run(self.conv, F.pad(x, self.pads))
 
 
@@ -54,14 +57,15 @@ class ShiftedDeconv(nn.Module):
     def __init__(self, channels: int, kind: str):
         super().__init__()
         self.conv = nn.ConvTranspose2d(channels, channels, KINDS[kind], 2)
+        assert self.conv.bias is not None
         nn.init.normal_(self.conv.weight, 0, (2 / channels / self.conv.weight[0, 0].numel()) ** 0.5)
         nn.init.zeros_(self.conv.bias)
         self.left = (self.conv.kernel_size[1] - 1) // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.exact(x, lambda layer, x: layer(x))
+        return self.exact(x, in_floats)
 
-    def exact(self, x: Tensor, run: Any) -> Tensor:
+    def exact(self, x: Tensor, run: Run) -> Tensor:
         return run(self.conv, x)[..., self.left : self.left + 2 * x.shape[3]]
 
 
@@ -83,11 +87,11 @@ class GatedResnet(nn.Module):
         self.conv2 = ShiftedConv(2 * channels, 2 * channels, kind)
         self.elu, self.sigmoid = nn.ELU(), nn.Sigmoid()
 
-    def forward(self, x: Tensor, aux: Tensor | None = None, run: Any = None) -> Tensor:
-        """run: applies a layer to a plane; None: layer(x)."""
-        run = run or (lambda layer, x: layer(x))
+    def forward(self, x: Tensor, aux: Tensor | None = None, run: Run = in_floats) -> Tensor:
+        """run: applies a layer to a plane."""
         c = run(self.conv1, run(self.elu, torch.cat([x, -x], 1)))
         if self.aux is not None:
+            assert aux is not None
             c = c + run(self.aux, run(self.elu, torch.cat([aux, -aux], 1)))
         a, b = run(self.conv2, run(self.elu, torch.cat([c, -c], 1))).chunk(2, 1)
         return x + a * run(self.sigmoid, b)
@@ -123,25 +127,23 @@ class PixelCNN(nn.Module):
             for kind in ("down", "down_right"))
         self.elu, self.out = nn.ELU(), nn.Conv2d(N, 2 * N, 1)
 
-    def forward(self, y_hat: Tensor, run: Any = None) -> Tensor:
-        act = run or (lambda layer, x: layer(x))
+    def forward(self, y_hat: Tensor, run: Run = in_floats) -> Tensor:
         x = with_ones(y_hat)
-        u = shift_down(act(self.u_stem, x))
-        ul = shift_down(act(self.ul_row, x)) + shift_right(act(self.ul_column, x))
+        u = shift_down(run(self.u_stem, x))
+        ul = shift_down(run(self.ul_row, x)) + shift_right(run(self.ul_column, x))
         _, ul = self.level(0, u, ul, run)
-        return act(self.out, act(self.elu, ul))
+        return run(self.out, run(self.elu, ul))
 
-    def level(self, k: int, u: Tensor, ul: Tensor, run: Any) -> tuple[Tensor, Tensor]:
+    def level(self, k: int, u: Tensor, ul: Tensor, run: Run) -> tuple[Tensor, Tensor]:
         """Apply level k of the two streams, and the levels below it."""
-        act = run or (lambda layer, x: layer(x))
         us, uls = [u], [ul]
         for i in self.ups[k]:
             us.append(self.u_up[i](us[-1], None, run))
             uls.append(self.ul_up[i](uls[-1], us[-1], run))
         if k < self.stages:
-            u, ul = self.level(k + 1, act(self.u_strided[k], us[-1]),
-                               act(self.ul_strided[k], uls[-1]), run)
-            u, ul = act(self.u_deconv[k], u), act(self.ul_deconv[k], ul)
+            u, ul = self.level(k + 1, run(self.u_strided[k], us[-1]),
+                               run(self.ul_strided[k], uls[-1]), run)
+            u, ul = run(self.u_deconv[k], u), run(self.ul_deconv[k], ul)
         else:
             u, ul = us.pop(), uls.pop()
         for i in self.downs[k]:
@@ -149,9 +151,14 @@ class PixelCNN(nn.Module):
             ul = self.ul_down[i](ul, torch.cat([u, uls.pop()], 1), run)
         return u, ul
 
-    def exact(self, y_hat: Tensor, run: Any) -> Tensor:
+    def exact(self, y_hat: Tensor, run: Run) -> Tensor:
         """The whole plane in fixed point; `Waves` and `Steps` give the same bits."""
         return self(y_hat, run)
+
+
+def gated(*lists: nn.ModuleList) -> list[GatedResnet]:
+    """All members of these lists of GatedResnets, in their order."""
+    return [cast(GatedResnet, net) for nets in lists for net in nets]
 
 
 def numbered(counts: list[int]) -> list[list[int]]:

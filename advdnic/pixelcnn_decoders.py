@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import cast
 
 from common.coding import exact
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from advdnic.pixelcnn import PixelCNN
+from advdnic.pixelcnn import GatedResnet, PixelCNN, ShiftedConv, ShiftedDeconv, gated
+
+# of a convolution in Steps: (number of its net, 1 or 2) or ("strided", level)
+Key = tuple[int | str, int]
 
 
 class Waves:
@@ -55,22 +59,24 @@ class Waves:
                      "column": torch.cat([up[:1], here[:1]]), "here": here[1:2],
                      "down_right": torch.cat([up[:2], here[:2]])}
 
-        def rows_of(name: str, layer: nn.Module | None) -> exact.Rows | None:
-            return None if layer is None else exact.Rows(layer, name, device)
+        def nets(name: str, layers: list[GatedResnet]
+                 ) -> list[tuple[exact.Rows, exact.Rows, exact.Rows | None]]:
+            return [(exact.Rows(layer.conv1.conv, f"{name}.{k}", device),
+                     exact.Rows(layer.conv2.conv, f"{name}.{k}", device),
+                     None if layer.aux is None else exact.Rows(layer.aux, f"{name}.{k}", device))
+                    for k, layer in enumerate(layers)]
 
-        def nets(name: str, layers: list[nn.Module]) -> list[tuple[exact.Rows | None, ...]]:
-            return [tuple(rows_of(f"{name}.{k}", part) for part in (
-                layer.conv1.conv, layer.conv2.conv, layer.aux)) for k, layer in enumerate(layers)]
-
-        self.u_nets = nets("u", [*net.u_up, *net.u_down])
-        self.ul_nets = nets("ul", [*net.ul_up, *net.ul_down])
+        self.u_nets = nets("u", gated(net.u_up, net.u_down))
+        self.ul_nets = nets("ul", gated(net.ul_up, net.ul_down))
         for _, _, aux in self.ul_nets[net.resnets :]:  # u, ul, -u, -ul: to u, -u, ul, -ul
+            assert aux is not None  # only nets of u_up have no other input
             parts = aux.weight.unflatten(1, (2, 2, net.N))
             aux.weight = parts.transpose(1, 2).flatten(1)
-        self.stem, self.row, self.column, self.out = (
-            rows_of(name, layer) for name, layer in (
-                ("stem", net.u_stem.conv), ("row", net.ul_row.conv),
-                ("column", net.ul_column.conv), ("out", net.out)))
+        self.stem = exact.Rows(net.u_stem.conv, "stem", device)
+        self.row = exact.Rows(net.ul_row.conv, "row", device)
+        self.column = exact.Rows(net.ul_column.conv, "column", device)
+        self.out = exact.Rows(net.out, "out", device)
+        self.sigmoid = gated(net.u_up)[0].sigmoid
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for t in range(-self.ahead, self.width + self.lag * (self.height - 1)):
@@ -107,7 +113,7 @@ class Waves:
 
     def gated(self, x: Tensor, ab: Tensor) -> Tensor:
         a, b = ab.chunk(2, 1)
-        return x + a * exact.activate(self.net.u_up[0].sigmoid, "sigmoid", b)
+        return x + a * exact.activate(self.sigmoid, "sigmoid", b)
 
     def twin(self, k: int) -> int | None:
         """Index of the u, or of the input of an ul net, that is the shortcut input of net k."""
@@ -126,8 +132,8 @@ class Waves:
         conv1, conv2, aux = self.u_nets[k]
         if len(middle):
             c = conv1(self.seen(self.u_elu[k], middle, "down"))
-            if aux is not None:
-                c += aux(self.seen(self.u_elu[self.twin(k)], middle, "here"))
+            if aux is not None and (twin := self.twin(k)) is not None:  # both in u_down
+                c += aux(self.seen(self.u_elu[twin], middle, "here"))
             self.keep(self.u_mid[k], middle, self.elus(c))
         if len(at):
             u = self.gated(self.seen(self.u[k], at, "here"),
@@ -146,6 +152,7 @@ class Waves:
             left.view(self.batch, len(at), -1)[:, -1] = 0
         x += left
         for k, (conv1, conv2, aux) in enumerate(self.ul_nets):
+            assert aux is not None  # u is an input of all nets of ul
             self.keep(self.ul_elu[k], at, self.elus(x))
             beside = self.seen(self.u_elu[k + 1], at, "here")
             if (twin := self.twin(k)) is not None:
@@ -169,32 +176,39 @@ class Steps:
             raise ValueError(f"{height}x{width} latents are not whole {2**net.stages}s")
         self.net, self.batch, self.height, self.width = net, batch, height, width
         self.i = self.j = 0
-        kinds = {"dtype": torch.float64, "device": device}
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         N, ups = net.N, len(net.u_up)
         self.downs = [[ups + k for k in numbers] for numbers in net.downs]
-        self.u_nets, self.ul_nets = [*net.u_up, *net.u_down], [*net.ul_up, *net.ul_down]
+        self.u_nets, self.ul_nets = gated(net.u_up, net.u_down), gated(net.ul_up, net.ul_down)
+        self.u_strided = [cast(ShiftedConv, layer) for layer in net.u_strided]
+        self.u_deconv = [cast(ShiftedDeconv, layer) for layer in net.u_deconv]
+        self.ul_deconv = [cast(ShiftedDeconv, layer) for layer in net.ul_deconv]
         # (level, channels) of the inputs of the convolutions over two rows, by (net, number of its
         # convolution) and ("strided", level)
-        inputs = {(k, c): (level, 2 * N) for numbers in (net.ups, self.downs)
-                  for level, ks in enumerate(numbers) for k in ks for c in (1, 2)}
+        inputs: dict[Key, tuple[int, int]] = {
+            (k, c): (level, 2 * N) for numbers in (net.ups, self.downs)
+            for level, ks in enumerate(numbers) for k in ks for c in (1, 2)}
         inputs |= {("strided", level): (level, N) for level in range(net.stages)}
         self.level_of = {key: level for key, (level, _) in inputs.items()}
         # two rows of y_hat with its channel of ones, and of the input of each u convolution: the
         # previous row and the current one
-        self.x = torch.zeros(batch, N + 1, 2, width, **kinds)
-        self.u_rows = {key: torch.zeros(batch, channels, 2, width >> level, **kinds)
+        self.x = zeros(batch, N + 1, 2, width)
+        self.u_rows = {key: zeros(batch, channels, 2, width >> level)
                        for key, (level, channels) in inputs.items()}
         # two rows of the input of each ul convolution, with a zero in front
-        self.ul_rows = {key: torch.zeros(2, (width >> level) + 1, batch, channels, **kinds)
+        self.ul_rows = {key: zeros(2, (width >> level) + 1, batch, channels)
                         for key, (level, channels) in inputs.items()}
         # two rows of the upsampled result of the level below
-        self.u_below = [torch.zeros(batch, N, 2, width >> k, **kinds) for k in range(net.stages)]
-        self.ul_below = [torch.zeros(2, width >> k, batch, N, **kinds) for k in range(net.stages)]
-        self.rows = {(k, c): exact.Rows(getattr(ul, f"conv{c}").conv, f"ul.{k}.conv{c}", device)
-                     for k, ul in enumerate(self.ul_nets) for c in (1, 2)}
-        self.rows |= {("strided", k): exact.Rows(layer.conv, f"ul_strided.{k}", device)
+        self.u_below = [zeros(batch, N, 2, width >> k) for k in range(net.stages)]
+        self.ul_below = [zeros(2, width >> k, batch, N) for k in range(net.stages)]
+        self.rows: dict[Key, exact.Rows] = {
+            (k, c): exact.Rows(getattr(ul, f"conv{c}").conv, f"ul.{k}.conv{c}", device)
+            for k, ul in enumerate(self.ul_nets) for c in (1, 2)}
+        self.rows |= {("strided", k): exact.Rows(cast(ShiftedConv, layer).conv, f"ul_strided.{k}",
+                                                 device)
                       for k, layer in enumerate(net.ul_strided)}
-        self.aux = [exact.Rows(ul.aux, f"ul.{k}.aux", device) for k, ul in enumerate(self.ul_nets)]
+        self.aux = [exact.Rows(ul.aux, f"ul.{k}.aux", device)
+                    for k, ul in enumerate(self.ul_nets) if ul.aux is not None]
         self.column = exact.Rows(net.ul_column.conv, "ul_column", device)
         self.out = exact.Rows(net.out, "out", device)
         self.begin_row()
@@ -228,9 +242,9 @@ class Steps:
             rows, odd = self.u_rows["strided", level], (self.i >> level) % 2
             rows[:, :, 1:] = us[-1]
             if not odd:
-                below = exact.run(net.u_strided[level].conv, F.pad(rows, (1, 1)))
-                self.u_below[level] = net.u_deconv[level].exact(self.u_level(level + 1, below),
-                                                                exact.run)
+                below = exact.run(self.u_strided[level].conv, F.pad(rows, (1, 1)))
+                self.u_below[level] = self.u_deconv[level].exact(self.u_level(level + 1, below),
+                                                                 exact.run)
             u = self.u_below[level][:, :, odd][:, :, None]
         else:
             u = us.pop()
@@ -249,6 +263,7 @@ class Steps:
 
         c = conv(1, x)
         if net.aux is not None:
+            assert aux is not None
             c = c + run(net.aux, run(net.elu, torch.cat([aux, -aux], 1)))
         a, b = conv(2, c).chunk(2, 1)
         x = x + a * run(net.sigmoid, b)
@@ -273,7 +288,7 @@ class Steps:
             rows[1, j + 1] = uls[-1]
             if not odd and not j % 2:
                 below = self.ul_level(level + 1, self.rows["strided", level](taps(rows, j)))
-                above = exact.run(net.ul_deconv[level].conv, below[:, :, None, None])
+                above = exact.run(self.ul_deconv[level].conv, below[:, :, None, None])
                 self.ul_below[level][:, j : j + 2] = above.permute(2, 3, 0, 1)
             x = self.ul_below[level][odd, j]
         else:

@@ -8,10 +8,10 @@ product instead of a sum in DPN) are those of the source.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from common import UserError
 from common.coding import exact
+from common.coding.contract import Run, in_floats
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ class Reflect(nn.Module):
         mode = "reflect" if min(x.shape[-2:]) > self.pad else "replicate"
         return F.pad(x, (self.pad,) * 4, mode=mode)
 
-    def exact(self, x: Tensor, run: Any) -> Tensor:
+    def exact(self, x: Tensor, run: Run) -> Tensor:
         return self(x)  # copies values, without arithmetic
 
 
@@ -67,7 +67,7 @@ class Up2(nn.ConvTranspose2d):
     def __init__(self, channels: int):
         super().__init__(channels, channels, 2, 2, output_padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # it has one size of output
         return super().forward(x)[..., 1:, 1:]
 
 
@@ -83,6 +83,7 @@ class Subpixel(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels * scale**2, 1)
         kernel = torch.empty(channels, channels, 1, 1).normal_(0, (2 / channels) ** 0.5)
+        assert self.conv.bias is not None
         with torch.no_grad():
             self.conv.weight.copy_(kernel.repeat_interleave(scale**2, 0))
             self.conv.bias.zero_()
@@ -92,7 +93,7 @@ class Subpixel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.smooth(self.shuffle(self.act(self.conv(x))))
 
-    def exact(self, x: Tensor, run: Any) -> Tensor:
+    def exact(self, x: Tensor, run: Run) -> Tensor:
         return self.smooth(run([self.conv, self.act, self.shuffle], x))
 
     def smooth(self, x: Tensor) -> Tensor:
@@ -133,9 +134,9 @@ class MBConv(nn.Module):
         self.skip = stride == scale == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.exact(x, lambda layer, x: layer(x))
+        return self.exact(x, in_floats)
 
-    def exact(self, x: Tensor, run: Any) -> Tensor:
+    def exact(self, x: Tensor, run: Run) -> Tensor:
         y = x if isinstance(self.spatial, Subpixel) else same(x, self.k, self.stride)
         for layer in (self.spatial, self.norm1, self.act, self.se, self.project, self.norm2):
             y = run(layer, y)
@@ -145,13 +146,14 @@ class MBConv(nn.Module):
 class ExactSE(SqueezeExcite):
     """Squeeze-and-excite whose mean is exact: in fixed point, it is a sum of integers."""
 
-    def exact(self, x: Tensor, run: Any) -> Tensor:
+    def exact(self, x: Tensor, run: Run) -> Tensor:
         mean = exact.round_to_grid(x.clamp(-4096, 4096), 12).sum((2, 3), keepdim=True) / (
             x.shape[2] * x.shape[3])
         return x * run([self.fc1, self.act, self.fc2, self.sigmoid], mean)
 
     def __init__(self, channels: int, rd_channels: int, act_layer: Act):
-        super().__init__(channels, rd_channels=rd_channels, act_layer=act_layer)
+        super().__init__(channels, rd_channels=rd_channels,
+                         act_layer=act_layer)  # type: ignore[arg-type]  # any function will do
         self.act, self.sigmoid = act_layer(), nn.Sigmoid()
 
 

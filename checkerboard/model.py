@@ -14,7 +14,7 @@ from typing import Any
 
 from common.coding import entropy, exact
 from common.coding.context import Context
-from common.coding.contract import Codec
+from common.coding.contract import Codec, Coded
 from common.coding.model_file import load_model
 from common.coding.tiles import tiled
 
@@ -89,6 +89,8 @@ class CheckerboardConv(CheckerboardMaskedConv2d):
     It equals CompressAI's layer, but masks the weight in each call instead of overwriting it.
     """
 
+    mask: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.weight * self.mask, self.bias)
 
@@ -145,7 +147,7 @@ class Checkerboard(Codec):
         with torch.autocast(x.device.type, enabled=False):  # likelihoods in float32
             z_hat, z_likelihoods = self.entropy_bottleneck(z.float())
         params = self.h_s(z_hat)  # (B, 2M, H/16, W/16)
-        is_anchor = anchors(*y.shape[-2:], self.anchor_parity).to(x.device)
+        is_anchor = anchors(y.size(2), y.size(3), self.anchor_parity).to(x.device)
         if not self.training:
             y_hat, _ = self._encode(y, self._params(z_hat))
         elif self.ckbd_forward == "onepass":
@@ -167,7 +169,7 @@ class Checkerboard(Codec):
         return self.entropy_parameters(torch.cat([params, context], 1)).chunk(2, 1)
 
     @torch.no_grad()
-    def compress(self, x: Tensor) -> dict[str, Any]:
+    def compress(self, x: Tensor) -> Coded:
         """x as in forward -> {"strings": [anchors, others, z], "shape": (H/64, W/64)}."""
         y = tiled(self.g_a, x, down=16)
         z = self.h_a(y)
@@ -176,7 +178,7 @@ class Checkerboard(Codec):
         _, coded = self._encode(y, params)
         tables = entropy.Tables.of(self.gaussian_conditional)
         strings = [entropy.encode(symbols, indexes, tables) for symbols, indexes in coded]
-        return {"strings": [*strings, z_strings], "shape": tuple(z.shape[-2:])}
+        return {"strings": [*strings, z_strings], "shape": (z.size(2), z.size(3))}
 
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
@@ -225,11 +227,13 @@ class Checkerboard(Codec):
 
         Only these positions are coded; zeros at the other positions would cost 0.5-3 bits each.
         """
-        is_anchor = anchors(*params.shape[-2:], self.anchor_parity).flatten().to(params.device)
+        is_anchor = anchors(params.size(2), params.size(3), self.anchor_parity)
+        is_anchor = is_anchor.flatten().to(params.device)
         return [(use_context, list(mask.nonzero().flatten().split(BLOCK)))
                 for use_context, mask in ((False, is_anchor), (True, ~is_anchor))]
 
-    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
+    def load_state_dict(  # type: ignore[override]  # as CompressAI's, it has no `assign`
+            self, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
         """Load weights, or those of joint_ar, from whose kernel the taps in both masks are used."""
         key = "context_prediction.mask"
         mask = self.context_prediction.mask

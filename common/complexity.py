@@ -77,7 +77,7 @@ def complexity_of_parts(model: nn.Module, size: tuple[int, int] = (512, 768), **
                     and mask_of(layer) is None):
                 part["params_thop"] += sum(p.numel() for p in layer.parameters())
             if isinstance(layer, EntropyBottleneck):  # its forward needs values
-                layer.forward = lambda x, *_: (x, x)  # type: ignore[method-assign]
+                layer.forward = lambda x, *_: (x, x)  # type: ignore[method-assign]  # on a copy
     device = next(model.parameters()).device
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         model(torch.empty(1, 3, *size, device=device), **rate)

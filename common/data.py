@@ -21,6 +21,7 @@ from common.files import refuse_folder, write_atomic
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -82,7 +83,7 @@ def _to_rgb(image: Image.Image, sixteen_bit: bool) -> tuple[Image.Image, str]:
     return image.convert("RGB"), names.get(mode, f"mode {mode}")
 
 
-def _peak(a: np.ndarray, mode: str) -> int:
+def _peak(a: NDArray[np.float64], mode: str) -> int:
     """Value of white if the file does not state it: the least of 1 (float), 255 and 65535 that is
     not below any pixel.
     """
@@ -220,7 +221,7 @@ def _tar_items(path: Path) -> list[Item]:
     return sorted(items, key=lambda item: item.member)
 
 
-class Crops(Dataset):
+class Crops(Dataset[Tensor]):
     """Random crops of a list of images, indexed by the sample number k = 0, 1, 2, ... of a run.
 
     Pass p = k // len(items) visits every image once, in an order drawn from (seed, p); the position
@@ -287,7 +288,7 @@ class _Steps:
 
 
 def loader(crops: Crops, first: int, last: int, batch: int, rank: int = 0, world: int = 1,
-           num_workers: int = 0) -> DataLoader:
+           num_workers: int = 0) -> DataLoader[Tensor]:
     """Batches (batch, 3, *crop), uint8, of the steps first, ..., last - 1; batch: per process."""
     return DataLoader(
         crops,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from common import UserError
 
@@ -35,7 +36,8 @@ class RateDistortionLoss(nn.Module):
             raise UserError(f"--metric {metric}: beta weighs bits against mse; use lmbda")
         self.lmbda, self.metric, self.beta = lmbda, metric, beta
 
-    def forward(self, output: dict, x: Tensor, lmbda: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, output: dict[str, Any], x: Tensor, lmbda: Tensor | None = None
+                ) -> dict[str, Tensor]:
         """output: a model's forward result for x (B, 3, H, W) in [0, 1].
 
         lmbda: (B,), replaces the single lmbda; the loss averages lmbda * MSE over the samples.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from common.coding import exact, exact_tables
+from common.coding.contract import Run
 
 import torch
 from compressai.layers import GDN
@@ -39,7 +40,7 @@ class Block(nn.Module):
         y = self.scale(self.mlp(y)).permute(0, 3, 1, 2)
         return x + self.drop_path(y)
 
-    def exact(self, x: Tensor, run: Any) -> Tensor:
+    def exact(self, x: Tensor, run: Run) -> Tensor:
         y = run([self.dwconv, self.norm], x).permute(0, 2, 3, 1)
         y = run(self.mlp, y) * exact.values(self.scale.gamma, x)
         return x + y.permute(0, 3, 1, 2)
@@ -52,6 +53,7 @@ class Depthwise(nn.Conv2d):
         if not (self.training and torch.is_grad_enabled() and x.device.type == "cpu"):
             return super().forward(x)
         weight, bias = self.weight, self.bias
+        assert bias is not None  # `Block` makes it with a bias
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
@@ -88,7 +90,8 @@ class DepthwiseFunction(torch.autograd.Function):
 class BatchNorm(nn.BatchNorm2d):
     """BatchNorm2d; in evaluation it is elementwise and therefore exact."""
 
-    def exact(self, x: Tensor, run: Any) -> Tensor:
+    def exact(self, x: Tensor, run: Run) -> Tensor:
+        assert self.running_mean is not None and self.running_var is not None  # by default
         mean, variance, weight, bias = (exact.values(t, x).view(-1, 1, 1) for t in (
             self.running_mean, self.running_var, self.weight, self.bias))
         return (x - mean) / torch.sqrt(variance + self.eps) * weight + bias
@@ -132,7 +135,7 @@ class Up(nn.Module):
         x = self.attention(x)
         return self.up(self.blocks(x) + x)
 
-    def exact(self, x: Tensor, run: Any) -> Tensor:
+    def exact(self, x: Tensor, run: Run) -> Tensor:
         x = run(self.attention, x)
         return run(self.up, run(self.blocks, x) + x)
 
@@ -155,7 +158,7 @@ class ExternalAttention(nn.Module):
         attention = attention / (1e-9 + attention.sum(1, keepdim=True))  # over tokens
         return torch.relu(x + self.conv2(self.values(attention)))
 
-    def exact(self, x: Tensor, run: Any) -> Tensor:
+    def exact(self, x: Tensor, run: Run) -> Tensor:
         """Both sums are over integers, and exp is read from a table."""
         logits = run([self.conv1, self.keys], x)
         peak = logits.flatten(2).amax(2)[..., None, None]
@@ -180,11 +183,13 @@ class ScalingNet(nn.Module):
                                     nn.Linear(channels // 2, channels))
 
     def initialise(self) -> None:
+        first, _, last = self.layers
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
         if self.log:  # kinks at different rates
-            nn.init.normal_(self.layers[0].weight)
-            nn.init.normal_(self.layers[0].bias)
-        nn.init.zeros_(self.layers[2].weight)
-        nn.init.zeros_(self.layers[2].bias)
+            nn.init.normal_(first.weight)
+            nn.init.normal_(first.bias)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, lmbda: Tensor) -> Tensor:
         with torch.autocast(lmbda.device.type, enabled=False):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 from common import UserError
 from common.coding import exact
@@ -15,9 +16,14 @@ from torch import Tensor, nn
 BLOCK = 4096  # positions coded at a time, to bound memory
 GROUPS = (16, 16, 32, 64)  # channels of the groups of SCCTX; the last has the rest
 
+# number of a group of channels, its Context, [(number of the context, positions), ...]
+Pass = tuple[int, Context, list[tuple[int, Tensor]]]
+
 
 class MaskedConv(nn.Conv2d):
     """Convolution with some taps masked; the weight is masked in each call."""
+
+    mask: Tensor
 
     def __init__(self, in_channels: int, out_channels: int, taps: list[list[int]]):
         size = len(taps)
@@ -70,9 +76,10 @@ class MCM(nn.Module):
         scales, means = self.parameters_network(torch.cat([params, *contexts], 1)).chunk(2, 1)
         return y_hat, scales, means
 
-    def passes(self, params: Tensor, table: Tensor) -> Iterator[tuple[int, Context, list]]:
+    def passes(self, params: Tensor, table: Tensor) -> Iterator[Pass]:
         """Yield in coding order: group of channels, its Context, [(context number, positions)]."""
-        context = Context(list(self.contexts), self.parameters_network, params, table)
+        contexts = cast(Sequence[MaskedConv], self.contexts)
+        context = Context(contexts, self.parameters_network, params, table)
         masks = [mask.flatten().to(params.device) for mask in lattices(*params.shape[-2:])]
         yield 0, context, [(k, block) for k, mask in enumerate(masks)
                            for block in mask.nonzero().flatten().split(BLOCK)]
@@ -129,10 +136,11 @@ class SCCTX(nn.Module):
             all_means.append(means)
         return torch.cat(done, 1), torch.cat(all_scales, 1), torch.cat(all_means, 1)
 
-    def _predict(self, k: int, params: Tensor, space: Tensor, channel: Tensor) -> tuple:
+    def _predict(self, k: int, params: Tensor, space: Tensor, channel: Tensor
+                 ) -> tuple[Tensor, Tensor]:
         return self.parameters_networks[k](torch.cat([params, space, channel], 1)).chunk(2, 1)
 
-    def passes(self, params: Tensor, table: Tensor) -> Iterator[tuple[int, Context, list]]:
+    def passes(self, params: Tensor, table: Tensor) -> Iterator[Pass]:
         """As in MCM; the Context of a group must be complete before the next one is requested."""
         anchor = anchors(*params.shape[-2:]).flatten().to(params.device)
         order = [(k, block) for k, mask in enumerate((anchor, ~anchor))
@@ -140,7 +148,8 @@ class SCCTX(nn.Module):
         done: list[Tensor] = []
         for k in range(len(self.sizes)):
             channel = exact.run(self.channel_contexts[k], torch.cat([params, *done], 1))
-            context = Context(self.space_contexts[k], self.parameters_networks[k], params, table,
+            context = Context(cast(MaskedConv, self.space_contexts[k]),
+                              cast(nn.Sequential, self.parameters_networks[k]), params, table,
                               extra=channel)
             yield k, context, order
             done.append(context.y_hat().double())

@@ -17,7 +17,7 @@ from typing import Any
 
 from common import UserError
 from common.coding import entropy, exact
-from common.coding.contract import Codec
+from common.coding.contract import Codec, Coded
 from common.coding.model_file import load_model
 from common.coding.tiles import LIMIT, tiled
 
@@ -50,6 +50,13 @@ class ConvNeXTIC(Codec):
     tag = b"cnxt"  # in the header of this paper's files
     exact_parts = ("h_s", "context_model")
     options = ("variant", *BASELINE)  # from a checkpoint's config, as weights do not reveal them
+    stem: str  # options that are read after the construction
+    context: str
+    variable_rate: bool
+    external_attention: bool
+    g_a: nn.Sequential
+    g_s: nn.Sequential
+    context_model: MCM | SCCTX
 
     def __init__(self, variant: str = "v2_stride2", embed_dim: int = 128, latent_dim: int = 192,
                  **options: Any):
@@ -62,6 +69,7 @@ class ConvNeXTIC(Codec):
         self.variant, self.N, self.M = variant, embed_dim, latent_dim
         for key, value in o.items():
             setattr(self, key, value)
+        self.downsampling_factor = self.stride * 4
         N, M, stem, other = embed_dim, latent_dim, o["stem"], o["resample"]
         normed, ea = o["resample_norm"] == "layernorm", o["external_attention"]
         depths = o["depths"]
@@ -87,7 +95,7 @@ class ConvNeXTIC(Codec):
         drops = list(rates)  # ... and the same over the decoder
         self.h_s = nn.Sequential(up(0, N, N, True), up(1, N, 2 * M))
         self.g_s = nn.Sequential(up(2, M, N, True), up(3, N, N), up(4, N, N, True), up(5, N, 3))
-        self.context_model = {"mcm": MCM, "scctx": SCCTX}[o["context"]](M)
+        self.context_model = MCM(M) if o["context"] == "mcm" else SCCTX(M)
         self.entropy_bottleneck = entropy.EntropyBottleneck(N)
         self.gaussian_conditional = GaussianConditional(None)
         if o["variable_rate"]:
@@ -111,10 +119,6 @@ class ConvNeXTIC(Codec):
     def tile_above(self) -> float:
         """Image pixels above which tiles are used; never with external attention."""
         return math.inf if self.external_attention else LIMIT
-
-    @property
-    def downsampling_factor(self) -> int:
-        return self.stride * 4
 
     def forward(self, x: Tensor, lmbda: Tensor | float | None = None) -> dict[str, Any]:
         """x (B, 3, H, W) in [0, 1], H and W multiples of 64 (patch stem: 128) -> x_hat and
@@ -151,7 +155,8 @@ class ConvNeXTIC(Codec):
             y_hat = stage(y_hat * gain if gain is not None else y_hat)
         return y_hat
 
-    def _gains(self, name: str, x: Tensor, lmbda: Tensor | float | None) -> list:
+    def _gains(self, name: str, x: Tensor, lmbda: Tensor | float | None
+               ) -> list[Tensor | None]:
         if not self.variable_rate:
             return [None] * 4
         if lmbda is None:
@@ -160,7 +165,7 @@ class ConvNeXTIC(Codec):
         return [net(lmbda) for net in getattr(self, name)]
 
     @torch.no_grad()
-    def compress(self, x: Tensor, lmbda: float | None = None) -> dict[str, Any]:
+    def compress(self, x: Tensor, lmbda: float | None = None) -> Coded:
         """x as in forward -> {"strings": [y1, y2, y3, y4, z] or [y, z], "shape": of z}."""
         y = tiled(lambda part: self.analyse(part, lmbda), x, down=self.stride, halo=HALO,
                   limit=self.tile_above)
@@ -168,10 +173,12 @@ class ConvNeXTIC(Codec):
         z_strings = entropy.encode_bottleneck(self.entropy_bottleneck, z)
         _, coded = self._encode(y, self._params(entropy.dequantize(self.entropy_bottleneck, z)))
         tables = entropy.Tables.of(self.gaussian_conditional)
-        strings = [entropy.encode(*(torch.cat([t.flatten(1) for t in column], 1)
-                                    for column in zip(*parts, strict=True)), tables)
-                   for parts in coded]
-        result = {"strings": [*strings, z_strings], "shape": tuple(z.shape[-2:])}
+        strings = []
+        for parts in coded:
+            symbols, indexes = (torch.cat([t.flatten(1) for t in column], 1)
+                                for column in zip(*parts, strict=True))
+            strings.append(entropy.encode(symbols, indexes, tables))
+        result: Coded = {"strings": [*strings, z_strings], "shape": (z.size(2), z.size(3))}
         if self.variable_rate:
             result["parameters"] = struct.pack("<f", lmbda)
         return result
@@ -192,7 +199,8 @@ class ConvNeXTIC(Codec):
                       up=self.stride, halo=HALO, limit=self.tile_above)
         return {"x_hat": x_hat.clamp_(0, 1)}
 
-    def _decoders(self, strings: list[list[bytes]], params: Tensor, tables: entropy.Tables) -> list:
+    def _decoders(self, strings: list[list[bytes]], params: Tensor, tables: entropy.Tables
+                  ) -> list[entropy.Decoders]:
         """Decoders of the strings of y: one per lattice of MCM, or one for SCCTX."""
         height, width = params.shape[-2:]
         counts = ([int(mask.sum()) for mask in lattices(height, width)] if self.context == "mcm"
@@ -213,9 +221,11 @@ class ConvNeXTIC(Codec):
 
     @torch.no_grad()
     @torch.compiler.disable
-    def _encode(self, y: Tensor, params: Tensor) -> tuple[Tensor, list[list]]:
+    def _encode(self, y: Tensor, params: Tensor
+                ) -> tuple[Tensor, list[list[tuple[Tensor, Tensor]]]]:
         """Return y_hat (B, M, h, w), and [(symbols, CDF indexes), ...] for each string of y."""
-        coded: list[list] = [[] for _ in range(4 if self.context == "mcm" else 1)]
+        strings = 4 if self.context == "mcm" else 1
+        coded: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(strings)]
         rows = [section.flatten(2).transpose(1, 2)  # (B, h * w, channels)
                 for section in y.to(params.device).split(self.context_model.sizes, 1)]
 

@@ -8,7 +8,7 @@ from common import UserError
 
 from torch import Tensor
 
-BASELINE = {
+BASELINE: dict[str, Any] = {
     "depths": (2, 4, 6, 2, 2, 2), "kernel_size": 7, "mlp_ratio": 4, "dw_groups": 0,
     "block_norm": "layernorm", "decoder_dw": "conv", "drop_path_rate": 0.0,
     "layer_scale_init": 1e-6, "stem": "patch4", "resample": "k2s2", "resample_norm": "none",

@@ -13,7 +13,7 @@ from typing import Any
 
 from common.coding import entropy, exact
 from common.coding.context import CausalConv, Context, wavefront
-from common.coding.contract import Codec
+from common.coding.contract import Codec, Coded
 from common.coding.model_file import load_model
 from common.coding.tiles import tiled
 
@@ -138,7 +138,7 @@ class JointAutoregressive(Codec):
         return {"x_hat": x_hat, "likelihoods": {"y": y_likelihoods, "z": z_likelihoods}}
 
     @torch.no_grad()
-    def compress(self, x: Tensor) -> dict[str, Any]:
+    def compress(self, x: Tensor) -> Coded:
         """x as in forward -> {"strings": [y_strings, z_strings], "shape": (H/64, W/64)}."""
         y = tiled(self.g_a, x, down=16)
         z = self.h_a(y)
@@ -146,7 +146,7 @@ class JointAutoregressive(Codec):
         z_hat = entropy.dequantize(self.entropy_bottleneck, z)
         _, symbols, indexes = self._encode_waves(y, self._params(z_hat))
         y_strings = entropy.encode(symbols, indexes, entropy.Tables.of(self.gaussian_conditional))
-        return {"strings": [y_strings, z_strings], "shape": tuple(z.shape[-2:])}
+        return {"strings": [y_strings, z_strings], "shape": (z.size(2), z.size(3))}
 
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
@@ -176,7 +176,7 @@ class JointAutoregressive(Codec):
             coded.append((symbols, indexes))
             return symbols
 
-        context.walk(wavefront(*y.shape[-2:], params.device), rounded)
+        context.walk(wavefront(y.size(2), y.size(3), params.device), rounded)
         symbols, indexes = (torch.cat(parts, 1) for parts in zip(*coded, strict=True))
         return context.y_hat().to(y.device), symbols, indexes
 
@@ -190,7 +190,8 @@ class JointAutoregressive(Codec):
         decoder.finish()
         return context.y_hat()
 
-    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
+    def load_state_dict(  # type: ignore[override]  # as CompressAI's, it has no `assign`
+            self, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
         """Load weights; RuntimeError also for another mask, as it could reveal future latents."""
         mask, given = self.context_prediction.mask, state_dict.get("context_prediction.mask")
         if given is not None and not torch.equal(given.to(mask), mask):

@@ -19,7 +19,7 @@ from typing import Any
 from common import UserError
 from common.coding import entropy, exact
 from common.coding.context import CausalConv, Context, wavefront
-from common.coding.contract import Codec
+from common.coding.contract import Codec, Coded
 from common.coding.model_file import load_model
 from common.coding.tiles import tiled
 from common.layers import replace_shortcuts
@@ -68,6 +68,8 @@ class QVRF(Codec):
     """
 
     tag = b"qvrf"  # in the header of this paper's files
+    context_prediction: CausalConv  # not in balle
+    entropy_parameters: nn.Sequential
 
     def __init__(self, model: str = "cheng", levels: int = 8, N: int | None = None,
                  M: int | None = None):
@@ -83,7 +85,7 @@ class QVRF(Codec):
         for name, module in base.named_children():
             self.add_module(name, module)
         replace_shortcuts(self)
-        self.exact_parts: tuple[str, ...] = ("h_s",)
+        self.exact_parts = ("h_s",)
         if model != "balle":
             self.context_prediction = CausalConv(M, 2 * M, kernel_size=5, padding=2)
             self.exact_parts = ("h_s", "context_prediction", "entropy_parameters")
@@ -184,7 +186,7 @@ class QVRF(Codec):
         return self.entropy_bottleneck(latents.z, training=False)[1]
 
     @torch.no_grad()
-    def compress(self, x: Tensor, s: int = 2, factor: float | None = None) -> dict[str, Any]:
+    def compress(self, x: Tensor, s: int = 2, factor: float | None = None) -> Coded:
         """x as in forward -> {"strings": [y_strings, z_strings], "shape": (H/64, W/64),
         "parameters": the rate, for `read_parameters`}.
 
@@ -193,19 +195,20 @@ class QVRF(Codec):
         return self.encode(self.analyse(x), s, factor)
 
     @torch.no_grad()
-    def encode(self, latents: Latents, s: int = 2, factor: float | None = None) -> dict[str, Any]:
+    def encode(self, latents: Latents, s: int = 2, factor: float | None = None) -> Coded:
         """`compress` for the result of `analyse`, so that a search for a rate analyses x once."""
         a = self.gain(s, factor)
         symbols, indexes, _ = self._quantize(latents.y, latents.params, a)
         if self.model != "balle":  # in the order of decoding
-            order = torch.cat(wavefront(*latents.y.shape[-2:], symbols.device))
+            height, width = latents.y.shape[-2:]
+            order = torch.cat(wavefront(height, width, symbols.device))
             symbols, indexes = (t.flatten(2).transpose(1, 2)[:, order] for t in (symbols, indexes))
         y_strings = entropy.encode(symbols, indexes, entropy.Tables.of(self.gaussian_conditional))
         if latents.z_strings is None:  # the same for all rates
             latents.z_strings = entropy.encode_bottleneck(self.entropy_bottleneck, latents.z)
         parameters = bytes([s]) if factor is None else struct.pack("<f", check_factor(factor))
-        return {"strings": [y_strings, latents.z_strings], "shape": tuple(latents.z.shape[-2:]),
-                "parameters": parameters}
+        return {"strings": [y_strings, latents.z_strings],
+                "shape": (latents.z.size(2), latents.z.size(3)), "parameters": parameters}
 
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int], s: int = 2,
@@ -299,7 +302,8 @@ class QVRF(Codec):
         return context.y_hat()
 
     # -------------------------------------------------------------------------------- weights
-    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
+    def load_state_dict(  # type: ignore[override]  # as CompressAI's, it has no `assign`
+            self, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
         """Load weights with any of CompressAI's key names; RuntimeError also for another mask."""
         state_dict = load_pretrained(state_dict)  # as `module.`, `_matrices.0`, `downsample`
         if self.model != "balle":

@@ -39,6 +39,7 @@ MODELS = (*ZOO, "tcm")
 CHARM_WIDTHS = ("src", "paper")
 SPLITS = ("pre", "post")
 TABLES = ("_quantized_cdf", "_cdf_length", "_offset")
+Slices = tuple[Tensor, ...]
 
 
 # -------------------------------------------------------------------------------------- transforms
@@ -92,7 +93,7 @@ class SliceNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
 
-    def exact(self, x: Tensor, run: Any) -> Tensor:
+    def exact(self, x: Tensor, run: Run) -> Tensor:
         return run(self.layers, x)
 
 
@@ -106,6 +107,9 @@ class ZYC2022(SliceCoder):
                                        |  |                                 |
            y_hat of slices 0 ... i-1 --+--+     y_hat_i = round(y_i - means) + means
     """
+
+    charm_mean_transforms: nn.ModuleList
+    charm_scale_transforms: nn.ModuleList
 
     def __init__(self, transform: str = "swint", prior: str = "charm",
                  widths: tuple[int, ...] = SIZES["M"][1], charm_widths: str = "src",
@@ -130,16 +134,14 @@ class ZYC2022(SliceCoder):
             for name in ("charm_mean_transforms", "charm_scale_transforms"):
                 nets = nn.ModuleList(SliceNet(i, charm_widths) for i in range(len(slices)))
                 self.add_module(name, nets)
+        self.exact_parts = ("h_s", *(("charm_mean_transforms", "charm_scale_transforms")
+                                     if self.charm else ()))
 
-    @property
-    def exact_parts(self) -> tuple[str, ...]:
-        return ("h_s", *(("charm_mean_transforms", "charm_scale_transforms") if self.charm else ()))
-
-    def hyper(self, z_hat: Tensor, run: Run) -> tuple:
+    def hyper(self, z_hat: Tensor, run: Run) -> tuple[Slices, Slices]:
         scales, means = run(self.h_s, z_hat).chunk(2, 1)  # scales first
         return scales.split(self.slices, 1), means.split(self.slices, 1)
 
-    def predict(self, i: int, params: tuple, before: list[Tensor], run: Run
+    def predict(self, i: int, params: tuple[Slices, Slices], before: list[Tensor], run: Run
                 ) -> tuple[Tensor, Tensor, None]:
         scales, means = (part[i] for part in params)
         if self.charm:

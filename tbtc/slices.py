@@ -16,23 +16,19 @@ from collections.abc import Callable
 from typing import Any
 
 from common.coding import entropy, exact
-from common.coding.contract import Codec
+from common.coding.contract import Codec, Coded, Run, in_floats
 from common.coding.tiles import tiled
 
 import torch
 from compressai.entropy_models import GaussianConditional
 from compressai.ops import quantize_ste
-from torch import Tensor, nn
-
-Run = Callable[[nn.Module, Tensor], Tensor]  # layers, x -> layers(x), in floats or in fixed point
-
-
-def in_floats(layers: nn.Module, x: Tensor) -> Tensor:
-    return layers(x)
+from torch import Tensor
 
 
 class SliceCoder(Codec):
-    """A codec; models add g_a, g_s, h_a and the methods `hyper`, `predict` and maybe `refine`."""
+    """A codec; models add g_a, g_s, h_a, exact_parts and the methods `hyper`, `predict` and maybe
+    `refine`.
+    """
 
     tag = b"tbtc"  # in the header of this paper's files
     halo = 2  # latents that g_a and g_s see on each side
@@ -43,11 +39,6 @@ class SliceCoder(Codec):
         self.slices = slices
         self.entropy_bottleneck = entropy.EntropyBottleneck(hyper_channels)
         self.gaussian_conditional = GaussianConditional(None)
-
-    @property
-    def exact_parts(self) -> tuple[str, ...]:
-        """Names of the modules that the decoder computes in fixed point."""
-        raise NotImplementedError
 
     def hyper(self, z_hat: Tensor, run: Run) -> Any:
         """Result of h_s, in the form that `predict` takes."""
@@ -100,11 +91,12 @@ class SliceCoder(Codec):
             y_hat = symbols(i, scales, means) + means
             before.append(self.refine(i, y_hat, support, run))
             found.append((scales, means))
-        return torch.cat(before, 1), *(torch.cat(t, 1) for t in zip(*found, strict=True))
+        scales, means = (torch.cat(t, 1) for t in zip(*found, strict=True))
+        return torch.cat(before, 1), scales, means
 
     # ------------------------------------------------------------------------------------ coding
     @torch.no_grad()
-    def compress(self, x: Tensor) -> dict[str, Any]:
+    def compress(self, x: Tensor) -> Coded:
         """x as in forward -> {"strings": [y_strings, z_strings], "shape": (H / 64, W / 64)}."""
         y = tiled(self.g_a, x, down=16, halo=self.halo)
         z = self.h_a(y)
@@ -114,7 +106,7 @@ class SliceCoder(Codec):
         symbols, indexes = (torch.cat([t.flatten(1) for t in column], 1)
                             for column in zip(*coded, strict=True))
         y_strings = entropy.encode(symbols, indexes, entropy.Tables.of(self.gaussian_conditional))
-        return {"strings": [y_strings, z_strings], "shape": tuple(z.shape[-2:])}
+        return {"strings": [y_strings, z_strings], "shape": (z.size(2), z.size(3))}
 
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
@@ -127,7 +119,8 @@ class SliceCoder(Codec):
 
     @torch.no_grad()
     @torch.compiler.disable
-    def encode(self, y: Tensor, z_hat: Tensor) -> tuple[Tensor, Tensor, Tensor, list]:
+    def encode(self, y: Tensor, z_hat: Tensor
+               ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
         """Return y_hat, scales, means (B, D, h, w), and (symbols, CDF indexes) of each slice."""
         coded = []
         slices = y.to(self.coding_device or y.device).double().split(self.slices, 1)
@@ -138,7 +131,8 @@ class SliceCoder(Codec):
             return q
 
         found = self.walk(self.hyper(z_hat.to(slices[0].device), exact.run), exact.run, symbols)
-        return *(t.to(y) for t in found), coded
+        y_hat, scales, means = (t.to(y) for t in found)
+        return y_hat, scales, means, coded
 
     @torch.no_grad()
     def decode(self, strings: list[bytes], z_hat: Tensor) -> Tensor:

@@ -8,13 +8,12 @@ those of the paper's PyTorch code.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from common import UserError
 from common.coding import exact, exact_tables
+from common.coding.contract import Run, in_floats
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +27,13 @@ MASKED = -100.0  # logit of masked positions; its exp is 0 in float32
 MASKS = 64  # maximum size of the cache
 PART = 2**13  # tokens at a time without gradients, to bound memory and fit CPU caches
 
-_masks: dict[tuple, Tensor] = {}
+_masks: dict[tuple[object, ...], Tensor] = {}
 
 
 class WindowAttention(nn.Module):
     """Self-attention within windows (n, w * w, dim), with a bias for each relative position."""
+
+    relative_position_index: Tensor
 
     def __init__(self, dim: int, window: int, heads: int | None = None, head_dim: int = HEAD):
         """heads: None for dim / head_dim; the first PyTorch code always used 4 heads, with the
@@ -54,7 +55,7 @@ class WindowAttention(nn.Module):
         """mask: (windows per image, w * w, w * w), added to the logits."""
         return self.in_parts(self.attend, x, mask)
 
-    def exact(self, x: Tensor, mask: Tensor | None, run: Any) -> Tensor:
+    def exact(self, x: Tensor, mask: Tensor | None, run: Run) -> Tensor:
         """Attention in fixed point: products of quantised q, k and weights, v; exp by table."""
         return self.in_parts(partial(self.attend_exactly, run=run), x, mask)
 
@@ -77,7 +78,7 @@ class WindowAttention(nn.Module):
         y = torch.matmul(logits.softmax(3).to(v.dtype), v)
         return self.proj(y.transpose(1, 2).flatten(2))
 
-    def attend_exactly(self, x: Tensor, mask: Tensor | None, run: Any) -> Tensor:
+    def attend_exactly(self, x: Tensor, mask: Tensor | None, run: Run) -> Tensor:
         q, k, v = self.split(run(self.qkv, x))
         logits = exact_tables.matmul(q * self.scale, k.transpose(2, 3))
         logits = logits + exact.values(self.bias(), x)
@@ -90,8 +91,9 @@ class WindowAttention(nn.Module):
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v, each (n, heads, w * w, dim / heads)."""
-        return rearrange(qkv, "n t (three heads c) -> three n heads t c", three=3,
-                         heads=self.heads).unbind(0)
+        q, k, v = rearrange(qkv, "n t (three heads c) -> three n heads t c", three=3,
+                            heads=self.heads).unbind(0)
+        return q, k, v
 
     def bias(self) -> Tensor:
         """Relative position bias (heads, w * w, w * w)."""
@@ -127,7 +129,7 @@ class Block(nn.Module):
             part += self.mlp(self.norm2(part))
         return x
 
-    def exact(self, x: Tensor, run: Any) -> Tensor:
+    def exact(self, x: Tensor, run: Run) -> Tensor:
         x = x + self.attend(run(self.norm1, x), partial(self.attn.exact, run=run))
         return x + run([self.mlp.fc1, self.mlp.act, self.mlp.fc2], run(self.norm2, x))
 
@@ -222,9 +224,9 @@ class PatchSplit(nn.Module):
         self.reduction = nn.Linear(dim, 4 * out, bias=bare)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.exact(x, lambda layers, x: functools.reduce(lambda y, f: f(y), layers, x))
+        return self.exact(x, in_floats)
 
-    def exact(self, x: Tensor, run: Any) -> Tensor:
+    def exact(self, x: Tensor, run: Run) -> Tensor:
         layers = [self.norm, self.reduction] if self.pre else [self.reduction, self.norm]
         return rearrange(run(layers, x), "b h w (c p q) -> b (h p) (w q) c", p=2, q=2)
 
@@ -244,7 +246,7 @@ class Stage(nn.Module):
             x = block(x)
         return x if self.downsample is None else self.downsample(x)
 
-    def exact(self, x: Tensor, run: Any) -> Tensor:
+    def exact(self, x: Tensor, run: Run) -> Tensor:
         x = run(self.blocks, x)
         return x if self.downsample is None else run(self.downsample, x)
 
@@ -287,5 +289,5 @@ class SwinSynthesis(nn.Module):
             x = stage(x)
         return x.permute(0, 3, 1, 2)
 
-    def exact(self, x: Tensor, run: Any) -> Tensor:
+    def exact(self, x: Tensor, run: Run) -> Tensor:
         return run(self.layers, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -9,7 +9,6 @@ both h_s, attention, entropy parameters and latent residual prediction are exact
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from common.layers import replace_shortcuts
 
@@ -45,7 +44,7 @@ class SwinBlock(Block):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-    def exact(self, x: Tensor, run: Any) -> Tensor:
+    def exact(self, x: Tensor, run: Run) -> Tensor:
         return super().exact(x.permute(0, 2, 3, 1), run).permute(0, 3, 1, 2)
 
 
@@ -63,19 +62,19 @@ class ConvTransBlock(nn.Module):
         conv = self.conv_block(conv) + conv
         return x + self.conv1_2(torch.cat([conv, self.trans_block(trans)], 1))
 
-    def exact(self, x: Tensor, run: Any) -> Tensor:
+    def exact(self, x: Tensor, run: Run) -> Tensor:
         conv, trans = run(self.conv1_1, x).chunk(2, 1)
         conv = run(self.conv_block, conv) + conv
         return x + run(self.conv1_2, torch.cat([conv, run(self.trans_block, trans)], 1))
 
 
 class ExactResidualBlock(ResidualBlock):
-    def exact(self, x: Tensor, run: Any) -> Tensor:
+    def exact(self, x: Tensor, run: Run) -> Tensor:
         return run([self.conv1, self.leaky_relu, self.conv2, self.leaky_relu], x) + x
 
 
 class ExactUpsample(ResidualBlockUpsample):
-    def exact(self, x: Tensor, run: Any) -> Tensor:
+    def exact(self, x: Tensor, run: Run) -> Tensor:
         return run([self.subpel_conv, self.leaky_relu, self.conv, self.igdn], x) + (
             run(self.upsample, x))
 
@@ -98,14 +97,14 @@ class SWAtten(AttentionBlock):
             z = block(z)
         return self.out_conv(self.conv_a(x) * self.gate(self.conv_b(z)) + x)
 
-    def exact(self, x: Tensor, run: Any) -> Tensor:
+    def exact(self, x: Tensor, run: Run) -> Tensor:
         x = run(self.in_conv, x)
         z = run(list(self.non_local_block.values()), x)
 
         def branch(layers: nn.Sequential, x: Tensor) -> Tensor:
             for layer in layers:  # CompressAI's residual units, and a last 1x1
                 x = (run(layer, x) if isinstance(layer, nn.Conv2d)
-                     else (run(layer.conv, x) + x).clamp_min(0))
+                     else (run(layer.get_submodule("conv"), x) + x).clamp_min(0))
             return x
 
         gated = branch(self.conv_a, x) * run(self.gate, branch(self.conv_b, z))
@@ -121,6 +120,15 @@ class TCM(SliceCoder):
 
     and the same with h_scale_s, atten_scale, cc_scale_transforms for the scales.
     """
+
+    exact_parts = ("h_mean_s", "h_scale_s", "atten_mean", "atten_scale", "cc_mean_transforms",
+                   "cc_scale_transforms", "lrp_transforms")
+    h_mean_s: nn.Sequential
+    h_scale_s: nn.Sequential
+    atten_mean: nn.ModuleList
+    atten_scale: nn.ModuleList
+    cc_mean_transforms: nn.ModuleList
+    cc_scale_transforms: nn.ModuleList
 
     def __init__(self, N: int = 128, M: int = 320, Hd: int = 192):
         """2N: width of the transforms; M, Hd: channels of y, z."""
@@ -165,13 +173,10 @@ class TCM(SliceCoder):
             elif isinstance(module, WindowAttention):
                 trunc_normal_(module.relative_position_bias_table, std=0.02)
 
-    exact_parts = ("h_mean_s", "h_scale_s", "atten_mean", "atten_scale", "cc_mean_transforms",
-                   "cc_scale_transforms", "lrp_transforms")
-
     def hyper(self, z_hat: Tensor, run: Run) -> tuple[Tensor, Tensor]:
         return run(self.h_scale_s, z_hat), run(self.h_mean_s, z_hat)
 
-    def predict(self, i: int, params: tuple, before: list[Tensor], run: Run
+    def predict(self, i: int, params: tuple[Tensor, Tensor], before: list[Tensor], run: Run
                 ) -> tuple[Tensor, Tensor, Tensor]:
         scale_support, mean_support = (torch.cat([part, *before], 1) for part in params)
         scales = run(self.cc_scale_transforms[i], run(self.atten_scale[i], scale_support))

@@ -1,9 +1,14 @@
 """Settings and small images shared by the tests."""
 
-import common  # noqa: F401  (first: prepares torchvision for CompressAI)
+import os
 
-import pytest
-import torch
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per worker, in the processes it starts, too
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import common  # noqa: E402, F401  (first: prepares torchvision for CompressAI)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # tensors here are too small for more
 

@@ -232,7 +232,8 @@ def test_table_without_common_range(curves):
 def test_compare_command(curves, folder, tmp_path, capsys):
     results, published, _ = curves
     save_results(tmp_path / "ours.json", results[0])
-    save_results(tmp_path / "published.json", {"dataset": "two", "curves": published})
+    save_results(tmp_path / "published.json", {
+        "dataset": "two", "reference": published[0]["name"], "curves": published})
     compare.main(["--results", str(tmp_path / "ours.json"),
                   "--published", str(tmp_path / "published.json"),
                   "--dataset", str(folder), "--plot", str(tmp_path / "rd.png")])
@@ -266,3 +267,15 @@ def test_plots_that_cannot_be_written(name, words, curves, tmp_path):
     with pytest.raises(UserError, match=words):
         compare.plot(results, published, jpeg, tmp_path / name)
     assert not list(tmp_path.parent.glob(f"{tmp_path.name}.*"))
+
+
+def test_the_reference_is_named(tmp_path):
+    """published.json must name its reference, which comes first whatever its place in the file."""
+    curves = [{"name": name, "results": {"bpp": [0.1], "psnr-rgb": [30.0]}} for name in "abc"]
+    path = tmp_path / "published.json"
+    path.write_text(json.dumps({"reference": "b", "curves": curves}))
+    assert [curve["name"] for curve in load_published(path)] == ["b", "a", "c"]
+    for wrong in ({}, {"reference": "d"}):
+        path.write_text(json.dumps(wrong | {"curves": curves}))
+        with pytest.raises(UserError, match="must name the curve"):
+            load_published(path)

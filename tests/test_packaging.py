@@ -118,6 +118,22 @@ def test_packages_are_installed_by_setup():
     assert {"common.training", "common.coding", "common.evaluation", "common.recipes"} <= found
 
 
+# -------------------------------------------------------------------------------------- types
+def test_types_of_common_and_of_the_models():
+    """As in `make lint`; it covers every paper, and its exceptions are few and explained."""
+    checked = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True,
+                             text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    files = PROJECT["tool"]["mypy"]["files"]
+    found = {path for pattern in files for path in ROOT.glob(pattern)}
+    assert found == {ROOT / "common", *(ROOT / paper / "model.py" for paper in PAPERS)}
+    ignored = [line for path in SOURCES for line in path.read_text().splitlines()
+               if "# type: ignore" in line]
+    assert len(ignored) <= 15
+    for line in ignored:
+        assert re.search(r"# type: ignore\[[a-z-]+\]  # \w", line), line
+
+
 # ------------------------------------------------------------------------------------ imports
 def test_a_paper_imports_no_other_paper():
     assert PAPERS, "no paper folder found"

@@ -17,8 +17,15 @@ from compressai.entropy_models import GaussianConditional
 from compressai.models import CompressionModel
 from torch import Tensor, nn
 
-Layers = nn.Module | Sequence[nn.Module]  # one layer, a Sequential, or several in their order
-Run = Callable[[Layers, Tensor], Tensor]  # layers, x -> layers(x), in floats or in fixed point
+Layers = nn.Module | Sequence[nn.Module]  # one layer, or several in their order
+Run = Callable[[Layers, Tensor], Tensor]  # layers, x -> layers(x): `in_floats`, or `exact.run`
+
+
+def in_floats(layers: Layers, x: Tensor) -> Tensor:
+    """Apply layers in the ordinary way, where a method takes a `Run`."""
+    for layer in layers if isinstance(layers, (Sequence, nn.ModuleList)) else [layers]:
+        x = layer(x)
+    return x
 
 
 class _Strings(TypedDict):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 EXACT_BITS = 53  # float64 holds every integer up to 2^53
 TABLE_RANGE, TABLE_BITS = 16, 12  # tables cover [-16, 16] in steps of 2^-12
-_tables: dict[tuple, Tensor] = {}
+_tables: dict[tuple[str, torch.device], Tensor] = {}  # by activation and device
 
 
 def quantise(x: Tensor, grid_bits: int, clamp_bits: int) -> Tensor:

@@ -88,6 +88,8 @@ def load_model(path: str | Path, kind: type[AnyCodec], device: torch.device | st
     options = {name: config[name] for name in kind.options if name in config}
     try:
         model = kind.from_state_dict(state["model"], **options)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
     except KeyError as e:
         raise UserError(f"{path}: not the weights of a {kind.__name__}: {e} is missing") from None
     except RuntimeError as e:
@@ -100,8 +102,8 @@ def load_model(path: str | Path, kind: type[AnyCodec], device: torch.device | st
     for name, spec in state.get("exact", {}).items():
         exact.restore(model.get_submodule(name), spec)
     model.provenance = Provenance(config, *(state.get(k) for k in ("step", "epoch", "hardware")))
-    # torch's annotations do not know memory_format
-    return model.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.eval().to(  # type: ignore[call-overload]  # torch does not declare memory_format
+        device, memory_format=torch.channels_last)
 
 
 def load_error(e: Exception) -> str:
