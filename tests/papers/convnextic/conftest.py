@@ -1,0 +1,36 @@
+"""Fixtures of the tests of ConvNeXTIC: an image, a data set, train.py in an empty folder."""
+
+from common import data
+
+import pytest
+from convnextic_cases import TINY
+from PIL import Image
+
+from convnextic import train
+
+
+@pytest.fixture(scope="module")
+def x():
+    image = data.to_float(data.read_image(data.KODAK / "kodim23.png"))
+    return image[None, :, 100:228, 200:328]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dataset")
+    kodak = Image.open(data.KODAK / "kodim23.png")
+    for sub in ("train", "test"):
+        (folder / sub).mkdir()
+        for i in range(2):
+            kodak.crop((200 + 90 * i, 100, 360 + 90 * i, 240)).save(folder / sub / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def run(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags):
+        train.main([*TINY, "--trainset", str(images), *map(str, flags)])
+        return tmp_path / "results"
+    return call

@@ -1,0 +1,88 @@
+"""Flags: their types and ranges, YAML files, the defaults of the source."""
+
+from pathlib import Path
+
+from common import UserError, cli, processes
+
+import pytest
+
+from factorized.train import flags
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_priority_is_default_yaml_command_line(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("lr: 0.5\nbatch_size: 3\nsteps-per-epoch: 7\nlr_schedule: cosine\n"
+                      "flip: true\nmilestones: [1, 2]\n")
+    args = cli.parse(flags(), ["--config", str(config), "--batch_size", "5", "--no-flip"])
+    assert (args.lr, args.batch_size, args.epoch) == (0.5, 5, 250)
+    assert (args.steps_per_epoch, args.lr_schedule, args.flip) == (7, "cosine", False)
+    assert args.milestones == [1, 2]
+
+
+@pytest.mark.parametrize("text, word", [
+    ("no_such_flag: 1", "no_such_flag"), ("lr: fast", "lr"), ("lr: -1", "lr"),
+    ("epoch: 1.5", "epoch"), ("lr:", "lr: None"), ("threads: -1", "threads"),
+    ("model_name: JPEG", "Factorized"), ("flip: 3", "flip"), ("lr: [1, 2]", "lr"),
+    ("- a list", "flag: value"), ("a: [", "not YAML")])
+def test_yaml_mistakes_name_the_key(text, word, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=word) as error:
+        cli.parse(flags(), ["--config", str(tmp_path / "c.yaml")])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("argv", [
+    ["--config", "absent.yaml"], ["--config", "."], ["--config"], ["--no_such_flag"],
+    ["--metric", "psnr"], ["--lr", "inf"], ["--lr", "0"], ["--num_workers", "-1"],
+    ["--steps-per-epoch", "-1"], ["--model_name", "Hyperprior"]])
+def test_command_line_mistakes_are_one_line(argv, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: cli.parse(flags(), argv))
+    assert end.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+    assert argv[-1] in errors
+
+
+def test_keys_with_dashes_or_underscores_and_empty_values(tmp_path):
+    (tmp_path / "c.yaml").write_text("aux-lr: 0.5\nclip_max_norm: 2\nbatch-size: 3\ndataset:\n")
+    args = cli.parse(flags(), ["--config", str(tmp_path / "c.yaml")])
+    assert (args.aux_lr, args.clip_max_norm, args.batch_size, args.dataset) == (0.5, 2.0, 3, None)
+    assert cli.parse(flags(), ["--model_name", "FactorizedPrior"]).model_name == "FactorizedPrior"
+
+
+@pytest.mark.parametrize("config", ["config.yaml", "small.yaml", "quick.yaml"])
+@pytest.mark.parametrize("paper", ["factorized", "hyperprior"])
+def test_shipped_configurations_are_valid(paper, config):
+    import importlib
+
+    parser = importlib.import_module(f"{paper}.train").flags()
+    args = cli.parse(parser, ["--config", str(ROOT / paper / config)])
+    assert args.epoch * (args.steps_per_epoch or 1_010) >= 5_000
+
+
+def test_source_defaults():
+    """seminar.md 3.1; the paths of its machine are the exceptions."""
+    args = cli.parse(flags(), [])
+    assert (args.lmbda, args.lr, args.batch_size, args.test_batch_size) == (0.01, 1e-4, 64, 24)
+    assert (args.epoch, args.check_time, args.exp_version) == (250, 10, 0)
+    assert (args.gpu_id, args.code_rate, args.num_workers, args.init_ckpt) == ("0", "low", 0, "")
+    assert (args.prefix, args.model_name, args.load_model_epoch) == (
+        "FactorizedPrior", "Factorized", None)
+
+
+@pytest.mark.parametrize("ids", ["", "a", "0 -1", "0;1"])
+def test_gpu_id_must_be_numbers(ids):
+    with pytest.raises(UserError, match="gpu_id"):
+        processes.launch(ids)
+
+
+@pytest.mark.parametrize("kind, text", [
+    (cli.positive_float, "1e31"), (cli.positive_float, "nan"), (cli.threads, "100000"),
+    (cli.minutes, "nan"), (cli.minutes, "-1")])
+def test_values_out_of_range(kind, text):
+    with pytest.raises(ValueError):
+        kind(text)
