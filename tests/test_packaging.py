@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -132,6 +133,16 @@ def test_types_of_common_and_of_the_models():
     assert len(ignored) <= 15
     for line in ignored:
         assert re.search(r"# type: ignore\[[a-z-]+\]  # \w", line), line
+
+
+def test_a_new_folder_can_be_imported_at_once(tmp_path):
+    """`make setup` puts the repository itself on the path, not a list of its packages."""
+    if ROOT / ".venv" not in Path(sys.executable).parents:
+        pytest.skip("not run in the environment of make setup")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", "import sys; print(*sys.path, sep='\\n')"],
+                          cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert str(ROOT) in done.stdout.splitlines()
 
 
 # ------------------------------------------------------------------------------------ imports

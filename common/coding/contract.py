@@ -57,9 +57,11 @@ class Codec(CompressionModel):
     """A codec that can be trained, and whose files can be decoded on every machine.
 
     A model adds g_a, g_s and the other parts of its paper. `forward` maps images (B, 3, H, W),
-    whose sides are multiples of `downsampling_factor`, to {"x_hat", "likelihoods"}. In eval mode,
-    its means, scales and latents must be those of `compress`, i.e. exact wherever the decoder
-    computes them, too; otherwise the estimated rate would not be that of the file.
+    whose sides are multiples of `downsampling_factor`, to {"x_hat", "likelihoods"}.
+
+    A model that predicts means must compute them and the scales exactly in eval mode, as `compress`
+    does: the latents depend on the means, and otherwise the estimated rate would not be that of the
+    file. Scales alone may be in floating point there.
     """
 
     tag: ClassVar[bytes]  # four bytes in the header of the paper's files

@@ -2,8 +2,8 @@
 
     python -m common.evaluation.compare --published P.json --results A.json B.json [--plot rd.png]
 
-The `published.json` of a paper's folder holds {"dataset", "units", "curves": [...]}. Each curve has
-the form of a results JSON; the first one is the reference of the comparisons.
+The `published.json` of a paper's folder holds {"dataset", "units", "reference", "curves": [...]}.
+Each curve has the form of a results JSON; "reference" names the one to compare with.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from common import cli, data
+from common import UserError, cli, data
 from common.evaluation import classical, compare
 from common.evaluation.results import MEASURES, load_published, load_results, save_results
 from common.files import write_atomic
@@ -90,19 +90,24 @@ def publish(root: Path, paper: str, results: dict[str, Any], into: Path, images:
     recipe = root / paper / "weights.yaml"
     options = read_recipe(recipe)["curves"].get(curve, {}) if recipe.exists() else {}
     shown = options.get("rows", range(len(points)))  # a variable-rate model has many
-    front = [options.get("label", paper).format(
-        **{key: compare._at(results["meta"], key, i) for key in results["meta"]}) for i in shown]
+    try:
+        chosen = [points[i] for i in shown]
+        front = [options.get("label", paper).format(**{
+            key: compare._at(results["meta"], key, i) for key in results["meta"]}) for i in shown]
+    except (IndexError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{recipe}: curves: {curve}: label or rows do not fit the results "
+                        f"({type(e).__name__}: {e})") from None
     places = [(root / paper / "README.md", f"<!-- results: {curve} -->", curve,
                [f"{curve}, lmbda {point['lmbda']}" if point["lmbda"] else curve
                 for point in points], points)]
     if curve == "small":  # the curve that `make compare` shows
         places.append((root / "README.md", "<!-- results -->", paper, front,
-                       [points[i] for i in shown]))
+                       chosen))
     lock = os.open(root, os.O_RDONLY)  # other processes may write to the front page, too
     fcntl.flock(lock, fcntl.LOCK_EX)
-    for path, begin, name, labels, chosen in places:
+    for path, begin, name, labels, listed in places:
         page = path.read_text()
-        new, rows = replace(page, begin, name, labels, chosen)
+        new, rows = replace(page, begin, name, labels, listed)
         if new != page:
             write_atomic(path, new.encode())
         if any(row not in new for row in rows):

@@ -2,8 +2,9 @@
 
     python -m common.recipes.report hyperprior       or  make report-hyperprior
 
-Every curve of weights.yaml whose files are bundled is evaluated and published under its name; other
-bundled weights are published as the curve "small".
+Every curve of weights.yaml whose files are bundled is evaluated and published under its name. Other
+bundled weights are published as the curve "small", unless weights.yaml's own "small" is complete;
+then they are named and left out.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ def report(root: Path, args: argparse.Namespace) -> None:
         print(f"{args.paper}: there are no bundled weights to report")
     recipe = home / "weights.yaml"
     flag = as_list(read_recipe(recipe)["eval"]["dataset"]) if recipe.exists() else []
+    if args.dataset != data.KODAK and not flag:
+        raise UserError(f"--dataset: {recipe} is missing, which names the flag of eval.py for it")
     for name, (files, flags) in curves.items():
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "eval.py", *([*flag, str(args.dataset.resolve())]
@@ -59,11 +62,14 @@ def report(root: Path, args: argparse.Namespace) -> None:
                        "--outdir", str(Path(folder, "output")), "--threads", str(args.threads),
                        "--device", args.device, *flags]
             paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-            done = subprocess.run(command, cwd=home,
+            sys.stdout.flush()
+            done = subprocess.run(command, cwd=home, stderr=subprocess.PIPE, text=True,
                                   env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
             results = sorted(Path(folder).glob("*.json"))
             if done.returncode or len(results) != 1:
-                raise UserError(f"{args.paper}: eval.py did not write the results of {name}")
+                reason = (done.stderr.strip().splitlines() or ["no results file"])[-1]
+                raise UserError(f"{args.paper}: eval.py did not evaluate {name}: "
+                                f"{reason.removeprefix('error: ')}")
             publish(root, args.paper, load_results(results[0]) | {"name": name}, into, images,
                     into.resolve() == official.resolve())
         print(f"{args.paper}: {into / name}.json and .png are written")
