@@ -51,7 +51,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@touch $@
 
 test: $(STAMP)
-	$(PY) -m pytest tests -q --durations=10 -n $(WORKERS) --dist loadfile
+	$(PY) -m pytest tests -q --durations=10 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

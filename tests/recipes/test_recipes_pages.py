@@ -4,11 +4,12 @@ import importlib
 import json
 import shutil
 
-from common import cli, data
-from common.recipes import jobs, pages, stages, weights
+from common import UserError, cli, data
+from common.recipes import jobs, pages, report, stages, weights
 from common.recipes.recipe_file import words
 
 import pytest
+import yaml
 from recipes_cases import ROOT
 
 PAPERS = sorted(path.parent.name for path in ROOT.glob("*/weights.yaml"))
@@ -82,3 +83,29 @@ def test_publish_writes_what_the_pages_give(tmp_path, capsys):
     assert "| hyperprior, quick |" in front
     assert json.loads((home / "results" / "small.json").read_text())["name"] == "small"
     assert (home / "results" / "small.png").exists()
+
+
+@pytest.mark.parametrize("options", [{"label": "x, {nothing}"}, {"label": "{steps:q}"},
+                                     {"rows": [7]}])
+def test_a_label_that_does_not_fit_is_one_line(options, tmp_path):
+    """The curve's options in weights.yaml are named, and the pages stay as they were."""
+    home = tmp_path / "hyperprior"
+    home.mkdir()
+    recipe = yaml.safe_load((ROOT / "hyperprior" / "weights.yaml").read_text())
+    recipe["curves"]["small"] |= options
+    (home / "weights.yaml").write_text(yaml.safe_dump(recipe))
+    results = json.loads((ROOT / "hyperprior" / "results" / "small.json").read_text())
+    with pytest.raises(UserError, match="curves: small: label or rows do not fit"):
+        pages.publish(tmp_path, "hyperprior", results, tmp_path, [data.KODAK / "kodim23.png"], True)
+
+
+def test_report_evaluates_the_bundled_weights(tmp_path, capfd):
+    """By eval.py, on other images, into another folder: the pages are not touched."""
+    image = data.read_image(data.KODAK / "kodim23.png")[:, 100:228, 200:328]
+    data.write_image(image, tmp_path / "images" / "a.png")
+    report.main(["factorized", "--dataset", str(tmp_path / "images"), "--into", str(tmp_path),
+                 "--threads", "1"])
+    results = json.loads((tmp_path / "small.json").read_text())
+    assert results["name"] == "small" and (tmp_path / "small.png").exists()
+    assert len(results["results"]["bpp"]) == len(list((ROOT / "factorized/weights").glob("*.pth")))
+    assert "small.json and .png are written" in capfd.readouterr().out
