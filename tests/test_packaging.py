@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import common
+from common.papers import papers
 
 import pytest
 from packaging.requirements import Requirement
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 KODAK = ROOT / "common/images/kodak"
 TRAIN = ROOT / "common/images/train"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PAPERS = sorted(path.parent.name for path in ROOT.glob("*/model.py"))
+PAPERS = papers()
 SOURCES = sorted(p for name in ("common", *PAPERS) for p in (ROOT / name).rglob("*.py"))
 DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml", "pytorch_msssim": "pytorch-msssim"}
 

@@ -196,7 +196,8 @@ def evaluate(model: Codec, paths: list[Path], name: str, description: str = "",
 
 @torch.no_grad()
 def evaluate_estimate(model: Codec, paths: list[Path], name: str, multiple: int,
-              meta: dict[str, Any], rate: dict[str, Any] | None = None) -> dict[str, Any]:
+                      meta: dict[str, Any], rate: dict[str, Any] | None = None
+                      ) -> dict[str, Any]:
     """Results of an operating point without files: the rate is estimated, and there are no times.
 
     multiple: height and width are padded to multiples of it. Rows also have the bits per latent.

@@ -27,7 +27,7 @@ def image_names(paths: list[Path]) -> dict[Path, str]:
 
 
 def image_record(image: str, x: Tensor, x_hat: Tensor, num_bytes: int,
-        ms_ssim: bool = True) -> dict[str, Any]:
+                 ms_ssim: bool = True) -> dict[str, Any]:
     """Results of one image; x, x_hat: original and decoded image (3, H, W), uint8."""
     height, width = x.shape[-2:]
     return {"image": image, "height": height, "width": width, "bytes": num_bytes,

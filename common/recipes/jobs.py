@@ -131,12 +131,11 @@ class Job:
         self.offset = log.stat().st_size if log.exists() else 0
         parent, descriptor = os.getpid(), self.descriptor
         assert descriptor is not None  # `begin` has locked the job
-        paths = [str(self.settings.root), *filter(None, [os.environ.get("PYTHONPATH")])]
         with open(log, "ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, *map(str, command)], cwd=self.home, stdin=subprocess.DEVNULL,
                 stdout=output, stderr=output, pass_fds=[descriptor],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
+                env=environment(self.settings.root) | {"PYTHONUNBUFFERED": "1"},
                 preexec_fn=lambda: end_with(parent))
         return False
 
@@ -195,6 +194,12 @@ def digest(value: Any) -> str:
 
 def file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def environment(root: Path) -> dict[str, str]:
+    """The environment of a command whose packages are those of the tree `root`."""
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def end_with(parent: int) -> None:

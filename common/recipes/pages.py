@@ -73,19 +73,22 @@ def replace(page: str, begin: str, name: str, labels: list[str], points: list[di
     return f"{before}{found}\n" + "\n".join(lines) + f"\n\n{end}{after}", texts
 
 
-def publish(root: Path, paper: str, results: dict[str, Any], into: Path, images: list[Path],
-            pages: bool) -> None:
-    """Write results and plot to a folder, and the rows to the READMEs if `pages`."""
-    curve = results["name"]
-    path = root / paper / "results" / "published.json"
+def publish(root: Path, paper: str, results: dict[str, Any], into: Path | None,
+            images: list[Path]) -> Path:
+    """Write results and plot to `into` and return it; by default to the paper's results/, and then
+    the rows to the READMEs, too.
+    """
+    curve, official = results["name"], root / paper / "results"
+    into = into or official
+    path = official / "published.json"
     published = load_published(path) if path.exists() else []
     if not published:
         print(f"{path.relative_to(root)}: no published results to compare with")
     jpeg = classical.jpeg(images, ms_ssim=False)
     save_results(into / f"{curve}.json", results)
     compare.plot([results], published, jpeg, into / f"{curve}.png")
-    if not pages:
-        return
+    if into.resolve() != official.resolve():
+        return into
     points = cells(results, published[0] if published else jpeg, jpeg)
     recipe = root / paper / "weights.yaml"
     options = read_recipe(recipe)["curves"].get(curve, {}) if recipe.exists() else {}
@@ -101,8 +104,7 @@ def publish(root: Path, paper: str, results: dict[str, Any], into: Path, images:
                [f"{curve}, lmbda {point['lmbda']}" if point["lmbda"] else curve
                 for point in points], points)]
     if curve == "small":  # the curve that `make compare` shows
-        places.append((root / "README.md", "<!-- results -->", paper, front,
-                       chosen))
+        places.append((root / "README.md", "<!-- results -->", paper, front, chosen))
     lock = os.open(root, os.O_RDONLY)  # other processes may write to the front page, too
     fcntl.flock(lock, fcntl.LOCK_EX)
     for path, begin, name, labels, listed in places:
@@ -114,6 +116,7 @@ def publish(root: Path, paper: str, results: dict[str, Any], into: Path, images:
             print(f"{path.relative_to(root)} has no table after {begin}; its rows would be:",
                   *rows, sep="\n")
     os.close(lock)
+    return into
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
@@ -126,11 +129,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
     parser.add_argument("--dataset", type=Path, default=data.KODAK,
                         help="folder of the images of the results; JPEG is measured on them")
     args = parser.parse_args(argv)
-    official = root / args.paper / "results"
-    into = args.into or official
     results = load_results(args.results) | {"name": args.curve}
-    publish(root, args.paper, results, into, data.list_images(args.dataset),
-            into.resolve() == official.resolve())
+    publish(root, args.paper, results, args.into, data.list_images(args.dataset))
 
 
 if __name__ == "__main__":

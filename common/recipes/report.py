@@ -10,24 +10,26 @@ then they are named and left out.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from common import UserError, cli, data
 from common.evaluation.results import load_results
 from common.papers import ROOT, papers
+from common.recipes.jobs import environment
 from common.recipes.pages import publish
 from common.recipes.recipe_file import as_list, read_recipe
 
 
-def bundled_curves(home: Path) -> dict[str, tuple[list[Path], list[str]]]:
-    """Weights files, and flags of eval.py for them, by the name of their curve."""
+def bundled_curves(home: Path, known: dict[str, Any]) -> dict[str, tuple[list[Path], list[str]]]:
+    """Weights files, and flags of eval.py for them, by the name of their curve.
+
+    known: the curves of weights.yaml.
+    """
     left = sorted((home / "weights").glob("*.pth"))
-    recipe = home / "weights.yaml"
-    known = read_recipe(recipe)["curves"] if recipe.exists() else {}
     curves = {}
     for name, curve in known.items():
         files = [home / "weights" / file for file in curve["files"]]
@@ -45,40 +47,37 @@ def bundled_curves(home: Path) -> dict[str, tuple[list[Path], list[str]]]:
 def report(root: Path, args: argparse.Namespace) -> None:
     """Evaluate and publish the bundled weights of one paper."""
     home, images = root / args.paper, data.list_images(args.dataset)
-    official = home / "results"
-    into = args.into or official
-    curves = bundled_curves(home)
+    path = home / "weights.yaml"
+    recipe = read_recipe(path) if path.exists() else None
+    curves = bundled_curves(home, recipe["curves"] if recipe else {})
     if not curves:
         print(f"{args.paper}: there are no bundled weights to report")
-    recipe = home / "weights.yaml"
-    flag = as_list(read_recipe(recipe)["eval"]["dataset"]) if recipe.exists() else []
-    if args.dataset != data.KODAK and not flag:
-        raise UserError(f"--dataset: {recipe} is missing, which names the flag of eval.py for it")
+    dataset = []
+    if args.dataset != data.KODAK:
+        if not recipe:
+            raise UserError(f"--dataset: {path} is missing, which names the flag of eval.py for it")
+        dataset = [*as_list(recipe["eval"]["dataset"]), str(args.dataset.resolve())]
     for name, (files, flags) in curves.items():
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "eval.py", *([*flag, str(args.dataset.resolve())]
-                                                    if args.dataset != data.KODAK else []),
-                       "--checkpoint", *map(str, files), "--resultdir", folder,
-                       "--outdir", str(Path(folder, "output")), "--threads", str(args.threads),
-                       "--device", args.device, *flags]
-            paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+            command = [sys.executable, "eval.py", *dataset, "--checkpoint", *map(str, files),
+                       "--resultdir", folder, "--outdir", str(Path(folder, "output")),
+                       "--threads", str(args.threads), "--device", args.device, *flags]
             sys.stdout.flush()
             done = subprocess.run(command, cwd=home, stderr=subprocess.PIPE, text=True,
-                                  env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
+                                  env=environment(root))
             results = sorted(Path(folder).glob("*.json"))
             if done.returncode or len(results) != 1:
                 reason = (done.stderr.strip().splitlines() or ["no results file"])[-1]
                 raise UserError(f"{args.paper}: eval.py did not evaluate {name}: "
                                 f"{reason.removeprefix('error: ')}")
-            publish(root, args.paper, load_results(results[0]) | {"name": name}, into, images,
-                    into.resolve() == official.resolve())
+            into = publish(root, args.paper, load_results(results[0]) | {"name": name}, args.into,
+                           images)
         print(f"{args.paper}: {into / name}.json and .png are written")
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
     parser = cli.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("paper", choices=papers(root),
-                        help="name of the paper's folder")
+    parser.add_argument("paper", choices=papers(root), help="name of the paper's folder")
     parser.add_argument("--dataset", type=Path, default=data.KODAK, help="folder of test images")
     parser.add_argument("--into", type=Path,
                         help="folder to write to; the paper's results/ if not given")

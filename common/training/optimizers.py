@@ -19,7 +19,7 @@ def main_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def make_optimizers(model: nn.Module, name: str, lr: float,
-               aux_lr: float = 1e-3) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+                    aux_lr: float = 1e-3) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     """(main, aux): optimisers of the main parameters, and of the entropy bottlenecks' quantiles.
 
     All sources use "adam". "muon" (timm) orthogonalises the updates of the convolution kernels and
@@ -75,7 +75,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, name: str, epochs: int,
-             milestones: Iterable[int], patience: int = 10) -> Any:
+                   milestones: Iterable[int], patience: int = 10) -> Any:
     """Learning-rate schedule, stepped once per epoch, for plateau with the loss to watch.
 
     plateau halves the rate after `patience` epochs without progress, multistep at each milestone;

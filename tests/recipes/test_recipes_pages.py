@@ -96,7 +96,7 @@ def test_a_label_that_does_not_fit_is_one_line(options, tmp_path):
     (home / "weights.yaml").write_text(yaml.safe_dump(recipe))
     results = json.loads((ROOT / "hyperprior" / "results" / "small.json").read_text())
     with pytest.raises(UserError, match="curves: small: label or rows do not fit"):
-        pages.publish(tmp_path, "hyperprior", results, tmp_path, [data.KODAK / "kodim23.png"], True)
+        pages.publish(tmp_path, "hyperprior", results, None, [data.KODAK / "kodim23.png"])
 
 
 def test_report_evaluates_the_bundled_weights(tmp_path, capfd):
