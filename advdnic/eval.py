@@ -41,11 +41,12 @@ def flags() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
     device = processes.start(args.device, threads=args.threads)
+    coding_device = processes.parse_device(args.entropy_device)
     if args.complexity:
         print_complexity()
         return
     images = data.list_images(args.dataset or data.KODAK)
-    curves = evaluate.fixed_rate_curves(args, find(args), load, images, device,
+    curves = evaluate.fixed_rate_curves(args, find(args), load, images, device, coding_device,
                                         lambda model: {"experiment": model.experiment})
     if processes.rank() == 0:
         compare.report(curves, HERE / "results" / "published.json", images, Path(args.resultdir),

@@ -40,12 +40,13 @@ def flags() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
     device = processes.start(args.device, threads=args.threads)
+    coding_device = processes.parse_device(args.entropy_device)
     if args.complexity:
         print_complexity()
         return
     images = data.list_images(args.dataset_path or data.KODAK)
     checkpoints = evaluate.find_checkpoints(args, HERE / "weights", prefix="FactorizedPrior")
-    curves = evaluate.fixed_rate_curves(args, checkpoints, load, images, device,
+    curves = evaluate.fixed_rate_curves(args, checkpoints, load, images, device, coding_device,
                                         lambda _: {"steps_source": SOURCE_STEPS})
     if processes.rank() == 0:
         compare.report(curves, HERE / "results" / "published.json", images, Path(args.resultdir),

@@ -110,11 +110,9 @@ def curves_of(checkpoints: dict[str, list[Path]],
 
 def fixed_rate_curves(args: argparse.Namespace, checkpoints: dict[str, list[Path]],
                       load: Callable[[Path, torch.device], Codec], images: list[Path],
-                      device: torch.device, meta: Callable[[Any], dict[str, Any]]
-                      ) -> list[dict[str, Any]]:
+                      device: torch.device, coding_device: torch.device,
+                      meta: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
     """Results of fixed-rate weights; meta(model): further entries for the table."""
-    coding_device = processes.parse_device(args.entropy_device)
-
     def measure(name: str, checkpoint: Path) -> list[dict[str, Any]]:
         model = load(checkpoint, device)
         model.coding_device = coding_device
