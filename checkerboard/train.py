@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common import UserError, cli, data, processes
 from common.loss import RateDistortionLoss
-from common.training.checkpoints import Checkpoints, load_weights
+from common.training.checkpoints import Checkpoints, load_transforms, load_weights
 from common.training.cuda_graph import Recorded
 from common.training.log import Log
 from common.training.network import autocast, prepare_network
@@ -76,6 +76,9 @@ def flags() -> argparse.ArgumentParser:
                         "rounded ones (twopass)")
     parser.add_argument("--anchor_parity", default="even", choices=PARITIES,
                         help="parity of x + y at the anchors")
+    parser.add_argument("--init_transforms", default="",
+                        help="checkpoint of another paper, for example of ../hyperprior, whose g_a "
+                        "and g_s a new run starts from")
     parser.add_argument("--quality", type=int, choices=range(1, 9),
                         help="CompressAI's quality level of lmbda; overrides --lmbda")
     return parser
@@ -107,6 +110,8 @@ def main(argv: list[str] | None = None) -> None:
                         f"{model.downsampling_factor}")
     if args.init_ckpt:
         load_weights(model, args.init_ckpt)
+    elif args.init_transforms:
+        load_transforms(model, args.init_transforms)
     net = prepare_network(model, args.compile)
     optimizer, aux_optimizer = make_optimizers(model, args.optimizer, args.lr, args.aux_lr)
     scheduler = make_scheduler(optimizer, args.lr_schedule, args.epoch, args.milestones)

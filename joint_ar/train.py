@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common import UserError, cli, data, processes
 from common.loss import RateDistortionLoss
-from common.training.checkpoints import Checkpoints, load_weights
+from common.training.checkpoints import Checkpoints, load_transforms, load_weights
 from common.training.cuda_graph import Recorded
 from common.training.log import Log
 from common.training.network import autocast, prepare_network
@@ -71,6 +71,9 @@ def flags() -> argparse.ArgumentParser:
                         help="number of hidden channels; overrides --code_rate")
     parser.add_argument("--M", type=cli.positive_int,
                         help="number of latent channels; overrides --code_rate")
+    parser.add_argument("--init_transforms", default="",
+                        help="checkpoint of another paper, for example of ../hyperprior, whose g_a "
+                        "and g_s a new run starts from")
     parser.add_argument("--gdn_variant", default="paper", choices=sorted(ACTIVATIONS),
                         help="activations: GDN (paper) or the report's GDN and GDN1 (seminar)")
     parser.add_argument("--quantize", default="centred", choices=QUANTIZERS,
@@ -107,6 +110,8 @@ def main(argv: list[str] | None = None) -> None:
                         f"{model.downsampling_factor}")
     if args.init_ckpt:
         load_weights(model, args.init_ckpt)
+    elif args.init_transforms:
+        load_transforms(model, args.init_transforms)
     net = prepare_network(model, args.compile)
     optimizer, aux_optimizer = make_optimizers(model, args.optimizer, args.lr, args.aux_lr)
     scheduler = make_scheduler(optimizer, args.lr_schedule, args.epoch, args.milestones)

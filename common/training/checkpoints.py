@@ -32,6 +32,35 @@ def load_weights(model: Codec, path: str | Path) -> None:
         raise UserError(f"{path}: not weights of this model: {load_error(e)}") from None
 
 
+def load_transforms(model: Codec, path: str | Path) -> None:
+    """Load g_a and g_s from a checkpoint of any paper with the same transforms
+    (--init_transforms); all other weights of `model` stay as they are.
+
+    If the latent of the checkpoint is wider than M channels, the M are kept whose kernels in the
+    last layer of g_a are the largest: a loss with a rate term switches channels off, and the
+    kernels of those are small.
+    """
+    state = load_checkpoint(path)["model"]
+    own = {key: v for key, v in model.state_dict().items() if key.startswith(("g_a.", "g_s."))}
+    missing = [key for key in own if key not in state or state[key].dim() != own[key].dim()]
+    last = [key for key in own if key.startswith("g_a.") and own[key].dim() == 4][-1:]
+    if missing or not last:
+        raise UserError(f"{path}: has other transforms than this model: {', '.join(missing[:3])}")
+    width = len(state[last[0]])
+    if width < model.M:
+        raise UserError(f"{path}: its latent has {width} channels, fewer than --M {model.M}")
+    kept = state[last[0]].flatten(1).norm(dim=1).topk(model.M).indices.sort().values
+    for key, value in own.items():
+        new = state[key]
+        for dim, size in enumerate(new.shape):
+            if size == width != value.shape[dim]:
+                new = new.index_select(dim, kept)
+        if new.shape != value.shape:
+            raise UserError(f"{path}: {key} has the shape {tuple(state[key].shape)}, this model's "
+                            f"has {tuple(value.shape)}")
+        value.copy_(new)
+
+
 SAME_RUN = ("metric", "lmbda", "optimizer", "lr", "aux_lr", "lr_schedule", "milestones",
             "batch_size", "patch_size", "flip", "images", "steps_per_epoch", "seed",
             "clip_max_norm")  # flags that --resume must not change
