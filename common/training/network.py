@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import platform
 from typing import Any, cast
 
 from common import processes
@@ -16,8 +17,14 @@ def default_precision(device: torch.device | None = None) -> str:
     if device is None or device.type == "cuda":
         if torch.cuda.is_available():
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    onednn = torch.backends.mkldnn.is_available()
-    return "bf16" if onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    if not torch.backends.mkldnn.is_available():
+        return "fp32"
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        # with AVX-512 alone, oneDNN emulates bf16, which is slower than fp32
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if native else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
