@@ -232,6 +232,12 @@ class Checkerboard(Codec):
         return [(use_context, list(mask.nonzero().flatten().split(BLOCK)))
                 for use_context, mask in ((False, is_anchor), (True, ~is_anchor))]
 
+    def scale_outputs(self) -> list[Tensor]:
+        """The rows of the last layer of entropy_parameters that give the scales."""
+        last = self.entropy_parameters[-1]
+        assert isinstance(last, nn.Conv2d) and last.bias is not None
+        return [last.weight[:self.M], last.bias[:self.M]]
+
     def load_state_dict(  # type: ignore[override]  # as CompressAI's, it has no `assign`
             self, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
         """Load weights, or those of joint_ar, from whose kernel the taps in both masks are used."""

@@ -132,6 +132,12 @@ class Hyperprior(Codec):
         table = self.gaussian_conditional.scale_table
         return exact.scale_indexes(scales, table.to(scales.device))
 
+    def scale_outputs(self) -> list[Tensor]:
+        """The last convolution of h_s, which only a ReLU follows."""
+        last = list(self.h_s.children())[-2]
+        assert isinstance(last, nn.Conv2d) and last.bias is not None
+        return [last.weight, last.bias]
+
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Tensor]) -> Hyperprior:
         """Build the model with the N and M of the weights and load them strictly."""

@@ -190,6 +190,12 @@ class JointAutoregressive(Codec):
         decoder.finish()
         return context.y_hat()
 
+    def scale_outputs(self) -> list[Tensor]:
+        """The rows of the last layer of entropy_parameters that give the scales."""
+        last = self.entropy_parameters[-1]
+        assert isinstance(last, nn.Conv2d) and last.bias is not None
+        return [last.weight[:self.M], last.bias[:self.M]]
+
     def load_state_dict(  # type: ignore[override]  # as CompressAI's, it has no `assign`
             self, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
         """Load weights; RuntimeError also for another mask, as it could reveal future latents."""

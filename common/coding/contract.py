@@ -95,6 +95,12 @@ class Codec(CompressionModel):
         """Return the `rate` arguments of `decompress` from the parameters of `compress`."""
         return {}
 
+    def scale_outputs(self) -> list[Tensor]:
+        """The weights and biases, or views of them, in which all predicted scales are linear, so
+        that multiplying them by a factor multiplies the scales; [] if there are none.
+        """
+        return []
+
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Tensor], *args: Any, **options: Any) -> Codec:
         """Build the model with the sizes of the weights and load them strictly.
