@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 from common import UserError, processes
+from common.training.network import default_precision
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +36,13 @@ def make_optimizers(model: nn.Module, name: str, lr: float,
     if name == "adam":
         optimizer: torch.optim.Optimizer = torch.optim.Adam(main.values(), lr=rate, **graph)
     elif name == "muon":
-        from timm.optim import Muon
+        from timm.optim import Muon, muon
 
+        if device.type == "cpu" and default_precision(device) == "fp32":
+            # timm orthogonalises in bf16, which takes four times as long where that is emulated
+            function = muon.zeropower_via_newtonschulz
+            if not isinstance(function, functools.partial):
+                muon.zeropower_via_newtonschulz = functools.partial(function, dtype=torch.float32)
         kernels = [p for n, p in main.items() if "entropy_bottleneck" not in n]
         density = [p for n, p in main.items() if "entropy_bottleneck" in n]
         groups: list[dict[str, Any]] = [{"params": kernels},
