@@ -13,8 +13,10 @@ PY := $(VENV)/bin/python
 # Every folder with a model.py and a train.py is a paper (common/papers.py).
 PAPERS := $(patsubst %/model.py,%,$(wildcard $(patsubst %/train.py,%/model.py,$(wildcard */train.py))))
 
+ABLATIONS := $(patsubst %/ablate.py,%,$(wildcard */ablate.py))
+
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint bench compare clean ablate-convnextic weights \
+.PHONY: help setup test lint bench compare clean weights $(ABLATIONS:%=ablate-%) \
     $(PAPERS:%=reproduce-%) $(PAPERS:%=weights-%) $(PAPERS:%=report-%)
 
 help:
@@ -30,7 +32,8 @@ help:
 	@echo "                        DATASET=/path (a folder, a .tar, or a quoted '/path/*.tar') THREADS=2"
 	@echo "                        JOBS=2 (stages at once); SHORT=1 tries it all in a minute or two"
 	@echo "make report-PAPER       evaluate the bundled weights of PAPER; write results/, plot, table rows"
-	@echo "make ablate-convnextic  train the rows of its ablation table at equal steps"
+	@echo "make ablate-PAPER       train the rows of its table of variants at equal steps, write results/"
+	@echo "                        and the table (hours); PAPER is one of: $(ABLATIONS)"
 	@echo "make compare            all papers' bundled results in one table and one plot, rd.png"
 	@echo "make bench              measure training and coding speed"
 	@echo "make clean              remove $(VENV) and caches"
@@ -57,8 +60,9 @@ lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-ablate-convnextic: $(STAMP)
-	cd convnextic && ../$(PY) ablate.py
+$(ABLATIONS:%=ablate-%): ablate-%: $(STAMP)
+	$(if $(DATASET),data=$$(realpath "$(DATASET)") && )cd $* && ../$(PY) ablate.py --publish \
+	    $(if $(DATASET),--dataset "$$data") $(if $(THREADS),--threads $(THREADS))
 
 bench: $(STAMP)
 	$(PY) -m common.evaluation.bench $(PAPERS)

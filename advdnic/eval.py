@@ -21,7 +21,7 @@ from common.complexity import complexity_of_parts
 from common.evaluation import compare, evaluate
 
 from advdnic.main import last_checkpoint
-from advdnic.model import EXPERIMENTS, build, load
+from advdnic.model import EXPERIMENTS, Experiment, build, load
 
 HERE = Path(__file__).parent
 
@@ -86,17 +86,22 @@ def print_complexity(num_filters: int = 128) -> None:
           "attention")
     print(f"{'':14s}{'parameters':>11s}{'encoder':>9s}{'decoder':>9s}{'of it context':>15s}")
     for experiment in EXPERIMENTS:
-        found = complexity_of_parts(build(experiment, num_filters))
-        macs = {name: sum(part[f"macs_{kind}"] for kind in ("true", "gdn", "masked", "products"))
-                for name, part in found.items()}
-        context = sum(macs.get(part, 0) for part in ("context_model", "entropy_parameters"))
-        shared = sum(value for name, value in macs.items() if name in (
-            "h_s", "h_scale_s", "h_mean_s", "context_model", "entropy_parameters"))
-        total = sum(part["params_total"] for part in found.values())
-        encoder, decoder = macs["g_a"] + macs["h_a"] + shared, macs["g_s"] + shared
-        print(f"{experiment:14s}{total:11,d}" + "".join(
-            f"{value / 1e9:{width}.2f}" for value, width in (
-                (encoder, 9), (decoder, 9), (context, 15))))
+        macs = macs_of(build(experiment, num_filters))
+        print(f"{experiment:14s}{macs['parameters']:11,d}" + "".join(
+            f"{macs[part] / 1e9:{width}.2f}" for part, width in (
+                ("encoder", 9), ("decoder", 9), ("context", 15))))
+
+
+def macs_of(model: Experiment) -> dict[str, int]:
+    """Parameters, and multiply-accumulates of encoder, decoder and context for a 768x512 image."""
+    found = complexity_of_parts(model)
+    macs = {name: sum(part[f"macs_{kind}"] for kind in ("true", "gdn", "masked", "products"))
+            for name, part in found.items()}
+    shared = sum(value for name, value in macs.items() if name in (
+        "h_s", "h_scale_s", "h_mean_s", "context_model", "entropy_parameters"))
+    return {"parameters": sum(part["params_total"] for part in found.values()),
+            "encoder": macs["g_a"] + macs["h_a"] + shared, "decoder": macs["g_s"] + shared,
+            "context": sum(macs.get(part, 0) for part in ("context_model", "entropy_parameters"))}
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def run(args: argparse.Namespace) -> None:
                 scheduler.step()
             run.end_step({**values, "lr": rate}, args.save_summary_steps, best=best)
 
-        line, _ = run.end_epoch()
+        line, means = run.end_epoch()
         test = {}
         run.settle()
         if (epoch + 1) % args.test_every == 0 or run.is_last_epoch:
@@ -198,7 +198,7 @@ def run(args: argparse.Namespace) -> None:
             log.scalars("eval", test, run.step)
             line += f"  eval loss {test['loss']:.4f} bpp {test['bpp']:.4f} psnr {test['psnr']:.2f}"
             best = min(best, test["loss"])
-        run.save(f"epoch_{epoch}.pth", best=best, test=test)
+        run.save(f"epoch_{epoch}.pth", best=best, test=test, train=means)
         if processes.rank() == 0:
             for old in [*epoch_checkpoints(folder)[:-KEPT], folder / LATEST]:
                 old.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
     python ablate.py                                    ablation.yaml, on the bundled photographs
     python ablate.py --rows baseline GDN --seed 1       some rows, another seed
+    python ablate.py --publish                          also write results/ablation.json and README
     python ablate.py --config config.yaml -- --trainset /path --variant v1_patch --epochs 200
 
 Each row is one change of the baseline (v1_patch), trained by train.py as results/<name>-<row>/. A
@@ -19,6 +20,7 @@ from pathlib import Path
 from common import UserError, cli
 from common.coding.model_file import load_checkpoint
 from common.evaluation.results import save_results
+from common.recipes.tables import write_table
 
 from convnextic import train
 
@@ -55,18 +57,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--name", default="ablation", help="name of the runs: results/<name>-<row>")
     parser.add_argument("--seed", type=cli.seed_number, default=0,
                         help="seed of weights, noise and crops")
+    parser.add_argument("--dataset", help="training images, as --trainset of train.py")
+    parser.add_argument("--threads", type=cli.threads, default=0,
+                        help="number of CPU threads; 0 uses all")
     parser.add_argument("--output", type=Path, help="JSON file that the table is also written to")
+    parser.add_argument("--publish", action="store_true",
+                        help="write results/ablation.json and the table of README.md")
     args = parser.parse_args(words)
+    if args.publish and len(args.rows) < len(ROWS):
+        raise UserError("--publish: the table holds all rows; leave out --rows")
+    data = ["--trainset", args.dataset] if args.dataset else []
     found = {}
     for row in args.rows:
         name = f"{args.name}-{re.sub(r'[^a-z0-9]+', '-', row.lower()).strip('-')}"
         print(f"\n--- {row}: {' '.join(ROWS[row]) or 'v1_patch'}", flush=True)
         train.main(["--config", str(args.config), "--name", name, "--seed", str(args.seed),
-                    *extra, *ROWS[row], "--resume"])
+                    "--threads", str(args.threads), *data, *extra, *ROWS[row], "--resume"])
         found[row] = result(name)
     print("\n" + table(found))
-    if args.output:
-        save_results(args.output, {"name": args.name, "rows": found})
+    for path in (args.output, HERE / "results" / "ablation.json" if args.publish else None):
+        if path:
+            save_results(path, {"name": args.name, "rows": found})
+    if args.publish:
+        write_table(HERE / "README.md", "ablation", table(found))
 
 
 def result(name: str) -> dict[str, float | str]:
