@@ -27,6 +27,12 @@ def run(main: Callable[[], None]) -> None:
         _fail(str(e).strip().splitlines()[-1].removeprefix("common.UserError: "), 2)
     except OSError as e:
         _fail(f"{e.filename}: {e.strerror or e}" if e.filename else str(e.strerror or e), 2)
+    except (MemoryError, RuntimeError) as e:
+        if not processes.out_of_memory(e):
+            raise
+        _fail("out of memory: train with a smaller batch or smaller patches and fewer loader "
+              "processes (--num_workers 0); code smaller images, or cut them into parts; or close "
+              "other programs", 2)
     except KeyboardInterrupt:
         _fail("interrupted (continue a training with --resume)", 130)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,9 @@ import torch
 import torch.distributed as dist
 
 PRECISIONS = ("bf16", "fp32")
+NO_MEMORY = re.compile(  # texts of torch's RuntimeErrors
+    r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED|bad_alloc|"
+    r"out of shared memory|insufficient shared memory|killed by signal: Killed")
 TOLD = "LIC_ERROR_TOLD"  # path of a file that the first process to report an error creates
 
 
@@ -33,6 +37,11 @@ def launch(gpu_ids: str) -> None:
         raise UserError(f"--gpu_id '{gpu_ids}': give GPU numbers separated by spaces, as '0 1 2'")
     if "RANK" in os.environ:
         return
+    interactive = not hasattr(sys.modules["__main__"], "__file__") or "ipykernel" in sys.modules
+    if len(ids) > 1 and interactive:  # the workers would run the command line of the notebook
+        raise UserError(f"--gpu_id '{gpu_ids}': a notebook or an interactive session cannot start "
+                        "several processes; run the script in a terminal (in a notebook: !python "
+                        "train.py ...), or name one GPU")
     if gpu_ids != "0":  # indexes refer to CUDA_VISIBLE_DEVICES where a cluster has set it
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         names = [visible[int(i)] if int(i) < len(visible) and visible != [""] else i for i in ids]
@@ -58,6 +67,10 @@ def _run_processes(world: int) -> int:
         try:
             while any(p.poll() is None for p in running):
                 if failed := [p.returncode for p in running if p.poll()]:
+                    if failed[0] == -signal.SIGKILL:
+                        print("error: a process was killed, probably because memory ran out: train "
+                              "with a smaller batch, smaller patches or fewer processes",
+                              file=sys.stderr, flush=True)
                     return failed[0] if failed[0] > 0 else 1
                 time.sleep(0.1)
             return max(abs(p.returncode) for p in running)
@@ -67,6 +80,11 @@ def _run_processes(world: int) -> int:
             for p in running:
                 p.kill()
                 p.wait()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the CPU, a GPU or a loader process has no memory left."""
+    return isinstance(error, MemoryError) or bool(NO_MEMORY.search(str(error)))
 
 
 def start(device: str = "auto", seed: int | None = None, threads: int = 0) -> torch.device:

@@ -104,7 +104,7 @@ def encode(model: ConvNeXTIC, x: Tensor, args: argparse.Namespace) -> tuple[byte
     if not patch:
         return image_file.encode_image(model, x, **rate), note
     check_area(x, patch)
-    patches, _ = cut(x, patch, "replicate")
+    patches, _ = cut(x, patch, "continued")
     coded = [model.compress(p[None], **rate) for p in patches]
     sections = [string for c in coded for string, in c["strings"]]
     parameters = struct.pack("<2I", *patch) + coded[0].get("parameters", b"")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from common import UserError
-from common.coding import bitstream
+from common.coding import bitstream, image_file
 
 import torch
 from torch import Tensor
@@ -19,14 +19,14 @@ PATCH = (1088, 1408)  # height, width in the source
 def cut(x: Tensor, patch: tuple[int, int], mode: str) -> tuple[list[Tensor], tuple[int, int]]:
     """Patches of x (3, H, W) in raster order, and the position of x in their grid.
 
-    mode: padding of the grid: "replicate", with x in the upper left corner; or "zeros", with x in
+    mode: padding of the grid: "continued", with x in the upper left corner; or "zeros", with x in
     the centre, as in the source.
     """
     height, width = x.shape[1:]
     missing = [-height % patch[0], -width % patch[1]]
     top, left = (m // 2 if mode == "zeros" else 0 for m in missing)
     pads = (left, missing[1] - left, top, missing[0] - top)
-    x = (F.pad(x, pads) if mode == "zeros" else F.pad(x[None], pads, mode="replicate")[0])
+    x = F.pad(x, pads) if mode == "zeros" else image_file.continued(x[None], *missing)[0]
     return [x[:, i : i + patch[0], j : j + patch[1]]
             for i, j in corners(x.shape[1:], patch)], (top, left)
 

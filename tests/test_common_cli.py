@@ -1,10 +1,14 @@
 """Flags: their types and ranges, YAML files, the defaults of the source."""
 
+import os
+import sys
+import types
 from pathlib import Path
 
 from common import UserError, cli, processes
 
 import pytest
+import torch
 
 from factorized.train import flags
 
@@ -78,6 +82,39 @@ def test_source_defaults():
 def test_gpu_id_must_be_numbers(ids):
     with pytest.raises(UserError, match="gpu_id"):
         processes.launch(ids)
+
+
+@pytest.mark.parametrize("module, loaded", [("__main__", types.ModuleType("__main__")),
+                                            ("ipykernel", types.ModuleType("ipykernel"))])
+def test_several_processes_cannot_be_started_from_a_notebook(module, loaded, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, loaded)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match="'0 1': a notebook .*!python train.py"):
+        processes.launch("0 1")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+    processes.launch("0")
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore"),
+    RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. "), None])
+def test_lack_of_memory_is_one_line(error, capsys):
+    def main():
+        if error:
+            raise error
+        torch.empty(2**55, dtype=torch.uint8)
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    text = capsys.readouterr().err
+    assert end.value.code == 2 and text.startswith("error: out of memory: train with a smaller")
+    assert text.count("\n") == 1
+
+
+def test_other_errors_of_torch_are_not_taken_for_lack_of_memory():
+    with pytest.raises(RuntimeError, match="shape"):
+        cli.run(lambda: torch.ones(2).view(3))
 
 
 @pytest.mark.parametrize("kind, text", [

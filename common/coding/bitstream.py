@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from common import UserError
 from common.coding import exact
 from common.coding.contract import Codec
+from common.image_io import MAX_PIXELS, MAX_SIDE  # so that a tiny file cannot request all memory
 
 import numpy as np
 from torch import Tensor
@@ -33,7 +34,6 @@ from torch import Tensor
 MAGIC = b"\xb5LC"
 VERSION = 1
 FIXED = 16  # bytes of magic, version, tag and fingerprint
-MAX_SIDE, MAX_PIXELS = 65535, 2**28  # so that a tiny file cannot request all memory
 
 
 @dataclass(frozen=True)

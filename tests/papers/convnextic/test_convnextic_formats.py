@@ -66,7 +66,7 @@ def test_patches_of_a_variable_rate(form, weights, tmp_path):
     codec.main(["decode", str(path), "-o", str(out), *checkpoint])
     model = load(weights / "v5_vr.pt")
     x = data.to_float(data.read_image(weights / "in.png"))
-    patches, (top, left) = codec.cut(x, (128, 192), "zeros" if form == "source" else "replicate")
+    patches, (top, left) = codec.cut(x, (128, 192), "zeros" if form == "source" else "continued")
     assert len(patches) == 4
     with torch.no_grad():
         a, b, c, d = (model(p[None], 0.013)["x_hat"].clamp(0, 1)[0] for p in patches)
