@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         name = f"{args.name}-{re.sub(r'[^a-z0-9]+', '-', row.lower()).strip('-')}"
         print(f"\n--- {row}: {' '.join(ROWS[row]) or 'v1_patch'}", flush=True)
         train.main(["--config", str(args.config), "--name", name, "--seed", str(args.seed),
-                    *extra, *ROWS[row], "--resume"])
+                    *extra, *ROWS[row], "--resume", "auto"])
         found[row] = result(name)
     print("\n" + table(found))
     if args.output:
