@@ -70,11 +70,11 @@ bench: $(STAMP)
 compare: $(STAMP)
 	$(PY) -m common.evaluation.compare --results $(wildcard */results/small.json) --plot rd.png
 
-# --resume takes up a run that was interrupted; --reproduce codes Kodak with the weights just trained
+# --resume auto takes up a run that was interrupted; --reproduce codes Kodak with the weights just trained
 # and with the bundled ones, and prints both beside the published numbers.
 $(PAPERS:%=reproduce-%): reproduce-%: $(STAMP)
 	$(if $(DATASET),data=$$(realpath "$(DATASET)") && )cd $* && \
-	    ../$(PY) train.py --config $(CONFIG) --resume $(if $(DATASET),--dataset "$$data")
+	    ../$(PY) train.py --config $(CONFIG) --resume auto $(if $(DATASET),--dataset "$$data")
 	cd $* && ../$(PY) eval.py --reproduce --config $(CONFIG)
 
 # What is long runs at the lowest priority.

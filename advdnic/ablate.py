@@ -24,7 +24,6 @@ from common.coding.model_file import load_checkpoint
 from common.evaluation.evaluate import evaluate
 from common.evaluation.results import load_results, save_results
 from common.recipes.tables import write_table
-from common.training.checkpoints import epoch_checkpoints
 
 import torch
 
@@ -72,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
             *(["--dataset", args.dataset] if args.dataset else []), *extra,
             "--experiment", experiment, "--model-dir", str(folder),
             *(["--num_filters", str(WIDTH[experiment])] if experiment in WIDTH else []),
-            *(["--resume"] if holds_checkpoints(folder) else [])])
+            "--resume", "auto"])
         rows[experiment] = result(folder, images, device)
     results = {"name": args.name, "description": "the experiments at equal steps",
                "test_images": len(images), "rows": rows}
@@ -82,10 +81,6 @@ def main(argv: list[str] | None = None) -> None:
             save_results(path, results)
     if args.publish:
         write_table(HERE / "README.md", "ten", table(rows))
-
-
-def holds_checkpoints(folder: Path) -> bool:
-    return bool(epoch_checkpoints(folder)) or (folder / train.LATEST).exists()
 
 
 def result(folder: Path, images: list[Path], device: torch.device) -> dict[str, Any]:

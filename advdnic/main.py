@@ -42,7 +42,9 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--use_adversarial_loss", "--use-adversarial-loss", type=params.boolean,
                         default=False, help="not supported, as there is no discriminator")
     commands = parser.add_subparsers(dest="command", required=True)
-    train.add_flags(commands.add_parser("train", help="train the experiment of --model-dir"))
+    training = commands.add_parser("train", help="train the experiment of --model-dir")
+    train.add_flags(training)
+    training.set_defaults(resume="auto")  # the source always continues what is in --model-dir
     for name, what in (("compress", "code an image as a .ncf file"),
                        ("decompress", "decode a .ncf file to a .png")):
         command = commands.add_parser(name, help=what)
@@ -111,7 +113,7 @@ def last_checkpoint(folder: Path) -> Path:
 # ------------------------------------------------------------------------------------ one image
 def compress(model: Experiment, args: argparse.Namespace) -> None:
     """Compress an image; with -V, print its measurements, write them to OUTPUT.txt, and plot."""
-    output = args.output_file or args.input_file.with_name(f"{args.input_file.name}.ncf")
+    output = args.output_file or appended(args.input_file, ".ncf")
     text_file, plot = (output.with_name(f"{output.name}.{end}") for end in ("txt", "panels.png"))
     plot = args.plot or plot
     protect([args.input_file], [output, *([text_file] if args.verbose else []),
@@ -137,10 +139,16 @@ def compress(model: Experiment, args: argparse.Namespace) -> None:
 
 def decompress(model: Experiment, args: argparse.Namespace) -> None:
     file = read_file(args.input_file)
-    output = args.output_file or args.input_file.with_name(f"{args.input_file.name}.png")
+    output = args.output_file or appended(args.input_file, ".png")
     protect([args.input_file], [output])
     data.write_image(image_file.decode_image(model, file), output)
     print(f"{output}: decoded from {args.input_file}")
+
+
+def appended(path: Path, suffix: str) -> Path:
+    if not path.name:
+        raise UserError(f"cannot read {path}: it is a folder")
+    return path.with_name(path.name + suffix)
 
 
 def protect(inputs: list[Path], outputs: list[Path]) -> None:

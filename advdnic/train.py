@@ -194,8 +194,7 @@ def run(args: argparse.Namespace) -> None:
         test = {}
         run.settle()
         if (epoch + 1) % args.test_every == 0 or run.is_last_epoch:
-            test = validate(model, images, criterion, device)
-            log.scalars("eval", test, run.step)
+            test = validate(model, images, criterion, device, log, run.step)
             line += f"  eval loss {test['loss']:.4f} bpp {test['bpp']:.4f} psnr {test['psnr']:.2f}"
             best = min(best, test["loss"])
         run.save(f"epoch_{epoch}.pth", best=best, test=test, train=means)
@@ -304,8 +303,12 @@ def validation_images(args: argparse.Namespace) -> list[Tensor]:
 
 @torch.no_grad()
 def validate(model: Experiment, images: list[Tensor], criterion: RateDistortionLoss,
-             device: torch.device) -> dict[str, float]:
-    """Mean losses over the images, quantised as in files, with estimated rate."""
+             device: torch.device, log: Log, step: int) -> dict[str, float]:
+    """Mean losses over the images, quantised as in files, with estimated rate.
+
+    TensorBoard also gets the last image with its reconstruction, and histograms of its latent and
+    of all parameters.
+    """
     model.eval()
     sums: dict[str, float] = {}
     for image in images:
@@ -316,6 +319,10 @@ def validate(model: Experiment, images: list[Tensor], criterion: RateDistortionL
         losses["psnr"] = -10 * error.log10()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + float(value) / len(images)
+    log.scalars("eval", sums, step)
+    log.images(x[0], output["x_hat"][0], step)
+    log.histograms("eval", {"y": model.g_a(x)}, step)
+    log.histograms("parameters", dict(model.named_parameters()), step)
     return sums
 
 

@@ -21,7 +21,7 @@ from common.evaluation import compare, evaluate
 from checkerboard.model import build, load
 
 HERE = Path(__file__).parent
-MODEL_NAMES = ("CheckerboardAutogressive",)
+MODEL_NAMES = ("CheckerboardAutogressive", "CheckerboardAutoregressive")  # spellings of one model
 WIDTHS = {"low": (192, 192), "high": (192, 320)}  # the report's N, M
 SOURCE_STEPS = 250_000  # the seminar's 250 epochs of about 1,010; CompressAI trains 4-5 M
 
@@ -29,7 +29,8 @@ SOURCE_STEPS = 250_000  # the seminar's 250 epochs of about 1,010; CompressAI tr
 def flags() -> argparse.ArgumentParser:
     parser = cli.Parser(description="Compress images to files and measure rate and distortion.")
     add = parser.add_argument_group("the source's flags").add_argument
-    add("--model_name", default=MODEL_NAMES[0], choices=MODEL_NAMES, help="name of the model")
+    add("--model_name", default=MODEL_NAMES[0], type=cli.one_of(MODEL_NAMES),
+        choices=MODEL_NAMES, help="name of the model")
     add("--load_model_epoch", "--epoch_num", type=int,
         help="epoch of the runs under ./ckpts; bundled weights if not given")
     add("--dataset_path", help="folder of test images; Kodak if not given")
@@ -45,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
         print_complexity()
         return
     images = data.list_images(args.dataset_path or data.KODAK)
-    checkpoints = evaluate.find_checkpoints(args, HERE / "weights", prefix=MODEL_NAMES[0])
+    checkpoints = evaluate.find_checkpoints(args, HERE / "weights", prefix=MODEL_NAMES[0],
+                                            names=MODEL_NAMES)
     curves = evaluate.fixed_rate_curves(args, checkpoints, load, images, device, coding_device,
                                         lambda _: {"steps_source": SOURCE_STEPS})
     if processes.rank() == 0:

@@ -11,7 +11,6 @@ Checkpoints: ./ckpts/<prefix>/<exp_version>/epoch_<n>.pth. Logs: ./logs/<prefix>
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from common import UserError, cli, data, processes
@@ -34,13 +33,13 @@ from torch import Tensor
 
 from checkerboard.model import FORWARDS, PARITIES, build
 
-MODEL_NAMES = ("CheckerboardAutogressive",)
+MODEL_NAMES = ("CheckerboardAutogressive", "CheckerboardAutoregressive")  # spellings of one model
 WIDTHS = {"low": (192, 192), "high": (192, 320)}  # --code_rate -> N, M
 SOURCE_EPOCH = 1_010  # steps per epoch in the source, used for the bundled photographs
 LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18)  # --quality 1..8
 
 
-def flags() -> argparse.ArgumentParser:
+def flags() -> cli.Parser:
     parser = cli.Parser(description="Train a checkerboard context model (He et al. 2021).")
     add = parser.add_argument_group("the source's flags").add_argument
     add("--dataset",
@@ -54,7 +53,8 @@ def flags() -> argparse.ArgumentParser:
     add("--test_batch_size", type=cli.positive_int, default=24,
         help="maximum number of validation images of equal size per batch")
     add("--epoch", type=cli.positive_int, default=250, help="number of epochs")
-    add("--model_name", default=MODEL_NAMES[0], choices=MODEL_NAMES, help="name of the model")
+    add("--model_name", default=MODEL_NAMES[0], type=cli.one_of(MODEL_NAMES),
+        choices=MODEL_NAMES, help="name of the model")
     add("--prefix", default=MODEL_NAMES[0], help="folder of the run under ./ckpts and ./logs")
     add("--exp_version", type=int, default=0, help="number of the run, a sub-folder of --prefix")
     add("--gpu_id", default="0",
@@ -85,7 +85,9 @@ def flags() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = cli.parse(flags(), argv)
+    parser = flags()
+    args = cli.parse(parser, argv)
+    given = cli.summary(parser, args)
     args.N, args.M = args.N or WIDTHS[args.code_rate][0], args.M or WIDTHS[args.code_rate][1]
     args.lmbda = LMBDAS[args.quality - 1] if args.quality else args.lmbda
     processes.launch(args.gpu_id)
@@ -126,7 +128,8 @@ def main(argv: list[str] | None = None) -> None:
     best = state.get("best", float("inf"))
     run = Run(checkpoints, log, crops, device, args.epoch, args.steps_per_epoch, batch,
               args.num_workers, args.check_time, step=state.get("step", 0))
-    run.announce(vars(args), bundled=not args.dataset, flag="--epoch")
+    run.announce(given, checkpoints.folder / "config.yaml", bundled=not args.dataset,
+                 flag="--epoch")
 
     def train_step(x: Tensor) -> dict[str, Tensor]:
         """One optimisation step on a batch; returns the scalars to log."""

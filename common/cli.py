@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 import yaml
 from tqdm import tqdm
 
+WITHOUT_EFFECT = "without effect"  # begins the help of a flag that is only accepted
 SWITCHES = (argparse._StoreTrueAction, argparse.BooleanOptionalAction)  # flags without a value
 
 
@@ -59,15 +61,64 @@ def _fail(message: str, status: int) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that prints errors on one line and shows defaults in --help."""
+    """An ArgumentParser that prints errors on one line and shows defaults in --help.
+
+    A flag may be spelled with `-` or `_`. Flags whose help begins with "without effect" are
+    accepted, and a line says so when they are given.
+    """
 
     def __init__(self, **kwargs: Any):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                          allow_abbrev=False, **kwargs)
+        self.defaults: dict[str, Any] = {}  # before --config replaced some of them
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {message} (see --help)", file=sys.stderr)
         sys.exit(2)
+
+    def parse_known_args(self, args: Sequence[str] | None = None,  # type: ignore[override]  # Any
+                         namespace: Any = None) -> tuple[Any, list[str]]:
+        words = self._own_spelling(sys.argv[1:] if args is None else args)
+        self.note_without_effect(word.partition("=")[0] for word in words)
+        return super().parse_known_args(words, namespace)
+
+    def _own_spelling(self, words: Iterable[str]) -> list[str]:
+        """Each word that is a flag, as this parser spells it: --lr_schedule as --lr-schedule."""
+        known = {name.replace("_", "-"): name for name in self._option_string_actions}
+        result = []
+        for word in words:
+            name, equals, value = word.partition("=")
+            if name.startswith("--") and name not in self._option_string_actions:
+                name = known.get(name.replace("_", "-"), name)
+            result.append(name + equals + value)
+        return result
+
+    def note_without_effect(self, given: Iterable[str]) -> None:
+        """Print a line for the flags among `given` that are accepted but do nothing."""
+        for name in dict.fromkeys(given):
+            action = self._option_string_actions.get(name)
+            if action and (action.help or "").startswith(WITHOUT_EFFECT):
+                note(f"{name}: {action.help}")
+
+
+def note(text: str) -> None:
+    """Print a line about a flag, once for all processes."""
+    if os.environ.get("RANK", "0") == "0" and processes.TOLD not in os.environ:
+        print(f"note: {text}", flush=True)
+
+
+def one_of(names: Sequence[str]) -> Callable[[str], str]:
+    """Make a type for argparse: any spelling of a model's `names` is the first of them.
+
+    Upper and lower case, `-` and `_` are alike.
+    """
+    def plain(text: str) -> str:
+        return text.lower().replace("-", "").replace("_", "")
+
+    def parse(text: str) -> str:
+        return names[0] if plain(text) in map(plain, names) else text
+
+    return parse
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
@@ -76,11 +127,30 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     The keys of the YAML file are the flags' names; an unknown key or a wrong value is an error.
     """
     first = Parser(add_help=False)
-    first.add_argument("--config")
+    first.add_argument("--config", default=parser.get_default("config"))
     path = first.parse_known_args(argv)[0].config
+    if isinstance(parser, Parser):
+        parser.defaults = {action.dest: action.default for action in parser._actions}
     if path:
         parser.set_defaults(**_read_config(Path(path), parser))
     return parser.parse_args(argv)
+
+
+def summary(parser: Parser, args: argparse.Namespace) -> str:
+    """The flags of `args` that differ from the defaults, as they would be typed."""
+    words: list[str] = []
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if value is None or value == parser.defaults.get(action.dest, action.default):
+            continue
+        name = next((n for n in action.option_strings if n.startswith("--")), "")
+        if isinstance(action, argparse.BooleanOptionalAction):
+            words.append(name if value else name.replace("--", "--no-", 1))
+        elif isinstance(action, SWITCHES):
+            words.append(name)
+        else:
+            words += [name, *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return shlex.join(words) or "all flags have their defaults"
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -106,6 +176,8 @@ def _read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
         if action is None or action.dest in ("help", "config"):
             raise UserError(f"--config {path}: there is no flag --{key}")
         result[action.dest] = _convert(action, value, f"--config {path}: {key}")
+        if isinstance(parser, Parser) and value not in (None, parser.defaults.get(action.dest)):
+            parser.note_without_effect(action.option_strings[:1])
     return result
 
 

@@ -101,11 +101,23 @@ def start(device: str = "auto", seed: int | None = None, threads: int = 0) -> to
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if chosen.index >= (count := torch.cuda.device_count()):
+            raise UserError(f"there is no GPU for process {chosen.index + 1}, only {count}: start "
+                            "as many processes")
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")
     if seed is not None:
         torch.manual_seed(seed + rank())
     return chosen
+
+
+def cuda_or_cpu(cuda: bool, device: str) -> str:
+    """Device of a script with the source's flag --cuda, which means the CPU where no GPU is."""
+    if cuda and not torch.cuda.is_available():
+        if os.environ.get("RANK", "0") == "0":
+            print("note: --cuda: there is no GPU here, so the CPU is used", flush=True)
+        return "cpu"
+    return "cuda" if cuda else device
 
 
 def parse_device(device: str) -> torch.device:

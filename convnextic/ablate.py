@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         name = f"{args.name}-{re.sub(r'[^a-z0-9]+', '-', row.lower()).strip('-')}"
         print(f"\n--- {row}: {' '.join(ROWS[row]) or 'v1_patch'}", flush=True)
         train.main(["--config", str(args.config), "--name", name, "--seed", str(args.seed),
-                    "--threads", str(args.threads), *data, *extra, *ROWS[row], "--resume"])
+                    "--threads", str(args.threads), *data, *extra, *ROWS[row], "--resume", "auto"])
         found[row] = result(name)
     print("\n" + table(found))
     for path in (args.output, HERE / "results" / "ablation.json" if args.publish else None):

@@ -4,7 +4,7 @@
     python codec.py decode -o out.png compressed.bin
     python codec.py --command=encode --image test.png -q 3        the source's last revision
     python codec.py encode test.png --checkpoint VR.pt -lb 130 -ph 1088 -pw 1408    lmbda 0.013
-    python codec.py encode test.png --format source               the source's header
+    python codec.py encode test.png --format source               the source's header, see README.md
 
 Without --checkpoint, the bundled small weights are used, which have a variable rate: -q 1 to 4 (3
 if not given) or -lb 5 to 160. Decoding finds the weights by the fingerprint in the file. The format
@@ -14,6 +14,7 @@ of the source has no fingerprint, so decoding needs the same --checkpoint as enc
 from __future__ import annotations
 
 import argparse
+import math
 import struct
 import sys
 from functools import partial
@@ -27,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from convnextic.model import LMBDAS, ConvNeXTIC, load
-from convnextic.patches import PATCH, check_area, cut, decode_patches
+from convnextic.patches import PATCH, check_area, clamped, cut, decode_patches
 from convnextic.source_format import METRICS, grown, pack_source, unpack_source
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -58,23 +59,26 @@ def arguments(argv: list[str]) -> argparse.Namespace:
             break
     parser, encoder, decoder = codec_cli.flags("Code one image file.", BUNDLED, "kind")
     for command in (encoder, decoder):
+        known = "without effect; the file states it" if command is decoder else ""
         command.add_argument("--model", choices=MODELS, default=MODELS[0],
                              help="name of the model")
-        command.add_argument("-m", "--metric", choices=METRICS, default="mse",
-                             help="distortion measure that the weights were trained for")
-        command.add_argument("-q", "--quality", type=int, choices=range(1, 9),
-                             help="quality in the source's header; without -lb, also the rate of a "
-                             "variable-rate model")
+        command.add_argument("-m", "--metric", choices=METRICS, help=known or
+                             "distortion measure that the weights must be trained for")
+        command.add_argument("-q", "--quality", type=int, choices=range(1, 9), help=known or
+                             "rate of a variable-rate model, without -lb; other weights must be "
+                             "trained for it")
         command.add_argument("-c", "--coder", choices=["ans"], default="ans",
                              help="entropy coder")
     decoder.add_argument("--show", action="store_true", help="open the decoded image")
     add = encoder.add_argument
-    add("--format", choices=["ours", "source"], default="ours", help="file format")
+    add("--format", choices=["ours", "source"], default="ours",
+        help="file format; source has the source's header, but a payload that only we read")
     add("-lb", "--lamb", type=int, help=f"lmbda * {LMBDA_UNIT}, for a variable-rate model")
-    add("-ph", type=side, help=f"height of the patches in pixels (the source: {PATCH[0]})")
-    add("-pw", type=side, help=f"width of the patches in pixels (the source: {PATCH[1]})")
+    for name, sides in (("-ph", "height"), ("-pw", "width")):
+        add(name, type=side, help=f"{sides} of the patches in pixels (the source: "
+            f"{PATCH[name == '-pw']}); that of the image if not given or larger")
     args = parser.parse_args(words)
-    if args.metric != "mse" and not args.checkpoint:
+    if args.command == "encode" and args.metric == "ms-ssim" and not args.checkpoint:
         raise UserError(f"-m {args.metric}: the bundled weights are for mse; give --checkpoint")
     return args
 
@@ -90,18 +94,18 @@ def side(text: str) -> int:
 # ------------------------------------------------------------------------------------ our format
 def encode(model: ConvNeXTIC, x: Tensor, args: argparse.Namespace) -> tuple[bytes, str]:
     """Encode x (3, H, W) in [0, 1]; return the file and a text about it."""
-    quality = args.quality or QUALITY
+    metric, quality = trained_for(model, args.metric, args.quality)
     if model.variable_rate and args.lamb is None:
         args.lamb = round(LMBDAS[quality - 1] * LMBDA_UNIT)
     rate = lmbda_of(model, args.lamb)
-    patch = None if args.ph is args.pw is None else (args.ph or PATCH[0], args.pw or PATCH[1])
-    if patch and any(s % model.downsampling_factor for s in patch):
-        raise UserError(f"-ph {patch[0]} -pw {patch[1]}: this model needs multiples of "
-                        f"{model.downsampling_factor}")
+    given, factor = (args.ph, args.pw), model.downsampling_factor
+    if any(s and s % factor for s in given):
+        raise UserError(f"-ph, -pw: this model needs multiples of {factor}")
+    patch = None if given == (None, None) else clamped(given, x.shape[1:], factor)
     note = f", lmbda {rate['lmbda']:g}" if rate else ""
     if args.format == "source":
-        return pack_source(model, x, rate, args.lamb, patch, quality, args.metric), note
-    if not patch:
+        return pack_source(model, x, rate, args.lamb, patch, quality, metric), note
+    if not patch or patch == clamped((None, None), x.shape[1:], factor):
         return image_file.encode_image(model, x, **rate), note
     check_area(x, patch)
     patches, _ = cut(x, patch, "continued")
@@ -123,6 +127,23 @@ def decode(model: ConvNeXTIC, file: bytes) -> Tensor:
     return decode_patches(model, parts.sections, (parts.height, parts.width), patch, rate, 0)
 
 
+def trained_for(model: ConvNeXTIC, metric: str | None, quality: int | None) -> tuple[str, int]:
+    """Metric and quality of the weights, which -m and -q must not contradict."""
+    config = model.provenance.config
+    trained, lmbda = config.get("metric"), config.get("lmbda")
+    if metric and trained and metric != trained:
+        raise UserError(f"-m {metric}: these weights were trained for {trained}; name others with "
+                        "--checkpoint")
+    own = next((q for q, value in enumerate(LMBDAS, 1)
+                if lmbda and math.isclose(value, lmbda, rel_tol=1e-3)), None)
+    if quality and lmbda and not model.variable_rate and quality != own:
+        raise UserError(f"-q {quality}: means lmbda {LMBDAS[quality - 1]:g}, and these weights "
+                        f"were trained with {lmbda:g}{f' (-q {own})' if own else ''}; name others "
+                        "with --checkpoint, or leave -q out")
+    own = QUALITY if model.variable_rate else own
+    return metric or trained or METRICS[0], quality or own or QUALITY
+
+
 def lmbda_of(model: ConvNeXTIC, lamb: int | None) -> dict[str, float]:
     """The rate that -lb requests, as arguments of `compress`."""
     if not model.variable_rate:
@@ -134,8 +155,10 @@ def lmbda_of(model: ConvNeXTIC, lamb: int | None) -> dict[str, float]:
     low, high = (round(config.get(key, lamb / LMBDA_UNIT) * LMBDA_UNIT)
                  for key in ("lambda_min", "lambda_max"))
     if not low <= lamb <= high:
+        quality = next((q for q, value in enumerate(LMBDAS, 1) if lamb <= value * LMBDA_UNIT), 8)
         raise UserError(f"lmbda {lamb / LMBDA_UNIT:g}: these weights are trained for {low} to "
-                        f"{high} (-lb), 1/{LMBDA_UNIT} each")
+                        f"{high} (-lb), 1/{LMBDA_UNIT} each; train others with `train.py --variant "
+                        f"v5_vr --quality_level {quality}` and name them with --checkpoint")
     return {"lmbda": struct.unpack("<f", struct.pack("<f", lamb / LMBDA_UNIT))[0]}
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from convnextic.blocks import SAMPLERS, Block, Down, ScalingNet, Up
 from convnextic.context import MCM, SCCTX, lattices
-from convnextic.variants import BASELINE, merged, options_of
+from convnextic.variants import BASELINE, kernels_of, merged, options_of
 
 HALO = 24  # latents that g_a and g_s see on each side
 LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18)  # qualities 1 to 8
@@ -74,19 +74,21 @@ class ConvNeXTIC(Codec):
         normed, ea = o["resample_norm"] == "layernorm", o["external_attention"]
         depths = o["depths"]
         rates = torch.linspace(0, o["drop_path_rate"], sum(depths)).tolist()
+        main, hyper = ({**o, "kernel_size": k} for k in kernels_of(o["kernel_size"]))
 
-        def blocks(dim: int, depth: int, decoder: bool) -> list[Block]:
-            return [Block(dim, o, drops.pop(0), decoder) for _ in range(depth)]
+        def blocks(dim: int, depth: int, hyperprior: bool, decoder: bool) -> list[Block]:
+            return [Block(dim, hyper if hyperprior else main, drops.pop(0), decoder)
+                    for _ in range(depth)]
 
         def down(i: int, dim_in: int, dim_out: int, attention: bool = False) -> Down:
             norm = ("after" if i == 0 else "before") if normed else ""
-            return Down(dim_in, dim_out, other if i else stem, blocks(dim_out, depths[i], False),
-                        norm, ea and attention)
+            return Down(dim_in, dim_out, other if i else stem,
+                        blocks(dim_out, depths[i], i > 3, False), norm, ea and attention)
 
         def up(i: int, dim_in: int, dim_out: int, attention: bool = False) -> Up:
             norm = ("after" if i == 5 else "before") if normed else ""
             return Up(dim_in, dim_out, other if i < 5 else stem,
-                      blocks(dim_in, depths[5 - i], True), norm, ea and attention)
+                      blocks(dim_in, depths[5 - i], i < 2, True), norm, ea and attention)
 
         drops = list(rates)  # one ramp over the encoder ...
         self.g_a = nn.Sequential(down(0, 3, N), down(1, N, N, True), down(2, N, N),

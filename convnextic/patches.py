@@ -31,6 +31,14 @@ def cut(x: Tensor, patch: tuple[int, int], mode: str) -> tuple[list[Tensor], tup
             for i, j in corners(x.shape[1:], patch)], (top, left)
 
 
+def clamped(patch: tuple[int | None, int | None], size: tuple[int, int], multiple: int
+            ) -> tuple[int, int]:
+    """Sides of patches: of the image in multiples of `multiple` where not given or larger."""
+    height, width = (min(p or s + multiple, -(-s // multiple) * multiple)
+                     for p, s in zip(patch, size, strict=True))
+    return height, width
+
+
 def check_area(x: Tensor, patch: tuple[int, int]) -> None:
     """Raise UserError if x, padded to whole patches, would be too large to be decoded."""
     rows, columns = (-(-s // p) for s, p in zip(x.shape[1:], patch, strict=True))

@@ -11,7 +11,7 @@ from common.coding import bitstream
 from torch import Tensor
 
 from convnextic.model import ConvNeXTIC
-from convnextic.patches import PATCH, check_area, cut, strings_of
+from convnextic.patches import PATCH, check_area, clamped, cut, strings_of
 
 METRICS = ("mse", "ms-ssim")
 MULTIPLE = 256  # the source pads to multiples of it
@@ -42,7 +42,8 @@ def pack_source(model: ConvNeXTIC, x: Tensor, rate: dict[str, float], lamb: int 
     if patch and not variable:
         raise UserError("-ph, -pw: the source's fixed-rate format has no patches; leave --format "
                         "source out")
-    area = (patch or PATCH) if variable else grown(x.shape[1:])
+    area = (clamped(patch or PATCH, x.shape[1:], model.downsampling_factor) if variable
+            else grown(x.shape[1:]))
     check_area(x, area)
     patches, _ = cut(x, area, "zeros")
     coded = [model.compress(p[None], **rate) for p in patches]

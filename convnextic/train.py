@@ -2,13 +2,15 @@
 
     python train.py                                      the source's config.yaml
     python train.py --config quick.yaml                  small, on the bundled photographs
+    python train.py --config=./config.yaml --name=nic_cvt                the source's command
     python train.py --variant v3_scctx --quality_level 3 --trainset /path --name scctx
     python train.py --variant v5_vr --resume results/scctx/3/snapshots/best.pt --name vr
     torchrun --nproc_per_node=4 train.py ...             more processes or machines
 
 A run writes to ./results/<name>/<quality_level>/: config.yaml, snapshots/best.pt,
 snapshots/<epoch>_<bpp>_<mse>.pt, snapshots/latest.pt, logs/. `--resume` alone continues that run
-where it stopped; `--resume FILE` starts a new run from weights, as in the source.
+where it stopped; `--resume FILE` starts a new run from weights, as in the source. If FILE is of the
+run in that folder, its folder is kept beside the new one under another name.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from common import UserError, cli, data, processes
 from common.coding.model_file import load_checkpoint, load_error
 from common.files import write_atomic
 from common.loss import RateDistortionLoss, check_size
-from common.training.checkpoints import Checkpoints
+from common.training.checkpoints import Checkpoints, check_resume
 from common.training.cuda_graph import Recorded
 from common.training.log import Log
 from common.training.network import autocast, prepare_network
@@ -38,6 +40,7 @@ from torch import Tensor
 from convnextic.model import LMBDAS, ConvNeXTIC, build
 from convnextic.variants import BASELINE, CHOICES, VARIANTS, merged
 
+HERE = Path(__file__).parent
 SOURCE_EPOCH = 2_450  # steps, about: the source has 20,000 photographs in batches of 8
 LATEST, BEST = "latest.pt", "best.pt"
 LMBDA_MIN = (0.0003, 0.0007, 0.001, 0.0015, 0.0035, 0.007, 0.013, 0.03)  # for a variable rate
@@ -50,18 +53,20 @@ SAME_RUN = ("variant", "embed_dim", "latent_dim", *BASELINE, "metric", "lmbda", 
             "flip", "images", "steps_per_epoch", "seed", "clip_max_norm")
 
 
-def flags() -> argparse.ArgumentParser:
+def flags() -> cli.Parser:
     parser = cli.Parser(description="Train a ConvNeXt image codec (VCIP 2022 challenge).")
     add = parser.add_argument_group("flags of the source and keys of its config.yaml").add_argument
     add("--name", default="VCIP", help="folder of the run under ./results")
     add("--resume", nargs="?", const="", metavar="FILE",
-        help="continue this run; with FILE, start a new run from its weights")
+        help="continue this run; with FILE, start a new run from its weights; with auto, continue "
+        "this run or begin it")
     add("--seed", type=cli.seed_number, default=0, help="seed of weights, noise and crops")
     add("--snapshot_save_epoch", type=cli.positive_int, default=10,
         help="epochs between kept checkpoints")
     add("--log_itr", type=cli.positive_int, default=1000,
         help="without effect; the log takes all steps into account")
-    add("--startepoch", type=cli.count, default=0, help="first epoch, with --resume FILE")
+    add("--startepoch", type=cli.count, default=0,
+        help="first epoch; only with --resume FILE, as in the source")
     add("--epochs", type=cli.positive_int, default=400,
         help="number of epochs, counting those before --startepoch")
     add("--lr", type=cli.positive_float, default=1e-4, help="initial learning rate")
@@ -95,11 +100,13 @@ def flags() -> argparse.ArgumentParser:
     add("--patchsize", type=cli.positive_int, default=256, help="side of the crops in pixels")
     add("--worker_num", type=cli.count, default=8, help="number of data loader processes")
     for dead in ("lr_shedule_step", "lr_shedule_scale", "set_lr", "p"):
-        add(f"--{dead}", help="without effect, as in the source")
+        add(f"--{dead}", nargs="*", help="without effect, as in the source")
     add = parser.add_argument_group("ablations; the values of --variant if not given").add_argument
     add("--variant", choices=list(VARIANTS), default="v2_stride2", help="revision of the source")
     add("--depths", type=cli.positive_int, nargs=6, help="blocks in each stage of g_a and h_a")
-    add("--kernel_size", type=cli.positive_int, help="kernel size of the depthwise convolutions")
+    add("--kernel_size", type=cli.positive_int, nargs="+",
+        help="kernel size of the depthwise convolutions; two numbers: that of g_a and g_s, and "
+        "that of h_a and h_s")
     add("--mlp_ratio", type=cli.positive_int, help="expansion factor of the MLPs")
     add("--dw_groups", type=cli.count,
         help="groups of the depthwise convolutions; 0 uses one per channel")
@@ -126,7 +133,7 @@ def flags() -> argparse.ArgumentParser:
     add_training_flags(parser, lr_schedule="multistep", without=(
         "--resume", "--metric", "--optimizer", "--aux-lr", "--lr-schedule", "--clip-max-norm",
         "--patch-size", "--seed", "--save-every"))
-    parser.set_defaults(milestones=[250, 350])
+    parser.set_defaults(milestones=[250, 350], config=str(HERE / "config.yaml"))
     parser.add_argument("--check_time", type=cli.minutes, default=10,
                         help="minutes between checkpoints within an epoch")
     return parser
@@ -135,6 +142,7 @@ def flags() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = flags()
     args = cli.parse(parser, argv)
+    given = cli.summary(parser, args)
     options = merged(args.variant, {key: getattr(args, key) for key in BASELINE})
     for key, value in options.items():
         setattr(args, key, list(value) if isinstance(value, tuple) else value)
@@ -174,15 +182,21 @@ def main(argv: list[str] | None = None) -> None:
              "scheduler": scheduler, "log": log}
     checkpoints = Checkpoints(folder / "snapshots", parts, vars(args), SAME_RUN,
                                    "--resume FILE and another --name")
-    step, best = 0, math.inf
-    if args.resume == "" and (folder / "snapshots" / LATEST).exists():
-        state = checkpoints.resume(folder / "snapshots" / LATEST)
+    step, best, latest = 0, math.inf, folder / "snapshots" / LATEST
+    start = args.resume if args.resume not in (None, "", "auto") else None
+    if start:
+        load_weights(model, start)
+    if start and latest.exists() and latest.parent.resolve() in Path(start).resolve().parents:
+        set_aside(folder)
+    elif latest.exists() and args.resume in ("", "auto"):
+        state = checkpoints.resume(latest)
         step, best = state["step"], state["best"]
-    elif (folder / "snapshots" / LATEST).exists():
+    elif latest.exists():
         raise UserError(f"{folder} holds a run: continue it with --resume alone, or give this one "
                         "another --name")
-    elif args.resume:
-        load_weights(model, args.resume)
+    elif args.resume == "":
+        check_resume("newest", folder)
+    if start:
         step = args.startepoch * args.steps_per_epoch
         for _ in range(args.startepoch):
             scheduler.step()
@@ -191,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     if processes.rank() == 0:
         text = yaml.safe_dump(vars(args), sort_keys=False)
         write_atomic(folder / "config.yaml", text.encode())
-    run.announce(vars(args), bundled=not args.trainset)
+    run.announce(given, folder / "config.yaml", bundled=not args.trainset)
 
     def train_step(x: Tensor, lmbda: Tensor | None) -> dict[str, Tensor]:
         """One optimisation step on a batch; returns the scalars to log."""
@@ -262,8 +276,9 @@ def check(args: argparse.Namespace) -> None:
     """Raise UserError for flags that contradict each other."""
     if args.eta_min > args.lr:
         raise UserError(f"--eta_min {args.eta_min} is above --lr {args.lr}")
-    if args.startepoch and not args.resume:
-        raise UserError("--startepoch: goes with --resume FILE")
+    if args.startepoch and args.resume in (None, "", "auto"):
+        cli.note(f"--startepoch {args.startepoch}: without effect unless --resume FILE is given, "
+                 "as in the source")
     if args.optimizer == "muon" and (args.eb_group == "aux" or args.wd_exclude_1d):
         raise UserError("--eb_group aux, --wd_exclude_1d: not with --optimizer muon")
 
@@ -306,6 +321,17 @@ def schedule(optimizer: Any, args: argparse.Namespace) -> Any:
     if args.lr_schedule == "cosine_restarts":
         return rates.CosineAnnealingWarmRestarts(optimizer, period, eta_min=args.eta_min)
     return rates.LambdaLR(optimizer, lambda _: 1.0)
+
+
+def set_aside(folder: Path) -> None:
+    """Rename the folder of a run, from whose weights another one of the same name starts."""
+    processes.broadcast_flag(True)  # wait until all processes have read the weights
+    if processes.rank() == 0:
+        kept = next(path for n in range(1, 10**6)
+                    if not (path := folder.with_name(f"{folder.name}_{n}")).exists())
+        folder.rename(kept)
+        print(f"{folder}: the run that was there is kept as {kept}")
+    processes.broadcast_flag(True)
 
 
 def load_weights(model: ConvNeXTIC, path: str) -> None:

@@ -43,14 +43,22 @@ def merged(variant: str, options: dict[str, Any]) -> dict[str, Any]:
             continue
         if key in CHOICES and value not in CHOICES[key]:
             raise UserError(f"{key} {value}: choose from {', '.join(CHOICES[key])}")
-        result[key] = tuple(value) if key == "depths" else value
+        result[key] = tuple(value) if isinstance(value, list) else value
     if len(result["depths"]) != 6 or min(result["depths"]) < 1:
         raise UserError(f"depths {result['depths']}: give six positive numbers")
-    if result["kernel_size"] % 2 == 0:
-        raise UserError(f"kernel_size {result['kernel_size']}: give an odd number")
+    kernels = kernels_of(result["kernel_size"])
+    if len(kernels) != 2 or any(k % 2 == 0 for k in kernels):
+        raise UserError(f"kernel_size {result['kernel_size']}: give an odd number, or two")
+    result["kernel_size"] = kernels if kernels[0] != kernels[1] else kernels[0]
     if not 0 <= result["drop_path_rate"] < 1:
         raise UserError(f"drop_path_rate {result['drop_path_rate']}: give 0 or more, below 1")
     return result
+
+
+def kernels_of(kernel_size: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Kernel sizes in the blocks of (g_a and g_s, h_a and h_s)."""
+    sizes = kernel_size if isinstance(kernel_size, tuple) else (kernel_size,)
+    return sizes if len(sizes) > 1 else 2 * sizes
 
 
 def options_of(state_dict: dict[str, Tensor]) -> dict[str, Any]:
@@ -69,8 +77,9 @@ def options_of(state_dict: dict[str, Tensor]) -> dict[str, Any]:
     norms = {f"{block}.norm.beta": "gdn", f"{block}.norm.running_mean": "batchnorm",
              f"{block}.norm.weight": "layernorm"}
     N, inputs, size, _ = state_dict[f"{block}.dwconv.weight"].shape
+    hyper = state_dict["h_a.1.blocks.0.dwconv.weight"].shape[2]
     return {
-        "depths": tuple(depths), "kernel_size": size,
+        "depths": tuple(depths), "kernel_size": size if size == hyper else (size, hyper),
         "mlp_ratio": len(state_dict[f"{block}.mlp.0.weight"]) // N,
         "dw_groups": 0 if inputs == 1 else N // inputs,
         "block_norm": next((norm for key, norm in norms.items() if key in state_dict), "none"),

@@ -26,8 +26,9 @@ from typing import Any
 
 from common import UserError, cli, data, processes
 from common.coding.model_file import load_checkpoint
+from common.files import write_atomic
 from common.loss import RateDistortionLoss
-from common.training.checkpoints import Checkpoints
+from common.training.checkpoints import Checkpoints, check_resume
 from common.training.cuda_graph import Recorded
 from common.training.log import Log
 from common.training.network import autocast, prepare_network
@@ -56,6 +57,7 @@ from qvrf.stages import (
     starting_point,
 )
 
+BUNDLED = Path(__file__).parent / "weights" / "small-balle.pth"
 SOURCE_EPOCH = 1_073  # steps per epoch in the source, used for the bundled photographs
 ANEW = "--checkpoint FILE --refresh 1 and another --out"  # flags that start another run
 SAME_RUN = ("model", "levels", "N", "M", "stage", "ste", "lmbda", "optimizer", "learning_rate",
@@ -64,7 +66,7 @@ SAME_RUN = ("model", "levels", "N", "M", "stage", "ste", "lmbda", "optimizer", "
             "clip_max_norm")  # flags that --resume must not change
 
 
-def flags() -> argparse.ArgumentParser:
+def flags() -> cli.Parser:
     parser = cli.Parser(description="Train a variable-rate codec (Tong et al. 2023).")
     add = parser.add_argument_group("the source's flags").add_argument
     add("-d", "--dataset",
@@ -83,7 +85,7 @@ def flags() -> argparse.ArgumentParser:
     add("--patch-size", type=cli.positive_int, nargs=2, default=[256, 256],
         help="height and width of the crops in pixels: random in training, central in validation")
     add("--cuda", action="store_true",
-        help="require a GPU; without the flag, one is used if present")
+        help="use a GPU, or the CPU with a note if there is none, as without the flag")
     add("--save", action="store_true", default=True,
         help="without effect; checkpoints are always saved")
     add("--seed", type=seed, default=0, help="seed of weights, noise, crops and levels")
@@ -120,12 +122,17 @@ def flags() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = cli.parse(flags(), argv)
+    parser = flags()
+    args = cli.parse(parser, argv)
     stages = [max(1, stage) for stage in args.stage]
     check(args, stages)
-    device = processes.start("cuda" if args.cuda else args.device, threads=args.threads)
+    device = processes.start(processes.cuda_or_cpu(args.cuda, args.device),
+                             threads=args.threads)
     out = Path(args.out)
+    given = cli.summary(parser, args)
     done = 0
+    if not (out / NEWEST).exists():
+        check_resume(args.resume, out)
     if args.resume and (out / NEWEST).exists():
         config = load_checkpoint(out / NEWEST).get("config", {})
         if config.get("stage") not in stages:
@@ -138,10 +145,10 @@ def main(argv: list[str] | None = None) -> None:
         one = copy.copy(args)
         one.stage, one.epochs = stage, args.epochs[i % len(args.epochs)]
         one.learning_rate = args.learning_rate[i % len(args.learning_rate)]
-        one.resume = args.resume and i == done and (out / NEWEST).exists()
+        one.resume = bool(args.resume) and i == done and (out / NEWEST).exists()
         if i > 0:  # only the first of several stages may start from --checkpoint
             one.checkpoint, one.refresh, one.loadFromPretrainedSinglemodel = None, 0, 0
-        train(one, device)
+        train(one, device, given)
 
 
 def check(args: argparse.Namespace, stages: list[int]) -> None:
@@ -171,8 +178,8 @@ def check(args: argparse.Namespace, stages: list[int]) -> None:
         raise UserError("--loadFromPretrainedSinglemodel 1 needs --checkpoint FILE")
 
 
-def train(args: argparse.Namespace, device: torch.device) -> None:
-    """Train one stage."""
+def train(args: argparse.Namespace, device: torch.device, given: str) -> None:
+    """Train one stage; given: the flags that differ from the defaults."""
     out = Path(args.out)
     torch.manual_seed(args.seed + 1000 * args.stage + processes.rank())
     ste = args.stage > 2 or args.ste == 1
@@ -228,13 +235,14 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     run = Run(checkpoints, log, crops, device, args.epochs, args.steps_per_epoch, batch,
               args.num_workers, args.check_time, NEWEST, state.get("step", 0))
     if processes.rank() == 0:
-        print(yaml.safe_dump(vars(args), sort_keys=False).strip())
+        whole = out / "logs" / f"stage{args.stage}" / "config.yaml"
+        write_atomic(whole, yaml.safe_dump(vars(args), sort_keys=False).encode())
+        print(f"{given}  (all flags: {whole})")
         print(run.describe(bundled=not args.dataset))
         if run.is_done():
             print(f"stage {args.stage} has its {args.epochs} epochs already (-e for more)")
         else:
-            print(f"stage {args.stage} starts from {resumed or start or 'random weights'}",
-                  flush=True)
+            print(opening(args.stage, resumed or start), flush=True)
 
     def train_step(x: Tensor, s: int) -> dict[str, Tensor]:
         """One optimisation step on a batch; returns the scalars to log."""
@@ -284,6 +292,16 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             run.save(name, best_loss=best, loss=means["loss"])
         log.line(line)
     log.close()
+
+
+def opening(stage: int, start: Path | None) -> str:
+    """The last line before the progress bar: the weights that a stage starts from."""
+    if start or stage == 1:
+        return f"stage {stage} starts from {start or 'random weights'}"
+    return (f"stage {stage} starts from RANDOM WEIGHTS, not from those of stage {stage - 1}: stop "
+            f"it and train that first (`python train.py --stage {stage - 1}`), or start from "
+            "trained weights (`python train.py --stage 2 --model balle --N 64 --M 96 --checkpoint "
+            f"{BUNDLED} --refresh 1`)")
 
 
 def draw_level(seed: int, step: int, levels: int) -> int:

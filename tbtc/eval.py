@@ -44,7 +44,7 @@ def flags() -> argparse.ArgumentParser:
     add("-d", "--output_directory", type=Path, help="folder of the JSON that eval_model writes")
     add("-o", "--output-file", help="name of that JSON, without .json")
     add("--cuda", action="store_true",
-        help="require a GPU; without the flag, one is used if present")
+        help="use a GPU, or the CPU with a note if there is none, as without the flag")
     add("--half", action="store_true", help="run g_a and g_s in float16")
     add("--entropy-estimation", action="store_true",
         help="estimate the rate from the likelihoods instead of writing files")
@@ -58,7 +58,8 @@ def flags() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
-    device = processes.start("cuda" if args.cuda else args.device, threads=args.threads)
+    device = processes.start(processes.cuda_or_cpu(args.cuda, args.device),
+                             threads=args.threads)
     coding_device = processes.parse_device(args.entropy_device)
     if args.complexity:
         print(report([args.architecture] if args.architecture else list(MODELS)))

@@ -25,7 +25,7 @@ from common import UserError, cli, data, processes
 from common.coding.model_file import coding_state, load_error
 from common.files import write_atomic
 from common.loss import RateDistortionLoss
-from common.training.checkpoints import Checkpoints
+from common.training.checkpoints import Checkpoints, check_resume
 from common.training.cuda_graph import Recorded
 from common.training.log import Log
 from common.training.network import autocast, prepare_network
@@ -48,7 +48,7 @@ SAME_RUN = ("model", "quality", "charm_widths", "split", "num_heads", "lmbda", "
             "quantiles_every", "ema", "ema_decay", "flip", "images", "steps_per_epoch", "seed")
 
 
-def flags() -> argparse.ArgumentParser:
+def flags() -> cli.Parser:
     parser = cli.Parser(description="Train a transform coder with a hyperprior or ChARM, or TCM.")
     add = parser.add_argument_group("flag and settings of the source").add_argument
     add("-c", "--comment", default="", help="free text, kept in hparams.yaml")
@@ -137,7 +137,10 @@ def flags() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
-    args = check(cli.parse(flags(), argv), {word.split("=")[0] for word in words})
+    parser = flags()
+    args = cli.parse(parser, argv)
+    given = cli.summary(parser, args)
+    args = check(args, {word.split("=")[0] for word in words})
     processes.launch(" ".join(map(str, args.devices)))
     wanted = {"gpu": "cuda", "cpu": "cpu", "auto": args.device}[args.accelerator]
     device = processes.start(wanted, args.seed, args.threads)
@@ -184,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         text = yaml.safe_dump(config, sort_keys=False)
         write_atomic(folder / "hparams.yaml", text.encode())
         write_atomic(folder / "model.txt", f"{model}\n".encode())
-        print(text.strip())
+        print(f"{given}  (all flags: {folder / 'hparams.yaml'})")
         print(f"{run.describe(bundled=not args.dataset_directory)}, to {folder}", flush=True)
         if run.is_done():
             print(f"nothing to do: this run has its {args.num_epochs} epochs (--num_epochs)")
@@ -305,6 +308,7 @@ def version(args: argparse.Namespace) -> tuple[Path, Path | None]:
     for folder in reversed(have if args.resume else []):  # some may have no checkpoint
         if checkpoint := newest_checkpoint(folder):
             return folder, checkpoint
+    check_resume(args.resume, root)
     number = int(have[-1].name.split("_")[1]) + 1 if have else 0
     if processes.world() > 1:  # all use the folder of the first
         numbers = [number]

@@ -87,7 +87,8 @@ def test_readme_commands(paper, images, tmp_path):
             if any(w.endswith(".pth") for w in map(str, words)):
                 words += ["--N", 48, "--M", 64]  # the weights' widths
         elif words[0] == "eval.py":
-            words = ["0" if w == "199" else w for w in words] + ["--dataset_path", images / "test"]
+            words = ["0" if w in ("199", "249") else w for w in words]
+            words += ["--dataset_path", images / "test"]
         run(paper, *words, cwd=tmp_path)
     assert Image.open(tmp_path / "decoded.png").size == (97, 65)
     for version in ("1", "2"):

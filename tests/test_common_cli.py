@@ -55,7 +55,14 @@ def test_keys_with_dashes_or_underscores_and_empty_values(tmp_path):
     (tmp_path / "c.yaml").write_text("aux-lr: 0.5\nclip_max_norm: 2\nbatch-size: 3\ndataset:\n")
     args = cli.parse(flags(), ["--config", str(tmp_path / "c.yaml")])
     assert (args.aux_lr, args.clip_max_norm, args.batch_size, args.dataset) == (0.5, 2.0, 3, None)
-    assert cli.parse(flags(), ["--model_name", "FactorizedPrior"]).model_name == "FactorizedPrior"
+
+
+@pytest.mark.parametrize("name", ["FactorizedPrior", "Factorized", "factorized_prior"])
+def test_all_spellings_of_a_model_are_one_model(name, tmp_path):
+    assert cli.parse(flags(), ["--model_name", name]).model_name == "Factorized"
+    (tmp_path / "c.yaml").write_text(f"model_name: {name}")
+    args = cli.parse(flags(), ["--config", str(tmp_path / "c.yaml")])
+    assert args.model_name == "Factorized"
 
 
 @pytest.mark.parametrize("config", ["config.yaml", "small.yaml", "quick.yaml"])

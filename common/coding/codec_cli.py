@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, kind: type[Codec], load: Callable[..., Codec],
         file = read_file(args.input)
         checkpoints = [args.checkpoint] if args.checkpoint else bundled
         model = image_file.find_model(file, kind, checkpoints, load, device)
-        output = args.output or args.input.with_suffix(DECODED)
+        output = args.output or default_output(args.input, DECODED)
         refuse_same(args.input, output)
         x_hat = decode(model, file) if decode else image_file.decode_image(model, file)
         data.write_image(x_hat, output)
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace, kind: type[Codec], load: Callable[..., Codec],
     if not args.checkpoint and wanted not in names:
         raise UserError(f"--weights {wanted}: choose from {', '.join(names)}")
     checkpoint = args.checkpoint or names[wanted]
-    output = args.output or args.input.with_suffix(".bin")
+    output = args.output or default_output(args.input, ".bin")
     refuse_same(args.input, output)
     image = data.read_image(args.input)
     height, width = image.shape[-2:]
@@ -86,6 +86,13 @@ def run(args: argparse.Namespace, kind: type[Codec], load: Callable[..., Codec],
     file, note = encode(model, x) if encode else (image_file.encode_image(model, x), "")
     write_atomic(output, file)
     print(f"{output}: {len(file)} bytes, {8 * len(file) / (height * width):.4f} bpp{note}")
+
+
+def default_output(source: Path, suffix: str) -> Path:
+    """The file beside `source` with another suffix; UserError if `source` is `.` or `/`."""
+    if not source.name:
+        raise UserError(f"cannot read {source}: it is a folder")
+    return source.with_suffix(suffix)
 
 
 def refuse_same(source: Path, output: Path) -> None:

@@ -48,12 +48,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=cli.threads, default=0, help="number of CPU threads; 0 uses all")
 
 
-def find_checkpoints(args: argparse.Namespace, bundled: Path, prefix: str
-                     ) -> dict[str, list[Path]]:
+def find_checkpoints(args: argparse.Namespace, bundled: Path, prefix: str,
+                     names: tuple[str, ...]) -> dict[str, list[Path]]:
     """Weights to evaluate, by the name of the curve: see the flags above and --load_model_epoch.
 
-    prefix: default of train.py. An epoch is searched for in all runs of this --model_name under
-    ./ckpts.
+    prefix: default of train.py. names: the spellings of --model_name; an epoch is searched for in
+    all runs of this model under ./ckpts.
     """
     small = sorted(bundled.glob("small-*.pth"))
     if args.checkpoint:
@@ -71,8 +71,9 @@ def find_checkpoints(args: argparse.Namespace, bundled: Path, prefix: str
     if args.load_model_epoch is not None:
         epoch = f"epoch_{args.load_model_epoch}"
         found = sorted(Path("ckpts").glob(f"**/{epoch}.pth"))
-        found = [p for p in found if _trained_as(p) == args.model_name]
-        found += sorted(Path("ckpts", args.model_name).glob(f"{epoch}_lmbda_*.pth"))
+        found = [p for p in found if _trained_as(p) in names]
+        found += sorted(p for name in names
+                        for p in Path("ckpts", name).glob(f"{epoch}_lmbda_*.pth"))
         if not found:
             raise UserError(f"no {epoch}.pth of a {args.model_name} under ./ckpts; "
                             "name weights with --checkpoint")

@@ -82,10 +82,11 @@ class Checkpoints:
         self.anew = anew
         self.last: Path | None = None
 
-    def begin(self, resume: bool, epoch: int | None) -> dict[str, Any]:
+    def begin(self, resume: str | None, epoch: int | None) -> dict[str, Any]:
         """Restore the newest checkpoint (`resume`) or that of `epoch`; {} for a new run.
 
-        A new run in a folder that holds another one is refused, so that nothing is overwritten.
+        resume: "newest", or "auto", which begins a new run if there is none. A new run in a folder
+        that holds another one is refused, so that nothing is overwritten.
         """
         if epoch is not None:
             return self.resume(self.folder / f"epoch_{epoch}.pth")
@@ -95,6 +96,7 @@ class Checkpoints:
                             f"--resume, or start another: {self.anew}")
         if found:
             return self.resume(found[-1])
+        check_resume(resume, self.folder)
         if processes.rank() == 0:
             text = yaml.safe_dump(self.config, sort_keys=False)
             write_atomic(self.folder / "config.yaml", text.encode())
@@ -176,6 +178,13 @@ class Checkpoints:
         """
         found = [*self.folder.glob("latest.pth"), *epoch_checkpoints(self.folder)]
         return sorted(found, key=lambda p: p.stat().st_mtime_ns)
+
+
+def check_resume(resume: str | None, folder: Path) -> None:
+    """Refuse --resume without `auto` where `folder` holds no run that could be continued."""
+    if resume and resume != "auto":
+        raise UserError(f"--resume: {folder} holds no checkpoint to continue; leave --resume out, "
+                        "or give `--resume auto` to begin the run if there is none")
 
 
 def epoch_checkpoints(folder: Path) -> list[Path]:

@@ -104,6 +104,11 @@ class Log:
             pair = torch.cat([x.float().cpu(), x_hat.float().cpu().clamp(0, 1)], dim=-1)
             self.board.add_image("reconstruction", pair, step)
 
+    def histograms(self, tag: str, tensors: dict[str, Tensor], step: int) -> None:
+        if self.active:
+            for name, values in tensors.items():
+                self.board.add_histogram(f"{tag}/{name}", values.detach().float().cpu(), step)
+
     def line(self, text: str) -> None:
         """Write a line to log.txt and above the progress bar."""
         if self.active:

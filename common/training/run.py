@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from common import cli, data, processes
@@ -14,7 +15,6 @@ from common.training.log import Log
 from common.training.optimizers import check_finite
 
 import torch
-import yaml
 from torch import Tensor
 
 
@@ -31,7 +31,8 @@ def add_training_flags(parser: argparse.ArgumentParser, lr_schedule: str,
             group.add_argument(flag, **settings)
 
     add("--config", help="YAML file of flags; the command line overrides it")
-    add("--resume", action="store_true", help="continue this run from its newest checkpoint")
+    add("--resume", nargs="?", const="newest", choices=["newest", "auto"],
+        help="continue this run from its newest checkpoint; auto begins it if there is none")
     add("--metric", default="mse", choices=["mse", "ms-ssim"],
         help="distortion measure of the loss")
     add("--optimizer", default="adam", choices=["adam", "muon"],
@@ -98,11 +99,15 @@ class Run:
     def is_last_epoch(self) -> bool:
         return self.epoch + 1 == self.epochs
 
-    def announce(self, config: dict[str, Any], bundled: bool, flag: str = "--epochs") -> None:
-        """Print configuration, images and hardware; flag: the flag that sets the epochs."""
+    def announce(self, flags: str, whole: Path, bundled: bool, flag: str = "--epochs") -> None:
+        """Print flags, images and hardware.
+
+        flags: those that differ from the defaults (`cli.summary`); whole: the file of all flags;
+        flag: the one that sets the epochs.
+        """
         if processes.rank() > 0:
             return
-        print(yaml.safe_dump(config, sort_keys=False).strip())
+        print(f"{flags}  (all flags: {whole})")
         print(self.describe(bundled), flush=True)
         if self.is_done():
             print(f"nothing to do: this run has its {self.epochs} epochs already ({flag} for more)")

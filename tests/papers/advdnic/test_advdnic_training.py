@@ -127,8 +127,8 @@ def test_start_from_weights(fit, images, tmp_path):
     old, new = (torch.load(p, weights_only=True)["model"]
                 for p in (path, tmp_path / "on" / "epoch_0.pth"))
     assert torch.equal(old["g_a.0.weight"], new["g_a.0.weight"])
-    train.main(["--model-dir", str(tmp_path / "new"), "--base_learning_rate", "1e-30", "--resume",
-                *more])  # nothing to resume: as make reproduce-advdnic does
+    train.main(["--model-dir", str(tmp_path / "new"), "--base_learning_rate", "1e-30",
+                "--resume", "auto", *more])  # nothing to resume: as make reproduce-advdnic does
     new = torch.load(tmp_path / "new" / "epoch_0.pth", weights_only=True)["model"]
     assert torch.equal(old["g_a.0.weight"], new["g_a.0.weight"])
     with pytest.raises(UserError, match="was trained with --experiment base, not variant2"):

@@ -31,6 +31,7 @@ def run(images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def call(*flags):
-        train.main([*TINY, "--trainset", str(images), *map(str, flags)])
+        train.main(["--variant", "v2_stride2", *TINY, "--trainset", str(images),
+                    *map(str, flags)])
         return tmp_path / "results"
     return call

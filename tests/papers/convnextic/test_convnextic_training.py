@@ -43,7 +43,9 @@ def test_resumed_run_is_the_run(run, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run("--name", "killed")
     monkeypatch.setattr(Checkpoints, "save", save)
-    run("--name", "killed", "--resume")
+    with pytest.raises(UserError, match="no checkpoint to continue"):  # only best.pt is there
+        run("--name", "killed", "--resume")
+    run("--name", "killed", "--resume", "auto")
     a, b = (read(straight / name / "3" / "snapshots" / "latest.pt")
             for name in ("straight", "killed"))
     assert a["step"] == b["step"] == 6
@@ -96,7 +98,7 @@ def test_defaults_are_the_source_s():
     (["--drop_path_rate", "nan"], "drop_path_rate"), (["--dw_groups", "3"], "divisor of"),
     (["--optimizer", "adamw", "--weight_decay", "-1"], "weight_decay"),
     (["--quality_level", "\u00b3"], "give 1 to 8"), (["--name", "../a"], "name of a folder"),
-    (["--eta_min", "1"], "is above"), (["--startepoch", "1"], "goes with --resume"),
+    (["--eta_min", "1"], "is above"), (["--resume"], "no checkpoint to continue"),
     (["--optimizer", "muon", "--eb_group", "aux"], "not with"),
     (["--quality_level", "../a", "--lmbda", "1", "--lambda_min", "1", "--lambda_max", "1"],
      "folder")])

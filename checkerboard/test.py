@@ -1,0 +1,4 @@
+from checkerboard.eval import cli, main  # eval.py under the source's name
+
+if __name__ == "__main__":
+    cli.run(main)
