@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common import UserError, cli, data, processes
+from common import UserError, cli, processes
 from common.complexity import complexity_of_parts
 from common.evaluation import compare, evaluate
 
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.complexity:
         print_complexity()
         return
-    images = data.list_images(args.dataset or data.KODAK)
+    images = evaluate.test_images(args.dataset)
     curves = evaluate.fixed_rate_curves(args, find(args), load, images, device, coding_device,
                                         lambda model: {"experiment": model.experiment})
     if processes.rank() == 0:
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
 def find(args: argparse.Namespace) -> dict[str, list[Path]]:
     """Weights to evaluate, by the name of the curve."""
     if args.checkpoint:
-        return {args.checkpoint[0].stem: args.checkpoint}
+        return {evaluate.curve_name(args.checkpoint): args.checkpoint}
     if args.model_dir:
         names = [folder.parent.name if folder.name == "generator" else folder.name
                  for folder in args.model_dir]

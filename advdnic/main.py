@@ -22,6 +22,7 @@ from common.evaluation import evaluate
 from common.evaluation.results import image_names, image_record
 from common.files import read_file, write_atomic
 from common.training.checkpoints import epoch_checkpoints
+from common.training.checkpoints import newest as newest_checkpoint
 
 import torch
 from torch import Tensor
@@ -104,10 +105,10 @@ def newest(folder: Path, device: torch.device) -> Experiment:
 
 
 def last_checkpoint(folder: Path) -> Path:
-    found = [*folder.glob("latest.pth"), *epoch_checkpoints(folder)]
-    if not found:
+    path = newest_checkpoint([*folder.glob("latest.pth"), *epoch_checkpoints(folder)])
+    if path is None:
         raise UserError(f"{folder}: holds no checkpoint; train here first")
-    return max(found, key=lambda path: path.stat().st_mtime_ns)
+    return path
 
 
 # ------------------------------------------------------------------------------------ one image
@@ -232,7 +233,7 @@ def panels(image: Tensor, inner: dict[str, Any], path: Path) -> None:
 # ------------------------------------------------------------------------------------- benchmark
 def benchmark(model: Experiment, args: argparse.Namespace) -> None:
     """Code, decode and compare each image; write a CSV with a row per image and their mean."""
-    paths = data.list_images(args.data_dir or data.KODAK)
+    paths = evaluate.test_images(args.data_dir)
     folder = args.outdir or args.model_dir / "benchmark"
     names = image_names(paths)
     protect(paths, [folder / f"{name}.{end}" for name in names.values()

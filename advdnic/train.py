@@ -22,8 +22,9 @@ from typing import Any
 from common import UserError, cli, data, processes
 from common.coding.model_file import load_checkpoint
 from common.loss import RateDistortionLoss, check_size
-from common.training.checkpoints import Checkpoints, epoch_checkpoints, load_weights
+from common.training.checkpoints import Checkpoints, epoch_checkpoints, load_weights, newest
 from common.training.cuda_graph import Recorded
+from common.training.images import find_images
 from common.training.log import Log
 from common.training.network import autocast, prepare_network
 from common.training.optimizers import learning_rate, main_parameters, make_optimizers
@@ -48,7 +49,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the source's flags").add_argument
     add("--train-data-dir", "--dataset",
         help="folder or .tar shards of training images; bundled photographs if not given")
-    add("--eval-data-dir", help="folder of validation images; Kodak if not given")
+    add("--eval-data-dir",
+        help="folder of validation images; if not given, some training images are held out")
     add("--batchsize", type=cli.positive_int, default=4,
         help="images per step, over all processes")
     add("--num-parallel-calls", type=cli.count, default=4,
@@ -114,19 +116,20 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.random_seed + processes.rank())
 
     # data
-    items = data.find_items(args.train_data_dir)
-    crops = data.Crops(items, args.patchsize, args.random_seed, args.flip)
-    args.steps_per_epoch = args.steps_per_epoch or math.ceil(len(items) / args.batchsize)
-    args.images, per_epoch = data.digest(items), args.steps_per_epoch
+    found = find_images(args.train_data_dir, args.patchsize, args.random_seed, args.flip, folder,
+                        args.eval_data_dir, quiet)
+    args.steps_per_epoch = args.steps_per_epoch or math.ceil(len(found) / args.batchsize)
+    args.images, args.validation = found.digest, found.validation  # --resume compares images
+    per_epoch = args.steps_per_epoch
     args.epochs = math.ceil(args.steps / per_epoch) if args.steps else args.epochs
-    images = validation_images(args)
+    images = validation_images(args, found.test)
     check_size(args.metric, (args.patchsize, args.patchsize))
     batch = processes.per_process_batch(args.batchsize)
 
     # model, optimisers, schedules
     model = build(**{key: getattr(args, key) for key in MODEL})
-    if args.init_ckpt:  # --resume replaces them
-        load_weights(model, args.init_ckpt)
+    # --resume replaces the weights of --init-ckpt
+    args.steps_before = load_weights(model, args.init_ckpt) if args.init_ckpt else 0
     model = model.to(device, memory_format=torch.channels_last)
     if args.patchsize % model.downsampling_factor:
         raise UserError(f"--patchsize {args.patchsize}: give a multiple of "
@@ -151,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
     best = state.get("best", math.inf)
     if not state and processes.rank() == 0:
         params.write(folder, {key: getattr(args, key) for key in params.DEFAULTS})
-    run = Run(checkpoints, log, crops, device, args.epochs, per_epoch, batch,
+    run = Run(checkpoints, log, found.crops, device, args.epochs, per_epoch, batch,
               args.num_parallel_calls, args.check_time, LATEST, state.get("step", 0))
     if processes.rank() == 0 and not quiet:
         name = f"{args.name}: " if args.name else ""
@@ -194,7 +197,7 @@ def run(args: argparse.Namespace) -> None:
         test = {}
         run.settle()
         if (epoch + 1) % args.test_every == 0 or run.is_last_epoch:
-            test = validate(model, images, criterion, device, log, run.step)
+            test = run.test(validate, model, images, criterion, device, log, run.step)
             line += f"  eval loss {test['loss']:.4f} bpp {test['bpp']:.4f} psnr {test['psnr']:.2f}"
             best = min(best, test["loss"])
         run.save(f"epoch_{epoch}.pth", best=best, test=test, train=means)
@@ -231,10 +234,9 @@ def seed_of(args: argparse.Namespace) -> int:
     """--random-seed, that of the run to resume, or a new one, the same in all processes."""
     if args.random_seed is not None:
         return args.random_seed
-    found = sorted([*args.model_dir.glob(LATEST), *epoch_checkpoints(args.model_dir)],
-                   key=lambda path: path.stat().st_mtime_ns)
+    found = newest([*args.model_dir.glob(LATEST), *epoch_checkpoints(args.model_dir)])
     if args.resume and found:
-        return int(load_checkpoint(found[-1]).get("config", {}).get("random_seed", 0))
+        return int(load_checkpoint(found).get("config", {}).get("random_seed", 0))
     seed = [secrets.randbits(31)]
     if processes.world() > 1:
         torch.distributed.broadcast_object_list(seed)
@@ -293,12 +295,11 @@ def profile(args: argparse.Namespace, step: int, folder: Path) -> Any:
 
 
 # ------------------------------------------------------------------------------------- validation
-def validation_images(args: argparse.Namespace) -> list[Tensor]:
+def validation_images(args: argparse.Namespace, test: list[data.Item]) -> list[Tensor]:
     """Central crops (3, h, w), uint8, of --eval-patchsize or of whole images, in whole 64s."""
     if args.eval_patchsize and args.eval_patchsize < 64:
         raise UserError(f"--eval-patchsize {args.eval_patchsize}: give 64 or more")
-    return central_parts(data.list_images(args.eval_data_dir or data.KODAK),
-                              2 * [args.eval_patchsize or 2**20])
+    return central_parts(test, 2 * [args.eval_patchsize or 2**20])
 
 
 @torch.no_grad()

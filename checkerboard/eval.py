@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common import cli, data, processes
+from common import cli, processes
 from common.complexity import complexity
 from common.evaluation import compare, evaluate
 
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.complexity:
         print_complexity()
         return
-    images = data.list_images(args.dataset_path or data.KODAK)
+    images = evaluate.test_images(args.dataset_path)
     checkpoints = evaluate.find_checkpoints(args, HERE / "weights", prefix=MODEL_NAMES[0],
                                             names=MODEL_NAMES)
     curves = evaluate.fixed_rate_curves(args, checkpoints, load, images, device, coding_device,

@@ -1,137 +1,44 @@
-"""Images and data sets: the bundled photographs, image folders, Vimeo-90k and tar shards.
+"""Training samples: random crops of the images of a data set, and the loader of their batches.
 
-A training set is a list of `Item`s (files, or members of a tar shard). `Crops` turns sample number
-k of a run into one random crop of it. Image and crop of sample k depend only on (seed, k), so a run
-that is resumed, or that uses more loader processes, sees the same data.
+`Crops` turns sample number k of a run into one random crop of one of its `Item`s
+(`common.datasets`). Image and crop of sample k depend only on (seed, k), so a run that is resumed,
+or that uses more loader processes, sees the same data.
 """
 
 from __future__ import annotations
 
-import glob
-import hashlib
-import io
-import tarfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from common import UserError
-from common.image_io import read_image as read_image
-from common.image_io import to_float as to_float
-from common.image_io import to_uint8 as to_uint8
-from common.image_io import write_image as write_image
+from common.datasets import BUNDLED as IMAGES
+from common.datasets import (
+    KODAK,
+    SUFFIXES,
+    TRAIN,
+    Found,
+    Item,
+    centre,
+    digest,
+    find,
+    find_items,
+    list_images,
+)
+from common.image_io import read_image, to_float, to_uint8, write_image
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-IMAGES = Path(__file__).parent / "images"
-KODAK = IMAGES / "kodak"  # 24 test photographs, 768x512; never trained on
-TRAIN = IMAGES / "train"  # CC0 training tiles
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
-CACHE_PIXELS = 400_000_000  # limit of the cache of decoded images (1.2 GB)
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image: a file, or a member of a tar shard (its bytes at `offset`)."""
-
-    path: Path
-    member: str = ""
-    offset: int = 0
-    size: int = 0
-
-    @property
-    def name(self) -> str:
-        return f"{self.path}:{self.member}" if self.member else str(self.path)
-
-    def read(self) -> Tensor:
-        source: Path | io.BytesIO = self.path
-        if self.member:
-            try:
-                with open(self.path, "rb") as f:
-                    f.seek(self.offset)
-                    source = io.BytesIO(f.read(self.size))
-            except OSError as e:
-                raise UserError(f"{self.name}: cannot be read ({e.strerror or e})") from None
-        return read_image(source, notice=lambda _: None, name=self.name)
-
-
-def list_images(path: str | Path) -> list[Path]:
-    """Image files in a folder (sorted by name, not recursive), or the single file given."""
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder of images")
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-    if not found:
-        raise UserError(f"{path}: holds no images ({' '.join(sorted(SUFFIXES))})")
-    return found
-
-
-def find_items(root: str | Path | None, split: str = "train") -> list[Item]:
-    """All images of a data set, whose layout is detected.
-
-    root: None for the bundled photographs, or a glob such as "/data/train_*/*_free.tar" for all
-    data sets that match it, in the order of their names. Otherwise, the first layout that fits: a
-    tar shard; shards `*.tar` or `<split>_*/*.tar`; Vimeo-90k as published (`sequences/`,
-    `sep_<split>list.txt`) or as `<split>/<sequence>/im1.png`, with the first frame of each
-    septuplet; images at any depth in `<split>/` or in the folder itself.
-    """
-    if root is None:
-        return [Item(p) for p in list_images(TRAIN)]
-    root = Path(root)
-    if glob.has_magic(str(root)) and not root.exists():
-        matches = sorted(glob.glob(str(root), recursive=True))
-        if not matches:
-            raise UserError(f"--dataset {root}: no folder or .tar shard has such a name")
-        return [item for match in matches for item in find_items(match, split)]
-    if root.is_file() and root.suffix == ".tar":
-        return _tar_items(root)
-    if not root.is_dir():
-        raise UserError(f"--dataset {root}: no such folder or .tar shard")
-    shards = sorted(root.glob("*.tar")) or sorted(root.glob(f"{split}_*/*.tar"))
-    if shards:
-        return [item for shard in shards for item in _tar_items(shard)]
-    listing = root / f"sep_{split}list.txt"
-    if listing.is_file():
-        names = listing.read_text().split()
-        if not names:
-            raise UserError(f"--dataset {listing}: lists no sequences")
-        return [Item(root / "sequences" / name / "im1.png") for name in names]
-    folder = root / split if (root / split).is_dir() else root
-    files = sorted(folder.glob("*/im1.png"))
-    files = files or sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not files:
-        raise UserError(f"--dataset {folder}: holds no images; leave --dataset out to train on "
-                        "the bundled photographs")
-    return [Item(p) for p in files]
-
-
-def centre(x: Tensor, height: int, width: int) -> Tensor:
-    """The central height x width of x (3, H, W), which must not be smaller."""
-    top, left = (x.shape[1] - height) // 2, (x.shape[2] - width) // 2
-    return x[:, top : top + height, left : left + width]
-
-
-def digest(items: list[Item]) -> str:
-    """Identify a training set, wherever it is stored, by number and hash of its image names."""
-    names = "\n".join(item.member or "/".join(item.path.parts[-2:]) for item in items)
-    return f"{len(items)} images {hashlib.sha256(names.encode()).hexdigest()[:8]}"
-
-
-def _tar_items(path: Path) -> list[Item]:
-    try:
-        with tarfile.open(path, "r:") as tar:
-            items = [Item(path, m.name, m.offset_data, m.size) for m in tar
-                     if m.isfile() and Path(m.name).suffix.lower() in SUFFIXES]
-    except (tarfile.TarError, OSError) as e:
-        raise UserError(f"{path}: not a readable uncompressed tar shard ({e})") from None
-    if not items:
-        raise UserError(f"{path}: this shard holds no images")
-    return sorted(items, key=lambda item: item.member)
+__all__ = [
+    "IMAGES", "KODAK", "SUFFIXES", "TRAIN", "Crops", "Found", "Item", "batches", "centre", "digest",
+    "find", "find_items", "list_images", "loader", "read_image", "to_float", "to_uint8",
+    "write_image"]
+Source = TypeVar("Source", Path, Item)
+CACHE_PIXELS = 400_000_000  # limit of the decoded images that all processes cache (1.2 GB)
 
 
 class Crops(Dataset[Tensor]):
@@ -139,15 +46,17 @@ class Crops(Dataset[Tensor]):
 
     Pass p = k // len(items) visits every image once, in an order drawn from (seed, p); the position
     of the crop and the flip are drawn from (seed, k). `self[k]` is a uint8 tensor (3, *crop).
-    crop: (height, width), or the side of a square.
+    crop: (height, width), or the side of a square. An image that was removed is replaced by the
+    next one. record: is called with the index of an image that turns out to be unusable.
     """
 
     def __init__(self, items: list[Item], crop: int | tuple[int, int], seed: int = 0,
-                 flip: bool = False):
-        self.items, self.flip = items, flip
+                 flip: bool = False, record: Callable[[int], None] | None = None):
+        self.items, self.flip, self.record = items, flip, record
         self.crop = (crop, crop) if isinstance(crop, int) else crop
         self.seed = seed % 2**32  # a Philox key is >= 0; keys from 2**32 on are for the order
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self.sharers = 1  # number of processes that divide CACHE_PIXELS
         self._cache: dict[int, Tensor] = {}
         self._cached_pixels = 0
 
@@ -166,22 +75,34 @@ class Crops(Dataset[Tensor]):
         if self._order[0] != p:
             rng = np.random.Generator(np.random.Philox(key=self.seed + 2**32, counter=p))
             self._order = (p, torch.from_numpy(rng.permutation(len(self.items))))
-        return int(self._order[1][position])
+        index = int(self._order[1][position])
+        while self.items[index].removed:
+            index = (index + 1) % len(self.items)
+        return index
 
     def _image(self, index: int) -> Tensor:
         if index in self._cache:
             return self._cache[index]
         item = self.items[index]
-        image = item.read()
-        height, width = image.shape[-2:]
-        rows, columns = self.crop
-        if height < rows or width < columns:
-            raise UserError(f"{item.name}: {width}x{height} is smaller than the {columns}x{rows} "
-                            "crop; remove it or take smaller crops")
-        if self._cached_pixels + height * width <= CACHE_PIXELS:
+        try:
+            image = item.read()
+            check_crop(item.name, image.shape[-2:], self.crop)
+        except UserError:
+            if self.record:
+                self.record(index)
+            raise
+        pixels = image.shape[-2] * image.shape[-1]
+        if self._cached_pixels + pixels <= CACHE_PIXELS // self.sharers:
             self._cache[index] = image
-            self._cached_pixels += height * width
+            self._cached_pixels += pixels
         return image
+
+
+def check_crop(name: str, size: Sequence[int], crop: tuple[int, int]) -> None:
+    """Raise UserError if an image of `size` = (height, width) is smaller than the crop."""
+    if size[0] < crop[0] or size[1] < crop[1]:
+        raise UserError(f"{name}: {size[1]}x{size[0]} is smaller than the {crop[1]}x{crop[0]} "
+                        "crop; remove it or take smaller crops")
 
 
 class _Steps:
@@ -202,7 +123,11 @@ class _Steps:
 
 def loader(crops: Crops, first: int, last: int, batch: int, rank: int = 0, world: int = 1,
            num_workers: int = 0) -> DataLoader[Tensor]:
-    """Batches (batch, 3, *crop), uint8, of the steps first, ..., last - 1; batch: per process."""
+    """Batches (batch, 3, *crop), uint8, of the steps first, ..., last - 1; batch: per process.
+
+    The loader processes of all training processes of this machine share CACHE_PIXELS.
+    """
+    crops.sharers = max(1, num_workers) * int(os.environ.get("LOCAL_WORLD_SIZE", world))
     return DataLoader(
         crops,
         batch_sampler=_Steps(first, last, batch, rank, world),
@@ -212,14 +137,15 @@ def loader(crops: Crops, first: int, last: int, batch: int, rank: int = 0, world
     )
 
 
-def batches(paths: Iterable[Path], batch_size: int) -> Iterator[tuple[list[Path], Tensor]]:
+def batches(sources: Iterable[Source], batch_size: int
+            ) -> Iterator[tuple[list[Source], Tensor]]:
     """Whole images in batches (B, 3, H, W), uint8: neighbours of equal size, B <= batch_size."""
-    group: list[tuple[Path, Tensor]] = []
-    for path in paths:
-        image = read_image(path)
+    group: list[tuple[Source, Tensor]] = []
+    for source in sources:
+        image = source.read() if isinstance(source, Item) else read_image(source)
         if group and (len(group) == batch_size or image.shape != group[0][1].shape):
             yield [p for p, _ in group], torch.stack([x for _, x in group])
             group = []
-        group.append((path, image))
+        group.append((source, image))
     if group:
         yield [p for p, _ in group], torch.stack([x for _, x in group])

@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from common import UserError, cli, data, processes
+from common import UserError, cli, processes
 from common.complexity import complexity
 from common.evaluation import compare, evaluate
 
@@ -50,12 +50,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.complexity:
         print_complexity()
         return
-    images = data.list_images(args.testset or data.KODAK)
+    images = evaluate.test_images(args.testset)
 
     def measure(name: str, checkpoint: Path) -> list[dict[str, Any]]:
         model = load(checkpoint, device)
         model.coding_device = coding_device
-        out = evaluate.output_folder(args.outdir, name, checkpoint)
+        out = evaluate.output_folder(args.outdir, model, checkpoint)
         points = []
         for rate in rates(model, args):
             folder = out / f"lmbda_{rate['lmbda']:g}" if rate else out
@@ -76,7 +76,7 @@ def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
     small = sorted((HERE / "weights").glob("small-*.pth"))
     if args.snapshot or args.checkpoint:
         paths = [args.snapshot] if args.snapshot else args.checkpoint
-        return {paths[0].stem: paths}
+        return {evaluate.curve_name(paths): paths}
     if args.reproduce:
         if not args.config:
             raise UserError("--reproduce needs --config, the file that the run was trained with")

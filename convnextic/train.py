@@ -24,8 +24,9 @@ from common import UserError, cli, data, processes
 from common.coding.model_file import load_checkpoint, load_error
 from common.files import write_atomic
 from common.loss import RateDistortionLoss, check_size
-from common.training.checkpoints import Checkpoints, check_resume
+from common.training.checkpoints import Checkpoints, check_resume, steps_of
 from common.training.cuda_graph import Recorded
+from common.training.images import find_images
 from common.training.log import Log
 from common.training.network import autocast, prepare_network
 from common.training.optimizers import learning_rate, main_parameters, make_optimizers
@@ -92,7 +93,8 @@ def flags() -> cli.Parser:
     add("--latent_dim", type=cli.positive_int, default=192,
         help="number M of latent channels")
     add("--trainset", "--dataset",
-        help="folder with train/ and test/; bundled photographs and Kodak if not given")
+        help="folder with train/ and test/; without test/, some training images are held out; "
+        "bundled photographs if not given")
     add("--batchsize", type=cli.positive_int, default=8,
         help="images per step, over all processes")
     add("--batchsize_test", type=cli.positive_int, default=1,
@@ -153,15 +155,13 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path("results", args.name, args.quality_level)
 
     # data
-    items = data.find_items(args.trainset)
-    crops = data.Crops(items, args.patchsize, args.seed, args.flip)
-    one_pass = max(1, len(items) // args.batchsize)
-    args.steps_per_epoch = args.steps_per_epoch or (one_pass if args.trainset else SOURCE_EPOCH)
-    args.images = data.digest(items)  # --resume checks that they are the same
     test = Path(args.trainset or "", "test")
-    test_images = central_crops(data.list_images(
-        test if args.trainset and test.is_dir() else data.KODAK), 2 * [args.patchsize],
-        "--patchsize")
+    images = find_images(args.trainset, args.patchsize, args.seed, args.flip, folder / "snapshots",
+                         test if args.trainset and test.is_dir() else None)
+    one_pass = max(1, len(images) // args.batchsize)
+    args.steps_per_epoch = args.steps_per_epoch or (one_pass if args.trainset else SOURCE_EPOCH)
+    args.images, args.validation = images.digest, images.validation  # --resume compares images
+    test_images = central_crops(images.test, 2 * [args.patchsize], "--patchsize")
     check_size(args.metric, (args.patchsize, args.patchsize))
     batch = processes.per_process_batch(args.batchsize)
 
@@ -184,9 +184,10 @@ def main(argv: list[str] | None = None) -> None:
                                    "--resume FILE and another --name")
     step, best, latest = 0, math.inf, folder / "snapshots" / LATEST
     start = args.resume if args.resume not in (None, "", "auto") else None
-    if start:
-        load_weights(model, start)
+    args.steps_before = load_weights(model, start) if start else 0
     if start and latest.exists() and latest.parent.resolve() in Path(start).resolve().parents:
+        checkpoints.lock()  # no other process trains there
+        checkpoints.release()
         set_aside(folder)
     elif latest.exists() and args.resume in ("", "auto"):
         state = checkpoints.resume(latest)
@@ -198,9 +199,11 @@ def main(argv: list[str] | None = None) -> None:
         check_resume("newest", folder)
     if start:
         step = args.startepoch * args.steps_per_epoch
+        args.steps_before = max(0, args.steps_before - step)
         for _ in range(args.startepoch):
             scheduler.step()
-    run = Run(checkpoints, log, crops, device, args.epochs, args.steps_per_epoch, batch,
+    checkpoints.lock()
+    run = Run(checkpoints, log, images.crops, device, args.epochs, args.steps_per_epoch, batch,
               args.worker_num, args.check_time, LATEST, step)
     if processes.rank() == 0:
         text = yaml.safe_dump(vars(args), sort_keys=False)
@@ -240,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
         names, test = [LATEST], {}
         run.settle()
         if (epoch + 1) % args.test_every == 0 or run.is_last_epoch:
-            test = validate(model, test_images, args, criterion, device, log, run.step)
+            test = run.test(validate, model, test_images, args, criterion, device, log, run.step)
             line += f"  test loss {test['loss']:.4f} bpp {test['bpp']:.4f} psnr {test['psnr']:.2f}"
             if test["loss"] < best:
                 best = test["loss"]
@@ -334,14 +337,19 @@ def set_aside(folder: Path) -> None:
     processes.broadcast_flag(True)
 
 
-def load_weights(model: ConvNeXTIC, path: str) -> None:
-    """Load weights strictly; a variable-rate model also accepts those of a fixed-rate model."""
-    state = load_checkpoint(path)["model"]
-    weights = {n: t for n, t in model.state_dict().items() if n.startswith("scale_")} | state
+def load_weights(model: ConvNeXTIC, path: str) -> int:
+    """Load weights strictly; a variable-rate model also accepts those of a fixed-rate model.
+
+    Returns the number of steps that led to them.
+    """
+    state = load_checkpoint(path)
+    scales = {n: t for n, t in model.state_dict().items() if n.startswith("scale_")}
+    weights = scales | state["model"]
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:
         raise UserError(f"{path}: not weights of this model: {load_error(e)}") from None
+    return steps_of(state)
 
 
 # --------------------------------------------------------------------------------- validation

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common import UserError, cli, data, processes
+from common import UserError, cli, processes
 from common.loss import RateDistortionLoss
 from common.training.checkpoints import Checkpoints, load_transforms, load_weights
 from common.training.cuda_graph import Recorded
+from common.training.images import find_images
 from common.training.log import Log
 from common.training.network import autocast, prepare_network
 from common.training.optimizers import (
@@ -45,7 +46,8 @@ def flags() -> cli.Parser:
     add = parser.add_argument_group("the source's flags").add_argument
     add("--dataset",
         help="folder or .tar shards of training images; bundled photographs if not given")
-    add("--test_dataset", help="folder of validation images; Kodak if not given")
+    add("--test_dataset",
+        help="folder of validation images; if not given, some training images are held out")
     add("--lmbda", type=cli.positive_float, default=0.01,
         help="rate-distortion weight: loss = bpp + lmbda * 255^2 * MSE")
     add("--lr", type=cli.positive_float, default=1e-4, help="initial learning rate")
@@ -95,13 +97,12 @@ def main(argv: list[str] | None = None) -> None:
     name = Path(args.prefix, str(args.exp_version))
 
     # data
-    items = data.find_items(args.dataset)
-    crops = data.Crops(items, args.patch_size, args.seed, args.flip)
-    one_pass = max(1, len(items) // args.batch_size)
+    images = find_images(args.dataset, args.patch_size, args.seed, args.flip, "ckpts" / name,
+                         args.test_dataset)
+    one_pass = max(1, len(images) // args.batch_size)
     args.steps_per_epoch = args.steps_per_epoch or (one_pass if args.dataset else SOURCE_EPOCH)
-    args.images = data.digest(items)  # --resume checks that they are the same
-    test_images = data.list_images(args.test_dataset or data.KODAK)
-    check_images(args.metric, test_images, args.patch_size)
+    args.images, args.validation = images.digest, images.validation  # --resume compares images
+    check_images(args.metric, images.test, args.patch_size)
     batch = processes.per_process_batch(args.batch_size)
 
     # model, optimisers (Adam, and Adam for the quantiles of p(z)), schedule
@@ -110,10 +111,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.patch_size % model.downsampling_factor:
         raise UserError(f"--patch-size {args.patch_size} is not a multiple of "
                         f"{model.downsampling_factor}")
+    args.steps_before = 0
     if args.init_ckpt:
-        load_weights(model, args.init_ckpt)
+        args.steps_before = load_weights(model, args.init_ckpt)
     elif args.init_transforms:
-        load_transforms(model, args.init_transforms)
+        args.steps_before = load_transforms(model, args.init_transforms)
     net = prepare_network(model, args.compile)
     optimizer, aux_optimizer = make_optimizers(model, args.optimizer, args.lr, args.aux_lr)
     scheduler = make_scheduler(optimizer, args.lr_schedule, args.epoch, args.milestones)
@@ -126,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints = Checkpoints("ckpts" / name, parts, vars(args))
     state = checkpoints.begin(args.resume, args.load_model_epoch)
     best = state.get("best", float("inf"))
-    run = Run(checkpoints, log, crops, device, args.epoch, args.steps_per_epoch, batch,
+    run = Run(checkpoints, log, images.crops, device, args.epoch, args.steps_per_epoch, batch,
               args.num_workers, args.check_time, step=state.get("step", 0))
     run.announce(given, checkpoints.folder / "config.yaml", bundled=not args.dataset,
                  flag="--epoch")
@@ -161,8 +163,8 @@ def main(argv: list[str] | None = None) -> None:
         scheduler.step(*([means["loss"]] if args.lr_schedule == "plateau" else []))
         run.settle()
         if (epoch + 1) % args.test_every == 0 or run.is_last_epoch:
-            test = validate(model, test_images, args.test_batch_size, criterion, device, log,
-                            run.step)
+            test = run.test(validate, model, images.test, args.test_batch_size, criterion, device,
+                            log, run.step)
             best = min(best, test["loss"])
             line += f"  test loss {test['loss']:.4f} bpp {test['bpp']:.4f} psnr {test['psnr']:.2f}"
         if (epoch + 1) % args.save_every == 0 or run.is_last_epoch:

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.complexity:
         print_complexity()
         return
-    images = data.list_images(args.dataset or data.KODAK)
+    images = evaluate.test_images(args.dataset)
 
     def measure(name: str, checkpoint: Path) -> list[dict[str, Any]]:
         model = load(checkpoint, device)
@@ -122,9 +122,10 @@ def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
     """Weights to evaluate, by the name of the curve."""
     small = [HERE / "weights" / BUNDLED]
     if args.path:
-        return {args.name or Path(args.path).name.split(".")[0]: [exported(Path(args.path))]}
+        path = exported(Path(args.path))
+        return {args.name or evaluate.run_name(path): [path]}
     if args.checkpoint:
-        return {args.name or args.checkpoint[0].stem: args.checkpoint}
+        return {args.name or evaluate.curve_name(args.checkpoint): args.checkpoint}
     if args.reproduce:
         if not args.config:
             raise UserError("--reproduce needs --config, the file that the run was trained with")
@@ -175,16 +176,13 @@ def evaluate_rate(model: QVRF, images: list[Path], rate: dict[str, Any], name: s
         dataset = Path(args.dataset or data.KODAK).resolve()
         folder = dataset.parent / f"{args.output_path}_{label}"
     else:
-        folder = Path(args.outdir, name, label)
-        if args.checkpoint and len(args.checkpoint) > 1:
-            folder = folder / "-".join(checkpoint.parts[-2:]).split(".")[0]
+        folder = evaluate.output_folder(args.outdir, model, checkpoint) / label
     config = model.provenance.config
-    steps = (model.provenance.step or 0) + config.get("steps_before", 0)
     s = rate.get("s")
     meta = {"model": model.model, "levels": model.levels, "level": s,
             "factor": model.gain(**rate).item(),
             "lmbda": config.get("lmbda") or (None if s is None else LMBDAS[s]),
-            "steps": steps or None, "steps_source": SOURCE_STEPS}
+            "steps": model.provenance.total_steps or None, "steps_source": SOURCE_STEPS}
     meta = {key: value for key, value in meta.items() if value is not None}
     if args.entropy_estimation:
         point = evaluate.evaluate_estimate(model, images, f"{name}-estimated", args.patch, meta,
@@ -195,7 +193,8 @@ def evaluate_rate(model: QVRF, images: list[Path], rate: dict[str, Any], name: s
     if processes.rank() == 0:
         sections = None if args.entropy_estimation else folder
         text = csv(point["per_image"][0], images, sections)
-        write_atomic(folder / f"{folder.name}_result.csv", text.encode())
+        write_atomic(folder / f"{folder.name}_result.csv",
+                     text.encode("utf-8", "surrogateescape"))
     return point
 
 

@@ -24,12 +24,13 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from common import UserError, cli, data, processes
+from common import UserError, cli, data, locks, processes
 from common.coding.model_file import load_checkpoint
 from common.files import write_atomic
 from common.loss import RateDistortionLoss
 from common.training.checkpoints import Checkpoints, check_resume
 from common.training.cuda_graph import Recorded
+from common.training.images import find_images
 from common.training.log import Log
 from common.training.network import autocast, prepare_network
 from common.training.optimizers import (
@@ -70,7 +71,8 @@ def flags() -> cli.Parser:
     parser = cli.Parser(description="Train a variable-rate codec (Tong et al. 2023).")
     add = parser.add_argument_group("the source's flags").add_argument
     add("-d", "--dataset",
-        help="folder with train/ and test/; bundled photographs and Kodak if not given")
+        help="folder with train/ and test/; without test/, some training images are held out; "
+        "bundled photographs if not given")
     add("-e", "--epochs", type=cli.positive_int, nargs="+", default=[100],
         help="number of epochs; one value, or one per stage")
     add("-lr", "--learning-rate", type=cli.positive_float, nargs="+", default=[1e-4],
@@ -187,13 +189,12 @@ def train(args: argparse.Namespace, device: torch.device, given: str) -> None:
     processes.broadcast_flag(True)  # wait until all files are written
 
     # data
-    crop = tuple(args.patch_size)
-    items = data.find_items(args.dataset)
-    crops = data.Crops(items, crop, args.seed, args.flip)
-    one_pass = max(1, len(items) // args.batch_size)
+    crop = (args.patch_size[0], args.patch_size[1])
+    images = find_images(args.dataset, crop, args.seed, args.flip, out, test_folder(args.dataset))
+    one_pass = max(1, len(images) // args.batch_size)
     args.steps_per_epoch = args.steps_per_epoch or (one_pass if args.dataset else SOURCE_EPOCH)
-    args.images = data.digest(items)  # --resume checks that they are the same
-    test_images = central_crops(test_paths(args.dataset), crop, "--patch-size")
+    args.images, args.validation = images.digest, images.validation  # --resume compares images
+    test_images = central_crops(images.test, crop, "--patch-size")
     batch = processes.per_process_batch(args.batch_size)
 
     # model and its starting point
@@ -213,6 +214,7 @@ def train(args: argparse.Namespace, device: torch.device, given: str) -> None:
     elif args.stage > 1 and args.start_gain:
         raise UserError(f"--start_gain {args.start_gain:g}: there is no stage 1 to start from; "
                         "train it first or name it with --checkpoint")
+    locks.lock(out, f"start another run: {ANEW}")
     if resumed != out / NEWEST:
         set_aside(out)
     model.to(device, memory_format=torch.channels_last)
@@ -232,7 +234,7 @@ def train(args: argparse.Namespace, device: torch.device, given: str) -> None:
     checkpoints = Checkpoints(out, parts, vars(args), SAME_RUN, ANEW)
     state = checkpoints.resume(resumed) if resumed else {}
     best = state.get("best_loss", float("inf"))
-    run = Run(checkpoints, log, crops, device, args.epochs, args.steps_per_epoch, batch,
+    run = Run(checkpoints, log, images.crops, device, args.epochs, args.steps_per_epoch, batch,
               args.num_workers, args.check_time, NEWEST, state.get("step", 0))
     if processes.rank() == 0:
         whole = out / "logs" / f"stage{args.stage}" / "config.yaml"
@@ -277,7 +279,7 @@ def train(args: argparse.Namespace, device: torch.device, given: str) -> None:
         tested = (epoch + 1) % args.test_every == 0 or run.is_last_epoch
         improved = False
         if tested:
-            test = validate(model, test_images, args, criteria, device, log, run.step)
+            test = run.test(validate, model, test_images, args, criteria, device, log, run.step)
             line += (f"  test loss {test['loss']:.4f} (sum) bpp {test['bpp']:.4f} "
                      f"psnr {test['psnr']:.2f} (means over levels)")
             improved, best = test["loss"] < best, min(best, test["loss"])
@@ -311,10 +313,10 @@ def draw_level(seed: int, step: int, levels: int) -> int:
 
 
 # --------------------------------------------------------------------------------- validation
-def test_paths(dataset: str | None) -> list[Path]:
-    """<dataset>/test, or Kodak."""
+def test_folder(dataset: str | None) -> Path | None:
+    """<dataset>/test, if there is one."""
     folder = Path(dataset or "", "test")
-    return data.list_images(folder if dataset and folder.is_dir() else data.KODAK)
+    return folder if dataset and folder.is_dir() else None
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import UserError, cli, data, processes
+from common import UserError, cli, processes
 from common.evaluation import compare, evaluate
 from common.files import write_atomic
 
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.complexity:
         print(report([args.architecture] if args.architecture else list(MODELS)))
         return
-    images = data.list_images(args.dataset or data.KODAK)
+    images = evaluate.test_images(args.dataset)
 
     def evaluate_weights(name: str, checkpoint: Path) -> list[dict[str, Any]]:
         model = load(checkpoint, device)
@@ -97,7 +97,7 @@ def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
     if args.path and args.source != "checkpoint":
         raise UserError("-p: goes with `checkpoint DATASET`")
     if paths := args.path or args.checkpoint:
-        return {paths[0].stem if len(paths) == 1 else args.architecture or "checkpoints": paths}
+        return {evaluate.curve_name(paths): paths}
     bundled: dict[str, list[Path]] = {}
     for path in sorted((HERE / "weights").glob("small-*.pth")):
         name, lmbda = path.stem.removeprefix("small-").rsplit("-", 1)
@@ -128,7 +128,7 @@ def measure(model: SliceCoder, images: list[Path], name: str, checkpoint: Path,
         return evaluate.evaluate_estimate(
             model, images, f"{name}-estimated", model.downsampling_factor,
             meta | {"lmbda": config.get("lmbda")})
-    out = evaluate.output_folder(args.outdir, name, checkpoint)
+    out = evaluate.output_folder(args.outdir, model, checkpoint)
     return evaluate.evaluate(model, images, name, str(checkpoint.name), out,
                              args.test_batch_size, meta)
 

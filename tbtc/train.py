@@ -25,8 +25,9 @@ from common import UserError, cli, data, processes
 from common.coding.model_file import coding_state, load_error
 from common.files import write_atomic
 from common.loss import RateDistortionLoss
-from common.training.checkpoints import Checkpoints, check_resume
+from common.training.checkpoints import Checkpoints, check_resume, newest
 from common.training.cuda_graph import Recorded
+from common.training.images import find_images
 from common.training.log import Log
 from common.training.network import autocast, prepare_network
 from common.training.optimizers import learning_rate, main_parameters, make_optimizers
@@ -61,7 +62,7 @@ def flags() -> cli.Parser:
         help="weight of the rate, in place of --lmbda: loss = 255^2 * MSE + beta * bits")
     add("--dataset_directory", "--dataset",
         help="folder with train/ and valid/ or test/, folder of images, or .tar shards; bundled "
-        "photographs and Kodak if not given")
+        "photographs if not given; without valid/ and test/, some training images are held out")
     add("--train_batch_size", type=cli.positive_int, default=8,
         help="images per step and process")
     add("--valid_batch_size", type=cli.positive_int, default=1,
@@ -148,17 +149,19 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_float32_matmul_precision(args.float32_matmul_precision)
 
     # data
-    items = data.find_items(args.dataset_directory)
-    crops = data.Crops(items, args.train_patch_size, args.seed, args.flip)
+    folder, before = version(args)
+    crop = (args.train_patch_size[0], args.train_patch_size[1])
+    images = find_images(args.dataset_directory, crop, args.seed, args.flip,
+                         folder / "checkpoints", test_folder(args.dataset_directory))
     batch = args.train_batch_size
-    args.steps_per_epoch = args.steps_per_epoch or max(1, len(items) // (batch * processes.world()))
-    args.images = data.digest(items)  # --resume checks that they are the same
-    test_images = validation_images(args)
+    per_step = batch * processes.world()
+    args.steps_per_epoch = args.steps_per_epoch or max(1, len(images) // per_step)
+    args.images, args.validation = images.digest, images.validation  # --resume compares images
+    test_images = central_parts(images.test, args.valid_patch_size)
 
     # model, optimisers, schedule
     model = build(args.model, args.quality, args.charm_widths, args.split, args.num_heads)
-    if args.init_ckpt:
-        start_from(model, args.init_ckpt)
+    args.steps_before = start_from(model, args.init_ckpt) if args.init_ckpt else 0
     model = model.to(device, memory_format=torch.channels_last)
     net = prepare_network(model, args.compile)
     ema = EMA(model, args.ema_decay) if args.ema else None
@@ -168,7 +171,6 @@ def main(argv: list[str] | None = None) -> None:
     criterion = RateDistortionLoss(args.lmbda, args.metric, args.beta)
 
     # the run, from its beginning or from a checkpoint
-    folder, before = version(args)
     log = Log(folder, args.num_epochs * args.steps_per_epoch)
     parts = {"model": model, "optimizer": optimizer, "aux_optimizer": aux_optimizer,
              "scheduler": scheduler, "log": log} | ({"averaged": ema} if ema else {})
@@ -181,7 +183,8 @@ def main(argv: list[str] | None = None) -> None:
         state = checkpoints.resume(before)
         step, best, kept = state["step"], state["best"], state.get("kept", "")
         kept = kept if (checkpoints.folder / kept).is_file() else ""
-    run = Run(checkpoints, log, crops, device, args.num_epochs, args.steps_per_epoch, batch,
+    checkpoints.lock()
+    run = Run(checkpoints, log, images.crops, device, args.num_epochs, args.steps_per_epoch, batch,
               args.num_workers, args.check_time, LATEST, step)
     if processes.rank() == 0:
         text = yaml.safe_dump(config, sort_keys=False)
@@ -230,7 +233,8 @@ def main(argv: list[str] | None = None) -> None:
         test, better = {}, False
         run.settle()
         if (epoch + 1) % args.validation_cadence == 0 or run.is_last_epoch:
-            test = validate(ema.settled() if ema else model, test_images, args, criterion, device)
+            test = run.test(validate, ema.settled() if ema else model, test_images, args,
+                            criterion, device)
             better = test["loss"] < best
             log.scalars("valid", test, run.step)
             line += f"  valid loss {test['loss']:.4f} bpp {test['bpp']:.4f} psnr {test['psnr']:.2f}"
@@ -298,7 +302,7 @@ def versions(folder: Path) -> list[Path]:
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a version that can be continued."""
     found = [*folder.glob("checkpoints/*-last.ckpt"), *folder.glob(f"checkpoints/{LATEST}")]
-    return max(found, key=lambda p: p.stat().st_mtime_ns, default=None)
+    return newest(found)
 
 
 def version(args: argparse.Namespace) -> tuple[Path, Path | None]:
@@ -358,14 +362,18 @@ class EMA:
         self.updates = state["updates"]
 
 
-def start_from(model: SliceCoder, path: Path) -> None:
-    """Load the weights of a checkpoint, ours or the source's; averaged ones if there are any."""
+def start_from(model: SliceCoder, path: Path) -> int:
+    """Load the weights of a checkpoint, ours or the source's; averaged ones if there are any.
+
+    Returns the number of steps that led to them.
+    """
     trained = load(path)
     try:
         model.load_state_dict(trained.state_dict())
     except RuntimeError as e:
         raise UserError(f"{path}: holds weights of another {trained.name}, or of another model: "
                         f"{load_error(e)}") from None
+    return trained.provenance.total_steps or 0
 
 
 def schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> Any:
@@ -386,14 +394,10 @@ def schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> Any:
 
 
 # ------------------------------------------------------------------------------------- validation
-def validation_images(args: argparse.Namespace) -> list[Tensor]:
-    """Central crops (3, h, w), uint8, of `valid_patch_size` or less, with sides in whole 64s."""
-    root, folder = Path(args.dataset_directory or ""), data.KODAK
-    for name in ("valid", "test") if args.dataset_directory else ():
-        if (root / name).is_dir():
-            folder = root / name
-            break
-    return central_parts(data.list_images(folder), args.valid_patch_size)
+def test_folder(dataset: str | Path | None) -> Path | None:
+    """<dataset>/valid or <dataset>/test, if there is one."""
+    folders = [Path(dataset, name) for name in ("valid", "test")] if dataset else []
+    return next((folder for folder in folders if folder.is_dir()), None)
 
 
 @torch.no_grad()

@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import UserError
+from common import UserError, files
 from common.files import write_atomic
-from common.training.checkpoints import Checkpoints, epoch_checkpoints
+from common.training.checkpoints import Checkpoints, epoch_checkpoints, newest
 
 import pytest
 import torch
@@ -68,17 +68,70 @@ def test_diverged_weights_are_not_saved(value, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["epoch_0.pth"]
 
 
-def test_newest_checkpoint_is_the_last_written(tmp_path):
-    """Not the one of most steps: --load_model_epoch goes back and leaves later epochs behind."""
-    checkpoints = Checkpoints(tmp_path, {"model": Factorized(4, 6)}, {})
-    for age, (name, step) in enumerate([("epoch_0.pth", 9), ("epoch_1.pth", 19),
-                                        ("latest.pth", 14)]):
+def checkpoints_of(folder):
+    return Checkpoints(folder, {"model": Factorized(4, 6)}, {})
+
+
+def test_newest_checkpoint_is_that_of_most_steps(tmp_path):
+    """Times of files say nothing: a copied run has others."""
+    checkpoints = checkpoints_of(tmp_path)
+    for age, (name, step) in enumerate([("latest.pth", 14), ("epoch_10.pth", 22),
+                                        ("epoch_9.pth", 20)]):
         checkpoints.save(name, 0, step)
         os.utime(tmp_path / name, (age, age))
-    assert checkpoints.begin(True, None)["step"] == 14
-    assert checkpoints.begin(False, 0)["step"] == 9
+    assert newest(checkpoints.found()) == tmp_path / "epoch_10.pth"
+    assert checkpoints.begin(True, None)["step"] == 22
+    checkpoints.save("latest.pth", 11, 23)
+    os.utime(tmp_path / "latest.pth", (0, 0))
+    assert checkpoints.begin(True, None)["step"] == 23
+    checkpoints.release()
+
+
+def test_a_run_that_went_back_continues_there(tmp_path):
+    """--load_model_epoch leaves later epochs behind, which are of an earlier branch."""
+    first = checkpoints_of(tmp_path)
+    for epoch, step in enumerate((10, 20, 30)):
+        first.save(f"epoch_{epoch}.pth", epoch, step)
+    back = checkpoints_of(tmp_path)
+    assert back.begin(False, 0)["step"] == 10
+    back.save("latest.pth", 1, 15)
+    assert checkpoints_of(tmp_path).begin(True, None)["step"] == 15
+    again = checkpoints_of(tmp_path)
+    again.begin(True, None)
+    again.save("epoch_1.pth", 1, 20)  # the resumed run is of the same branch
+    assert checkpoints_of(tmp_path).begin(True, None)["step"] == 20
+    twice = checkpoints_of(tmp_path)
+    twice.begin(False, 0)
+    twice.save("latest.pth", 1, 12)
+    assert checkpoints_of(tmp_path).begin(True, None)["step"] == 12
     with pytest.raises(UserError, match="epoch_7.pth: no such checkpoint"):
-        checkpoints.begin(False, 7)
+        checkpoints_of(tmp_path).begin(False, 7)
+    first.release()
+
+
+def test_an_unreadable_checkpoint_is_passed_over(tmp_path, capsys):
+    checkpoints = checkpoints_of(tmp_path)
+    checkpoints.save("epoch_0.pth", 0, 10)
+    (tmp_path / "epoch_1.pth").write_bytes(b"cut")
+    assert newest(checkpoints.found()) == tmp_path / "epoch_0.pth"
+    assert "epoch_1.pth: cannot be read, and is passed over" in capsys.readouterr().out
+
+
+def test_temporary_names_are_unpredictable_and_do_not_stay(tmp_path, monkeypatch):
+    names = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (names.append(a), replace(a, b)))
+    monkeypatch.setattr(files, "_cleaned", set())
+    old, fresh = tmp_path / ".a.pth.77.tmp", tmp_path / ".a.pth.k3j4h5g6.tmp"
+    for path in (old, fresh, tmp_path / ".own.tmp"):
+        path.touch()
+    os.utime(old, (0, 0))
+    for content in (b"1", b"2"):
+        write_atomic(tmp_path / "a.pth", content)
+    assert len(set(names)) == 2 and all(Path(name).parent == tmp_path for name in names)
+    assert all(str(os.getpid()) not in Path(name).name for name in names)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([".own.tmp", fresh.name, "a.pth"])
+    assert (tmp_path / "a.pth").stat().st_mode & 0o777 == 0o666 & ~files.UMASK
 
 
 def test_epochs_are_numbers(tmp_path):

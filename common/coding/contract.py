@@ -52,6 +52,12 @@ class Provenance:
     epoch: int | None = None
     hardware: str | None = None
 
+    @property
+    def total_steps(self) -> int | None:
+        """All steps that led to the weights, those of the runs that it started from included."""
+        before = self.config.get("steps_before") or 0
+        return None if self.step is None else self.step + before
+
 
 class Codec(CompressionModel):
     """A codec that can be trained, and whose files can be decoded on every machine.

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import math
+import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common import UserError, cli, data, processes
+from common import UserError, cli, data, image_check, locks, processes
 from common.coding import bitstream
 from common.coding.contract import Codec
 from common.coding.image_file import crop, decode_images, encode_images, pad
 from common.coding.model_file import load_checkpoint
 from common.coding.tiles import LIMIT
-from common.evaluation.results import image_names, image_record, merge_points, operating_point
+from common.evaluation.results import (
+    image_names,
+    image_record,
+    merge_points,
+    operating_point,
+    save_results,
+)
 from common.files import read_file, write_atomic
-from common.training.checkpoints import epoch_checkpoints
+from common.training.checkpoints import epoch_checkpoints, newest
 
 import compressai
 import torch
@@ -57,17 +66,17 @@ def find_checkpoints(args: argparse.Namespace, bundled: Path, prefix: str,
     """
     small = sorted(bundled.glob("small-*.pth"))
     if args.checkpoint:
-        return {args.checkpoint[0].stem: args.checkpoint}
+        return {curve_name(args.checkpoint): args.checkpoint}
     if args.reproduce:
         if not args.config:
             raise UserError("--reproduce needs --config, the file that the run was trained with")
         config = cli.read_yaml(args.config)
         prefix = config.get("prefix", prefix)
         folder = Path("ckpts", str(prefix), str(config.get("exp_version", 0)))
-        trained = epoch_checkpoints(folder)
-        if not trained:
+        trained = newest(epoch_checkpoints(folder))
+        if trained is None:
             raise UserError(f"{folder}: holds no trained epoch; run train.py --config first")
-        return {args.config.stem: trained[-1:], "small": small}
+        return {args.config.stem: [trained], "small": small}
     if args.load_model_epoch is not None:
         epoch = f"epoch_{args.load_model_epoch}"
         found = sorted(Path("ckpts").glob(f"**/{epoch}.pth"))
@@ -81,10 +90,40 @@ def find_checkpoints(args: argparse.Namespace, bundled: Path, prefix: str,
     return {"small": small}
 
 
-def output_folder(outdir: str, name: str, checkpoint: Path) -> Path:
-    """Folder for the files of one operating point, different for epochs of different runs."""
-    run = "-".join(checkpoint.with_suffix("").parts[-3:])  # epoch_9, after its run
-    return Path(outdir, name, run if name != "small" else checkpoint.stem)
+def test_images(path: str | Path | None) -> list[Path]:
+    """The images to code, Kodak if `path` is None; UserError names all that cannot be decoded."""
+    first = processes.rank() == 0
+    paths = data.list_images(path or data.KODAK, print if first else lambda _: None)
+    if path and first:
+        image_check.check_readable(paths)
+    return paths
+
+
+def run_name(checkpoint: Path) -> str:
+    """A name for a checkpoint and its run: its path, if that is below the current folder.
+
+    Elsewhere, the last three parts of its path and a hash of the whole, so that the best.pth of two
+    runs never share a name. Bundled weights are known by their own name.
+    """
+    path = Path(os.path.abspath(checkpoint))
+    if path.parent.name == "weights" and path.name.startswith("small-"):
+        return path.name.removesuffix(".pth")
+    name = path.name.removesuffix(".tar").rsplit(".", 1)[0]  # .pth, .pt, .ckpt, .pth.tar
+    with contextlib.suppress(ValueError):
+        return "-".join([*path.relative_to(Path.cwd()).parent.parts, name])
+    tail = hashlib.sha256(os.fsencode(path)).hexdigest()[:6]
+    return "-".join([*path.parts[1:][-3:-1], name, tail])
+
+
+def curve_name(checkpoints: list[Path]) -> str:
+    """Name of the curve through these checkpoints, which is part of the names of its results."""
+    more = f"-and-{len(checkpoints) - 1}-more" if len(checkpoints) > 1 else ""
+    return run_name(checkpoints[0]) + more
+
+
+def output_folder(outdir: str, model: Codec, checkpoint: Path) -> Path:
+    """Folder for the files of one operating point, named after the paper and the checkpoint."""
+    return Path(outdir, type(model).__module__.partition(".")[0], run_name(checkpoint))
 
 
 def _trained_as(path: Path) -> str | None:
@@ -117,7 +156,7 @@ def fixed_rate_curves(args: argparse.Namespace, checkpoints: dict[str, list[Path
     def measure(name: str, checkpoint: Path) -> list[dict[str, Any]]:
         model = load(checkpoint, device)
         model.coding_device = coding_device
-        out = output_folder(args.outdir, name, checkpoint)
+        out = output_folder(args.outdir, model, checkpoint)
         return [evaluate(model, images, name, str(checkpoint.name), out, args.test_batch_size,
                          meta(model))]
 
@@ -135,62 +174,100 @@ def evaluate(model: Codec, paths: list[Path], name: str, description: str = "",
     per image between tensor and bytes, after a warm-up image. With `entropy_estimation`,
     bpp_estimated is -log2 of the likelihoods of forward, per original pixel.
 
-    out_dir: folder that keeps <name>.bin and the decoded <name>.png. batch_size: maximum number of
-    neighbours of equal size that are coded together. meta: further entries for the table, such as
+    out_dir: folder that keeps <name>.bin, the decoded <name>.png, and the results: results.json,
+    or results-incomplete.json with those of the images that were coded before an error. Only one
+    process uses it at a time. batch_size: maximum number of neighbours of equal size that are coded
+    together. meta: further entries for the table, such as
     lmbda, steps and steps_source (of the paper's recipe). rate: the operating point of a
     variable-rate model. Under torchrun, each process codes a part of the images, and all return the
     whole result.
     """
     model.eval()
-    rate = rate or {}
-    device = next(model.parameters()).device
     fingerprint = bitstream.fingerprint(model)
+    facts = _facts(model, fingerprint) | (meta or {})
     names = image_names(paths)
     mine = paths[processes.rank() :: processes.world()]
     rows: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        folder = Path(out_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(locks.locked(folder, "give another --outdir"))
+        try:
+            with tqdm(total=len(mine), desc=name, unit="image", leave=False, disable=None) as bar:
+                for row in _code(model, mine, names, folder, fingerprint, batch_size, rate or {},
+                                 entropy_estimation, bool(out_dir)):
+                    rows.append(row)
+                    bar.update()
+        except BaseException as e:
+            if rows and out_dir:
+                number = f"-{processes.rank()}" if processes.world() > 1 else ""
+                kept = folder / f"results-incomplete{number}.json"
+                save_results(kept, operating_point(name, description, rows, facts))
+                if isinstance(e, (UserError, OSError)):
+                    raise UserError(f"{e} (the results of {len(rows)} of {len(mine)} images are "
+                                    f"in {kept})") from None
+            raise
+        shares: list[Any] = [rows]
+        if processes.world() > 1:
+            shares = [None] * processes.world()
+            dist.all_gather_object(shares, rows)
+        order = {stem: i for i, stem in enumerate(names.values())}
+        rows = sorted((r for share in shares for r in share), key=lambda r: order[r["image"]])
+        point = operating_point(name, description, rows, facts)
+        if out_dir and processes.rank() == 0:
+            save_results(folder / "results.json", point)
+            for old in folder.glob("results-incomplete*.json"):
+                old.unlink()
+    return point
+
+
+def _code(model: Codec, paths: list[Path], names: dict[Path, str], folder: Path,
+          fingerprint: bytes, batch_size: int, rate: dict[str, Any], entropy_estimation: bool,
+          keep: bool) -> Iterator[dict[str, Any]]:
+    """Write, read and decode each image; yields a row of results per image. See `evaluate`."""
+    device = next(model.parameters()).device
     warm = False
-    with (tempfile.TemporaryDirectory() as scratch,
-          tqdm(total=len(mine), desc=name, unit="image", leave=False, disable=None) as bar):
-        folder = Path(out_dir or scratch)
-        for batch, images in data.batches(mine, batch_size):
-            group = [names[p] for p in batch]
-            x = data.to_float(images.to(device))
-            if not warm:
-                files = encode_images(model, x, fingerprint, **rate)
-                decode_images(model, files, fingerprint)
-                warm = True
-            files, encoding = time_call(
-                partial(encode_images, model, x, fingerprint, **rate), device)
-            for stem, file in zip(group, files, strict=True):
-                write_atomic(folder / f"{stem}.bin", file)
-            files = [read_file(folder / f"{stem}.bin") for stem in group]
-            x_hat, decoding = time_call(partial(decode_images, model, files, fingerprint), device)
-            small = x.shape[-2] * x.shape[-1] <= LIMIT  # a larger one may exceed the memory
-            estimates = (_estimate(model, x, rate) if entropy_estimation and small
-                         else [None] * len(group))
-            decoded = data.to_uint8(x_hat).cpu()
-            for i, stem in enumerate(group):
-                if out_dir:
-                    data.write_image(decoded[i], folder / f"{stem}.png")
-                times = {"encoding_time": encoding / len(group),
-                         "decoding_time": decoding / len(group), "bpp_estimated": estimates[i]}
-                rows.append(image_record(stem, images[i], decoded[i], len(files[i])) | times)
-            bar.update(len(group))
-    shares: list[Any] = [rows]
-    if processes.world() > 1:
-        shares = [None] * processes.world()
-        dist.all_gather_object(shares, rows)
-    order = {stem: i for i, stem in enumerate(names.values())}
-    rows = sorted((r for share in shares for r in share), key=lambda r: order[r["image"]])
+    for batch, images in data.batches(paths, batch_size):
+        group = [names[p] for p in batch]
+        x = data.to_float(images.to(device))
+        if not warm:
+            files = encode_images(model, x, fingerprint, **rate)
+            decode_images(model, files, fingerprint)
+            warm = True
+        files, encoding = time_call(
+            partial(encode_images, model, x, fingerprint, **rate), device)
+        for stem, file in zip(group, files, strict=True):
+            write_atomic(folder / f"{stem}.bin", file)
+        files = [read_file(folder / f"{stem}.bin") for stem in group]
+        x_hat, decoding = time_call(partial(decode_images, model, files, fingerprint), device)
+        small = x.shape[-2] * x.shape[-1] <= LIMIT  # a larger one may exceed the memory
+        estimates = (_estimate(model, x, rate) if entropy_estimation and small
+                     else [None] * len(group))
+        decoded = data.to_uint8(x_hat).cpu()
+        for i, stem in enumerate(group):
+            if keep:
+                data.write_image(decoded[i], folder / f"{stem}.png")
+            times = {"encoding_time": encoding / len(group),
+                     "decoding_time": decoding / len(group), "bpp_estimated": estimates[i]}
+            yield image_record(stem, images[i], decoded[i], len(files[i])) | times
+
+
+def _facts(model: Codec, fingerprint: bytes) -> dict[str, Any]:
+    """Entries of the table on the weights, their training and this machine."""
+    device = next(model.parameters()).device
     provenance = model.provenance
     facts = {
         "N": model.N, "M": model.M, "lmbda": provenance.config.get("lmbda"),
-        "steps": provenance.step, "trained_on": provenance.hardware,
+        "steps": provenance.total_steps, "validation": validation_of(model),
+        "trained_on": provenance.hardware,
         "fingerprint": fingerprint.hex(), "device": device.type,
         "hardware": processes.describe_hardware(device), "torch": torch.__version__,
         "compressai": compressai.__version__}
-    known = {key: value for key, value in facts.items() if value is not None}
-    return operating_point(name, description, rows, known | (meta or {}))
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def validation_of(model: Codec) -> str:
+    """What the training was validated with; Kodak was the default before it was recorded."""
+    return str(model.provenance.config.get("validation") or "not recorded")
 
 
 @torch.no_grad()
@@ -203,7 +280,8 @@ def evaluate_estimate(model: Codec, paths: list[Path], name: str, multiple: int,
     """
     rows = []
     model.eval()
-    meta = meta | {"fingerprint": bitstream.fingerprint(model).hex()}
+    meta = {"steps": model.provenance.total_steps} | meta | {
+        "validation": validation_of(model), "fingerprint": bitstream.fingerprint(model).hex()}
     names = image_names(paths)
     for path, batch in data.batches(paths, 1):
         x = data.to_float(batch.to(next(model.parameters()).device))

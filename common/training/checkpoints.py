@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from common import UserError, processes
+from common import UserError, locks, processes
 from common.coding.contract import Codec
 from common.coding.model_file import coding_state, load_checkpoint, load_error, save_checkpoint
 from common.files import write_atomic
@@ -18,8 +19,11 @@ import torch.distributed as dist
 import yaml
 
 
-def load_weights(model: Codec, path: str | Path) -> None:
-    """Load the weights of a checkpoint into `model`, strictly (--init_ckpt)."""
+def load_weights(model: Codec, path: str | Path) -> int:
+    """Load the weights of a checkpoint into `model`, strictly (--init_ckpt).
+
+    Returns the number of steps that led to them.
+    """
     state = load_checkpoint(path)
     for name in model.options:
         trained = (state.get("config") or {}).get(name)
@@ -30,17 +34,24 @@ def load_weights(model: Codec, path: str | Path) -> None:
         model.load_state_dict(state["model"])
     except (RuntimeError, KeyError) as e:  # KeyError: CompressAI, on CDF tables
         raise UserError(f"{path}: not weights of this model: {load_error(e)}") from None
+    return steps_of(state)
 
 
-def load_transforms(model: Codec, path: str | Path) -> None:
+def steps_of(state: dict[str, Any]) -> int:
+    """All steps that led to the weights of a checkpoint, those of earlier runs included."""
+    return (state.get("step") or 0) + ((state.get("config") or {}).get("steps_before") or 0)
+
+
+def load_transforms(model: Codec, path: str | Path) -> int:
     """Load g_a and g_s from a checkpoint of any paper with the same transforms
     (--init_transforms); all other weights of `model` stay as they are.
 
     If the latent of the checkpoint is wider than M channels, the M are kept whose kernels in the
     last layer of g_a are the largest: a loss with a rate term switches channels off, and the
-    kernels of those are small.
+    kernels of those are small. Returns the number of steps that led to the checkpoint.
     """
-    state = load_checkpoint(path)["model"]
+    whole = load_checkpoint(path)
+    state = whole["model"]
     own = {key: v for key, v in model.state_dict().items() if key.startswith(("g_a.", "g_s."))}
     missing = [key for key in own if key not in state or state[key].dim() != own[key].dim()]
     last = [key for key in own if key.startswith("g_a.") and own[key].dim() == 4][-1:]
@@ -59,6 +70,7 @@ def load_transforms(model: Codec, path: str | Path) -> None:
             raise UserError(f"{path}: {key} has the shape {tuple(state[key].shape)}, this model's "
                             f"has {tuple(value.shape)}")
         value.copy_(new)
+    return steps_of(whole)
 
 
 SAME_RUN = ("metric", "lmbda", "optimizer", "lr", "aux_lr", "lr_schedule", "milestones",
@@ -69,7 +81,9 @@ SAME_RUN = ("metric", "lmbda", "optimizer", "lr", "aux_lr", "lr_schedule", "mile
 class Checkpoints:
     """The checkpoints of one run: epoch_<n>.pth after an epoch, latest.pth within one.
 
-    parts: all objects with a state: {"model": ..., "optimizer": ..., "scheduler": ...}.
+    parts: all objects with a state: {"model": ..., "optimizer": ..., "scheduler": ...}. The config
+    in a checkpoint has "steps_before": the steps that led to the weights which the run started
+    from. `begin` and `resume` lock the folder for this process until `release`.
     """
 
     own = ("log",)  # parts with a state per process, saved with its random generators
@@ -81,6 +95,7 @@ class Checkpoints:
         self.folder, self.parts, self.config, self.same = folder, parts, config, same
         self.anew = anew
         self.last: Path | None = None
+        self.branch = 0  # increases each time the run goes back to an earlier epoch
 
     def begin(self, resume: str | None, epoch: int | None) -> dict[str, Any]:
         """Restore the newest checkpoint (`resume`) or that of `epoch`; {} for a new run.
@@ -88,19 +103,33 @@ class Checkpoints:
         resume: "newest", or "auto", which begins a new run if there is none. A new run in a folder
         that holds another one is refused, so that nothing is overwritten.
         """
+        found = self.found()
         if epoch is not None:
-            return self.resume(self.folder / f"epoch_{epoch}.pth")
-        found = self._by_age()
+            state = self.resume(self.folder / f"epoch_{epoch}.pth")
+            self.branch = max([branch_of(path) for path in found], default=0) + 1
+            return state
         if found and not resume:
             raise UserError(f"{self.folder} holds the checkpoints of a run: continue it with "
                             f"--resume, or start another: {self.anew}")
-        if found:
-            return self.resume(found[-1])
+        if path := newest(found):
+            return self.resume(path)
         check_resume(resume, self.folder)
+        self.lock()
         if processes.rank() == 0:
             text = yaml.safe_dump(self.config, sort_keys=False)
             write_atomic(self.folder / "config.yaml", text.encode())
         return {}
+
+    def found(self) -> list[Path]:
+        """The checkpoints in the folder from which a run can continue."""
+        return [*self.folder.glob("latest.pth"), *epoch_checkpoints(self.folder)]
+
+    def lock(self) -> None:
+        """Keep the folder for this process; UserError if another process trains there."""
+        locks.lock(self.folder, f"start another run: {self.anew}")
+
+    def release(self) -> None:
+        locks.release(self.folder)
 
     def save(self, name: str, epoch: int, step: int, **extra: Any) -> None:
         """Save after `step` steps, within `epoch` or at its end; all processes must call it."""
@@ -118,7 +147,7 @@ class Checkpoints:
             state = {key: part.state_dict() for key, part in self.parts.items() if key != "model"}
             save_checkpoint(self.folder / name, {
                 **coding_state(self.parts["model"]), **state, **extra, "epoch": epoch, "step": step,
-                "rng": generators, "config": self.config,
+                "branch": self.branch, "rng": generators, "config": self.config,
                 "hardware": processes.describe_hardware(
                     next(self.parts["model"].parameters()).device)})
         self.last = self.folder / name
@@ -140,6 +169,7 @@ class Checkpoints:
     def resume(self, path: Path) -> dict[str, Any]:
         """Restore all parts and the random generators of this process; return the checkpoint."""
         state = load_checkpoint(path)
+        self.lock()
         missing = [key for key in (*self.parts, "step", "rng") if key not in state]
         if missing:
             raise UserError(f"{path}: cannot be resumed, it has no {', '.join(missing)} "
@@ -170,14 +200,35 @@ class Checkpoints:
         if "cuda" in mine and torch.cuda.is_available():
             torch.cuda.set_rng_state(mine["cuda"])
         self.last = path
+        self.branch = state.get("branch", 0)
+        self.config["steps_before"] = steps_of(state) - state["step"]
         return state
 
-    def _by_age(self) -> list[Path]:
-        """Checkpoints, the oldest first. Step numbers would mislead, because --load_model_epoch
-        leaves the checkpoints of later epochs in the folder.
-        """
-        found = [*self.folder.glob("latest.pth"), *epoch_checkpoints(self.folder)]
-        return sorted(found, key=lambda p: p.stat().st_mtime_ns)
+
+def newest(paths: Iterable[Path]) -> Path | None:
+    """The checkpoint that the training has reached last, as the checkpoints themselves say.
+
+    That is the one of most steps on the last branch: --load_model_epoch goes back and leaves the
+    checkpoints of later epochs in the folder, but begins a new branch. Times of files would
+    mislead, because a copy has others. A checkpoint that cannot be read is passed over with a note.
+    """
+    return max(((*progress(path), path.name, path) for path in paths),
+               default=(None,), key=lambda entry: entry[:3])[-1]
+
+
+def branch_of(path: Path) -> int:
+    return max(0, progress(path)[0])
+
+
+def progress(path: Path) -> tuple[int, int]:
+    """(branch, step) of a checkpoint, without reading its tensors; (-1, 0) if it is unreadable."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return int(state.get("branch", 0)), int(state.get("step", 0))
+    except Exception:  # whatever torch.load raises on a damaged file
+        if processes.rank() == 0:
+            print(f"{path}: cannot be read, and is passed over")
+        return -1, 0
 
 
 def check_resume(resume: str | None, folder: Path) -> None:

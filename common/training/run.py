@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from common import cli, data, processes
+from common import UserError, cli, data, processes
 from common.training.checkpoints import Checkpoints
 from common.training.log import Log
 from common.training.optimizers import check_finite
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 def add_training_flags(parser: argparse.ArgumentParser, lr_schedule: str,
@@ -94,6 +97,7 @@ class Run:
     step: int = 0  # steps done
     epoch: int = field(default=0, init=False)
     saved: float = field(default=0.0, init=False)
+    loader: Iterator[Tensor] | None = field(default=None, init=False)
 
     @property
     def is_last_epoch(self) -> bool:
@@ -125,21 +129,41 @@ class Run:
         """The epochs from the one in which the run was stopped to the last one."""
         self.log.begin(self.step)
         self.saved = time.monotonic()
-        for epoch in range(self.step // self.steps_per_epoch, self.epochs):
-            self.epoch = epoch
-            yield epoch
+        try:
+            for epoch in range(self.step // self.steps_per_epoch, self.epochs):
+                self.epoch = epoch
+                yield epoch
+        finally:
+            self.loader = None  # which ends its processes
+            self.checkpoints.release()
 
     def batches(self) -> Iterator[Tensor]:
-        """The remaining batches of this epoch: x (B, 3, H, W) in [0, 1], channels last."""
+        """The remaining batches of this epoch: x (B, 3, H, W) in [0, 1], channels last.
+
+        One loader, with the same processes and their caches, serves all epochs.
+        """
         last_step = (self.epoch + 1) * self.steps_per_epoch
-        for images in data.loader(self.crops, self.step, last_step, self.batch_size,
-                                  processes.rank(), processes.world(), self.num_workers):
+        if self.loader is None:
+            self.loader = iter(data.loader(
+                self.crops, self.step, self.epochs * self.steps_per_epoch, self.batch_size,
+                processes.rank(), processes.world(), self.num_workers))
+        for images in islice(self.loader, last_step - self.step):
             x = data.to_float(images.to(self.device, non_blocking=True))
             yield x.contiguous(memory_format=torch.channels_last)
 
     def check(self, values: dict[str, Tensor]) -> None:
         """Raise UserError if a loss or the gradient norm of this step is not finite."""
         check_finite(values, self.step, self.checkpoints.last)
+
+    def test(self, validate: Callable[..., Result], *args: Any) -> Result:
+        """Call a function that validates; its errors also name the step and the checkpoint."""
+        try:
+            return validate(*args)
+        except UserError as e:
+            last = self.checkpoints.last
+            kept = f"the last good checkpoint is {last}" if last else "nothing was saved yet"
+            raise UserError(f"{e} (in the validation after step {self.step}; {kept}; if the "
+                            "training has diverged, try a smaller learning rate)") from None
 
     def end_step(self, values: dict[str, Any], every: int = 50, **state: Any) -> None:
         """Count a step, log it (in TensorBoard every `every` steps) and save `latest` if it is due.
