@@ -110,7 +110,7 @@ def list_images(path: str | Path, notice: Callable[[str], None] = lambda _: None
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder of images")
     skipped: Counter[str] = Counter()
-    found = sorted(p for p in path.iterdir() if _is_image(p, skipped))
+    found = [p for p in sorted(path.iterdir()) if _is_image(p, skipped)]
     if not found:
         raise UserError(f"{path}: holds no images ({' '.join(sorted(SUFFIXES))})")
     if skipped:

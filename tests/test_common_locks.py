@@ -75,7 +75,7 @@ def test_a_broken_lock_is_taken_over(content, tmp_path):
 def test_the_lock_of_another_host_ends_with_its_signs_of_life(tmp_path):
     path = tmp_path / ".lock"
     path.write_text(json.dumps({"process": 7, "host": "elsewhere"}))
-    with pytest.raises(UserError, match="process 7 on elsewhere .last sign of life 0 s ago.*, or w"):
+    with pytest.raises(UserError, match="process 7 on elsewhere .last sign of life 0 s ago.: "):
         locks.lock(tmp_path, "wait")
     assert json.loads(path.read_text())["process"] == 7
     then = time.time() - locks.SILENT - 1
