@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import sys
@@ -22,6 +23,8 @@ SWITCHES = (argparse._StoreTrueAction, argparse.BooleanOptionalAction)  # flags 
 
 def run(main: Callable[[], None]) -> None:
     """Run the main() of a script; a UserError becomes one line on stderr and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as e:
