@@ -200,7 +200,18 @@ def _is_image(path: Path, skipped: Counter[str]) -> bool:
 
 
 def _folder(root: Path) -> Found:
-    """Images at any depth; folders first, then links to folders that hold none of these."""
+    """Images at any depth, or the first frames if all are frames of sequences."""
+    found = images_below(root)
+    paths = [item.path for item in found.items]
+    frames = [p for p in paths if p.name == "im1.png"]
+    if frames and all(FRAME.fullmatch(p.name) and p.parent.parent == root for p in paths):
+        return Found([Item(p) for p in frames], f"first frames of the sequences in {shown(root)}",
+                     found.skipped)
+    return found
+
+
+def images_below(root: Path) -> Found:
+    """Images at any depth; folders first, then links to folders that are not among these."""
     skipped: Counter[str] = Counter()
     files: list[Path] = []
     seen: set[tuple[int, int]] = set()
@@ -222,13 +233,7 @@ def _folder(root: Path) -> Found:
                 (links if entry.is_symlink() else folders).append(folder / entry.name)
             elif _is_image(path := folder / entry.name, skipped):
                 files.append(path)
-    files.sort()
-    layout = f"files in {shown(root)}"
-    frames = [p for p in files if p.name == "im1.png"]
-    if frames and all(FRAME.fullmatch(p.name) and p.parent.parent == root for p in files):
-        return Found([Item(p) for p in frames], f"first frames of the sequences in {shown(root)}",
-                     skipped)
-    return Found([Item(p) for p in files], layout, skipped)
+    return Found([Item(p) for p in sorted(files)], f"files in {shown(root)}", skipped)
 
 
 def _tars(folder: Path) -> list[Path]:

@@ -71,9 +71,10 @@ def main(argv: list[str] | None = None) -> None:
     for row in args.rows:
         name = f"{args.name}-{re.sub(r'[^a-z0-9]+', '-', row.lower()).strip('-')}"
         print(f"\n--- {row}: {' '.join(ROWS[row]) or 'v1_patch'}", flush=True)
-        train.main(["--config", str(args.config), "--name", name, "--seed", str(args.seed),
-                    "--threads", str(args.threads), *data, *extra, *ROWS[row], "--resume", "auto"])
-        found[row] = result(name)
+        flags = ["--config", str(args.config), "--name", name, "--seed", str(args.seed),
+                 "--threads", str(args.threads), *data, *extra, *ROWS[row], "--resume", "auto"]
+        train.main(flags)
+        found[row] = result(name, cli.parse(train.flags(), flags).quality_level)
     print("\n" + table(found))
     for path in (args.output, HERE / "results" / "ablation.json" if args.publish else None):
         if path:
@@ -82,13 +83,12 @@ def main(argv: list[str] | None = None) -> None:
         write_table(HERE / "README.md", "ablation", table(found))
 
 
-def result(name: str) -> dict[str, float | str]:
+def result(name: str, quality: str) -> dict[str, float | str]:
     """Result of the last validation of a run."""
-    newest = sorted(Path("results", name).glob("*/snapshots/latest.pt"),
-                    key=lambda path: path.stat().st_mtime_ns)[-1]
-    state = load_checkpoint(newest)
+    latest = Path("results", name, quality, "snapshots", train.LATEST)
+    state = load_checkpoint(latest)
     if not state.get("test"):
-        raise UserError(f"{newest}: its last epoch was not validated; continue it with --resume")
+        raise UserError(f"{latest}: its last epoch was not validated; continue it with --resume")
     config, test = state["config"], state["test"]
     return {"bpp": test["bpp"], "psnr": test["psnr"], "lmbda": config["lmbda"],
             "quality": config["quality_level"], "steps": state["step"], "seed": config["seed"],

@@ -16,13 +16,15 @@ the source uses OpenCV's, without antialiasing.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from common import UserError, cli, data
+from common import UserError, cli, data, datasets
+from common.files import write_atomic
 
 import numpy as np
 from PIL import Image
@@ -76,7 +78,7 @@ def files(folder: Path) -> list[Path]:
     """Image files at any depth, sorted by name."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in data.SUFFIXES)
+    found = [item.path for item in datasets.images_below(folder).items]
     if not found:
         raise UserError(f"{folder}: holds no images")
     return found
@@ -127,13 +129,9 @@ def convert(job: tuple[Path, Path, int], noise: str) -> bool:
         size = (width // 2, height // 2)
         image = np.stack([np.asarray(p.resize(size, Image.Resampling.BICUBIC)) for p in planes], 2)
     image = np.clip(np.rint(image), 0, 255).astype(np.uint8)
-    temporary = output.with_name(f".{output.name}.tmp")
-    try:
-        Image.fromarray(image).save(temporary, "PNG")
-        os.replace(temporary, output)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {output}: {e.strerror or e}") from None
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    write_atomic(output, buffer.getvalue())
     return halve
 
 

@@ -212,8 +212,7 @@ def newest(paths: Iterable[Path]) -> Path | None:
     checkpoints of later epochs in the folder, but begins a new branch. Times of files would
     mislead, because a copy has others. A checkpoint that cannot be read is passed over with a note.
     """
-    return max(((*progress(path), path.name, path) for path in paths),
-               default=(None,), key=lambda entry: entry[:3])[-1]
+    return max(paths, key=lambda path: (*progress(path), path.name), default=None)
 
 
 def branch_of(path: Path) -> int:
@@ -221,14 +220,20 @@ def branch_of(path: Path) -> int:
 
 
 def progress(path: Path) -> tuple[int, int]:
-    """(branch, step) of a checkpoint, without reading its tensors; (-1, 0) if it is unreadable."""
+    """(branch, step) of a checkpoint; (-1, 0), and a note, if it is unreadable."""
+    state = contents(path)
+    if not state and processes.rank() == 0:
+        print(f"{path}: cannot be read, and is passed over")
+    return (state.get("branch", 0), state.get("step", 0)) if state else (-1, 0)
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """A checkpoint whose tensors are not read before they are used; {} if it is unreadable."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return int(state.get("branch", 0)), int(state.get("step", 0))
     except Exception:  # whatever torch.load raises on a damaged file
-        if processes.rank() == 0:
-            print(f"{path}: cannot be read, and is passed over")
-        return -1, 0
+        return {}
+    return state if isinstance(state, dict) else {}
 
 
 def check_resume(resume: str | None, folder: Path) -> None:

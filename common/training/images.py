@@ -10,12 +10,14 @@ from pathlib import Path
 
 from common import UserError, image_check, processes
 from common.data import Crops, digest, list_images
-from common.datasets import Found, Item, find
+from common.datasets import KODAK, Found, Item, find
 from common.files import shown
+from common.training.checkpoints import contents, newest
 
 RECORD = "unusable_images.jsonl"  # in the folder of a run: number and key of each image
-CHECKPOINTS = ("*.pth", "*.pt", "*.pth.tar", "*.ckpt")
+CHECKPOINTS = ("*.pth", "*.pt", "*.pth.tar", "*.ckpt")  # names of all papers
 SHARE, MOST = 15, 16  # of so many images one is held out for validation, but at most 16
+OLDER = ", the default when the run began"  # of runs that held nothing out
 HELD_OUT = (512, 768)  # central part of a held-out image that is used, the size of Kodak's
 
 
@@ -47,9 +49,13 @@ def find_images(root: str | Path | None, crop: int | tuple[int, int], seed: int,
 
     Raises UserError, which names all images that are unreadable or smaller than the crop. A run in
     `folder` goes on without images that an error named and that were removed since then: the next
-    image takes the place of each, so that all other samples stay as they were.
+    image takes the place of each, so that all other samples stay as they were. A run of an older
+    version, which held nothing out, goes on with all its images, and is validated on Kodak as
+    before.
     """
     size = (crop, crop) if isinstance(crop, int) else crop
+    older = test is None and _is_older(folder)
+    test = KODAK if older else test
     found = find(root)
     items = _without_removed(found.items, folder)
     held = set() if test else _held_out(items)
@@ -68,7 +74,8 @@ def find_images(root: str | Path | None, crop: int | tuple[int, int], seed: int,
         name = shown(Path(test).resolve().name)
         validation = [Item(path) for path in paths]
         return TrainingImages(crops, digest(training), validation,
-                              f"{len(paths)} image{'s' * (len(paths) > 1)} of {name}")
+                              f"{len(paths)} image{'s' * (len(paths) > 1)} of {name}"
+                              f"{OLDER * older}")
     kept = [replace(items[i], limit=HELD_OUT) for i in sorted(held) if not items[i].removed]
     words = f"{len(kept)} image{'s' * (len(kept) > 1)} held out of the training data"
     if not kept:  # a single image, or all that were held out are gone
@@ -112,19 +119,26 @@ def _check(items: list[Item], size: tuple[int, int], record: Record) -> None:
     there = [i for i, item in enumerate(items) if not item.removed]
     unusable = image_check.find_unusable([items[i] for i in there], size)
     if unusable:
-        if _holds_run(record.path.parent):
+        if _checkpoints(record.path.parent):
             record.add(there[i] for i in unusable)
         raise UserError(image_check.report(list(unusable.values()), len(items), "training images"))
 
 
-def _holds_run(folder: Path) -> bool:
-    return any(True for pattern in CHECKPOINTS for _ in folder.glob(pattern))
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for pattern in CHECKPOINTS for path in folder.glob(pattern)]
+
+
+def _is_older(folder: Path) -> bool:
+    """Whether the run in `folder` began when Kodak was the default validation set."""
+    path = newest(_checkpoints(folder))
+    config = (contents(path).get("config") if path else None) or {}
+    return bool(config) and str(config.get("validation", OLDER)).endswith(OLDER)
 
 
 def _without_removed(items: list[Item], folder: Path) -> list[Item]:
     """The images of the run in `folder`: those that were named and are gone keep their places."""
     try:
-        lines = (folder / RECORD).read_text().splitlines() if _holds_run(folder) else []
+        lines = (folder / RECORD).read_text().splitlines() if _checkpoints(folder) else []
         entries = sorted({tuple(json.loads(line)) for line in lines}, key=lambda e: e[1])
     except (OSError, ValueError, TypeError, IndexError):
         return items

@@ -81,6 +81,18 @@ def test_images_are_held_out_by_name(folder, tmp_path):
         "a training image, for want of others")
 
 
+def test_a_run_from_before_goes_on_with_all_its_images(folder, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for config in ({"lmbda": 1}, {"validation": f"24 images of kodak{images.OLDER}"}):
+        torch.save({"step": 5, "config": config}, run / "latest.pth")
+        found = find_images(folder, 64, 0, False, run)
+        assert len(found) == 20 and found.digest == data.digest(data.find_items(folder))
+        assert found.validation == "24 images of kodak, the default when the run began"
+    torch.save({"step": 5, "config": {"validation": "2 images held out"}}, run / "latest.pth")
+    assert len(find_images(folder, 64, 0, False, run)) == 18
+
+
 def test_held_out_images_are_cropped_to_the_size_of_kodak(tmp_path):
     data.write_image(torch.rand(3, 900, 800), tmp_path / "a.png")
     data.write_image(torch.rand(3, 900, 800), tmp_path / "b.png")
