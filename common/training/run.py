@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from common import UserError, cli, data, processes
 from common.training.checkpoints import Checkpoints
@@ -17,8 +18,6 @@ from common.training.optimizers import check_finite
 
 import torch
 from torch import Tensor
-
-Result = TypeVar("Result")
 
 
 def add_training_flags(parser: argparse.ArgumentParser, lr_schedule: str,
@@ -155,15 +154,21 @@ class Run:
         """Raise UserError if a loss or the gradient norm of this step is not finite."""
         check_finite(values, self.step, self.checkpoints.last)
 
-    def test(self, validate: Callable[..., Result], *args: Any) -> Result:
-        """Call a function that validates; its errors also name the step and the checkpoint."""
+    def test(self, validate: Callable[..., dict[str, float]], *args: Any) -> dict[str, float]:
+        """Call a function that validates; errors also name the step and the last checkpoint.
+
+        A loss that is not finite is an error, too.
+        """
         try:
-            return validate(*args)
+            losses = validate(*args)
+            if not math.isfinite(losses["loss"]):
+                raise UserError("the loss is NaN or infinite")
         except UserError as e:
             last = self.checkpoints.last
             kept = f"the last good checkpoint is {last}" if last else "nothing was saved yet"
             raise UserError(f"{e} (in the validation after step {self.step}; {kept}; if the "
                             "training has diverged, try a smaller learning rate)") from None
+        return losses
 
     def end_step(self, values: dict[str, Any], every: int = 50, **state: Any) -> None:
         """Count a step, log it (in TensorBoard every `every` steps) and save `latest` if it is due.

@@ -1,10 +1,13 @@
 """Runs as a user makes them: killed and resumed, refused, started from other weights."""
 
+import os
 import signal
 import time
 
-from common import UserError
+from common import UserError, locks
+from common.coding.model_file import load_checkpoint
 from common.loss import check_size
+from common.training.checkpoints import steps_of
 
 import pytest
 import torch
@@ -109,6 +112,12 @@ def test_init_ckpt_starts_from_the_weights(train):
     again = torch.load(folder / "ckpts" / "Hyperprior" / "1" / "epoch_0.pth", weights_only=True)
     first = load(folder, 0)["model"]
     assert torch.allclose(again["model"]["g_a.0.weight"], first["g_a.0.weight"], atol=1e-6)
+    train("--epoch", 2, "--exp_version", 1, "--resume", "--lr", "1e-12")  # remembers all steps
+    path_2 = path.parents[1] / "1" / "epoch_1.pth"
+    train("--epoch", 1, "--exp_version", 2, "--init_ckpt", path_2)
+    found = [load_checkpoint(folder / "ckpts" / "Hyperprior" / name)
+             for name in ("1/epoch_0.pth", "1/epoch_1.pth", "2/epoch_0.pth")]
+    assert [(state["step"], steps_of(state)) for state in found] == [(6, 12), (12, 18), (6, 24)]
     with pytest.raises(UserError, match="not weights of this model"):
         train("--epoch", 1, "--init_ckpt", path, "--prefix", "other", module=factorized_train)
 
@@ -179,3 +188,28 @@ def test_weights_of_another_variant_do_not_start_a_training(train):
     path = next((folder / "ckpts").glob("**/epoch_0.pth"))
     with pytest.raises(UserError, match="was trained with --gdn_variant seminar, not paper"):
         train("--epoch", 1, "--exp_version", 1, "--init_ckpt", path, module=joint_ar_train)
+
+
+def test_a_second_training_in_the_same_folder_is_refused(train, tmp_path):
+    folder = tmp_path / "ckpts" / "Hyperprior" / "0"
+    pid = os.fork()
+    if pid == 0:  # a training that has not saved anything yet
+        locks.lock(folder, "")
+        (tmp_path / "ready").touch()
+        signal.pause()
+    try:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        with pytest.raises(UserError, match=f"is in use by process {pid} on .*, or start another"):
+            train("--epoch", 1)
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    train("--epoch", 1)
+    assert (folder / "epoch_0.pth").exists() and not (folder / ".lock").exists()
+
+
+def test_a_validation_that_fails_names_step_and_checkpoint(train):
+    with pytest.raises(UserError, match="after step 1; nothing was saved yet; .*learning rate"):
+        train("--epoch", 1, "--steps-per-epoch", 1, "--lr", "1e6")
