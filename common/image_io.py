@@ -196,7 +196,8 @@ def _transform(profile: bytes) -> tuple[str, str, ImageCms.ImageCmsTransform | N
     """
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
-    name = " ".join(ImageCms.getProfileDescription(source).split())
+    described = ImageCms.getProfileDescription(source).encode("ascii", "replace").decode()
+    name = "".join(c for c in described if c.isprintable()).strip()
     transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     if mode != "CMYK":
         levels = np.arange(0, 256, 15 if mode == "RGB" else 1, dtype=np.uint8)

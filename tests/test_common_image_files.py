@@ -126,6 +126,14 @@ def test_colours_are_converted_to_srgb(tmp_path):
     assert "grayscale" in said[0] and "converted to sRGB" in said[0]
 
 
+def test_name_of_a_profile_does_not_reach_the_terminal_raw(tmp_path):
+    path, name = tmp_path / "x.png", "sRGB built-in".encode("utf-16-be")
+    assert name in SRGB
+    path.write_bytes(stored(Image.fromarray(RGB), icc_profile=swapped().replace(
+        name, "s\x1b\nB b\xfcilt-in".encode("utf-16-be"))))
+    assert "colour profile 'sB b?ilt-in' converted" in read(path)[1][0]
+
+
 @pytest.mark.parametrize("content, expected, word", [
     pytest.param(stored(Image.fromarray(RGB), icc_profile=SRGB), RGB, None, id="sRGB"),
     pytest.param(stored(Image.fromarray(RGB), icc_profile=SRGB[:200]), RGB, "cannot be read",
