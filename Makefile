@@ -70,8 +70,8 @@ bench: $(STAMP)
 compare: $(STAMP)
 	$(PY) -m common.evaluation.compare --results $(wildcard */results/small.json) --plot rd.png
 
-# --resume auto takes up a run that was interrupted; --reproduce codes Kodak with the weights just trained
-# and with the bundled ones, and prints both beside the published numbers.
+# --resume auto takes up a run that was interrupted; --reproduce codes Kodak with the weights just
+# trained and with the bundled ones, and prints both beside the published numbers.
 $(PAPERS:%=reproduce-%): reproduce-%: $(STAMP)
 	$(if $(DATASET),data=$$(realpath "$(DATASET)") && )cd $* && \
 	    ../$(PY) train.py --config $(CONFIG) --resume auto $(if $(DATASET),--dataset "$$data")

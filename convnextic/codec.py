@@ -155,7 +155,7 @@ def lmbda_of(model: ConvNeXTIC, lamb: int | None) -> dict[str, float]:
     low, high = (round(config.get(key, lamb / LMBDA_UNIT) * LMBDA_UNIT)
                  for key in ("lambda_min", "lambda_max"))
     if not low <= lamb <= high:
-        quality = next((q for q, value in enumerate(LMBDAS, 1) if lamb <= value * LMBDA_UNIT), 8)
+        quality = next((q for q, v in enumerate(LMBDAS, 1) if lamb <= round(v * LMBDA_UNIT)), 8)
         raise UserError(f"lmbda {lamb / LMBDA_UNIT:g}: these weights are trained for {low} to "
                         f"{high} (-lb), 1/{LMBDA_UNIT} each; train others with `train.py --variant "
                         f"v5_vr --quality_level {quality}` and name them with --checkpoint")

@@ -185,7 +185,8 @@ def main(argv: list[str] | None = None) -> None:
     step, best, latest = 0, math.inf, folder / "snapshots" / LATEST
     start = args.resume if args.resume not in (None, "", "auto") else None
     args.steps_before = load_weights(model, start) if start else 0
-    if start and latest.exists() and latest.parent.resolve() in Path(start).resolve().parents:
+    own = start and latest.exists() and latest.parent.resolve() in Path(start).resolve().parents
+    if processes.broadcast_flag(bool(own)):
         checkpoints.lock()  # no other process trains there
         checkpoints.release()
         set_aside(folder)
@@ -328,7 +329,8 @@ def schedule(optimizer: Any, args: argparse.Namespace) -> Any:
 
 def set_aside(folder: Path) -> None:
     """Rename the folder of a run, from whose weights another one of the same name starts."""
-    processes.broadcast_flag(True)  # wait until all processes have read the weights
+    if processes.world() > 1:  # all have read the weights
+        torch.distributed.barrier()
     if processes.rank() == 0:
         kept = next(path for n in range(1, 10**6)
                     if not (path := folder.with_name(f"{folder.name}_{n}")).exists())

@@ -1,11 +1,14 @@
 """Flags: their types and ranges, YAML files, the defaults of the source."""
 
+import importlib
 import os
+import shlex
 import sys
 import types
 from pathlib import Path
 
 from common import UserError, cli, processes
+from common.papers import papers
 
 import pytest
 import torch
@@ -130,3 +133,50 @@ def test_other_errors_of_torch_are_not_taken_for_lack_of_memory():
 def test_values_out_of_range(kind, text):
     with pytest.raises(ValueError):
         kind(text)
+
+
+@pytest.mark.parametrize("paper", papers())
+def test_dashes_and_underscores_are_alike_in_every_flag(paper):
+    for script in ("train", "eval"):
+        parser = importlib.import_module(f"{paper}.{script}").flags()
+        for name, action in parser._option_string_actions.items():
+            for other in (name[2:].replace("-", "_"), name[2:].replace("_", "-")):
+                if name.startswith("--"):
+                    known, = parser._own_spelling([f"--{other}=1"])
+                    assert parser._option_string_actions[known.removesuffix("=1")] is action
+
+
+def test_other_spelling_on_the_command_line():
+    args = cli.parse(flags(), ["--lr_schedule", "cosine", "--batch-size=3", "--no_flip",
+                               "--dataset", "--a_b-c".lstrip("-")])
+    assert (args.lr_schedule, args.batch_size, args.dataset) == ("cosine", 3, "a_b-c")
+
+
+def test_summary_is_what_one_would_type(tmp_path):
+    (tmp_path / "c.yaml").write_text("lr: 0.5\nflip: true\nmilestones: [1, 2]\n")
+    parser = flags()
+    args = cli.parse(parser, ["--config", str(tmp_path / "c.yaml"), "--batch_size", "5",
+                              "--no-graph", "--dataset", "a b", "--test_batch_size", "24"])
+    words = shlex.split(cli.summary(parser, args))
+    assert cli.parse(flags(), words) == args
+    assert "--test_batch_size" not in words and "--lr" in words  # a default; from the YAML
+    assert cli.summary(parser, cli.parse(parser := flags(), [])) == "all flags have their defaults"
+
+
+def test_flags_without_effect_say_so(tmp_path, capsys):
+    """Keys that the source's code ignores, in its YAML file and on the command line."""
+    parser = importlib.import_module("convnextic.train").flags()
+    (tmp_path / "c.yaml").write_text("log_itr: 50\nset_lr: 0\nlr_shedule_step: [200, 300]\n"
+                                     "startepoch: 90\nepochs: 150\n")
+    args = cli.parse(parser, ["--config", str(tmp_path / "c.yaml"), "--p", "0.2"])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[1].strip() for line in said] == [
+        "--log_itr", "--set_lr", "--lr_shedule_step", "--p"]
+    assert all("without effect" in line for line in said) and args.epochs == 150
+
+
+def test_cuda_without_a_gpu_is_the_cpu(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert processes.cuda_or_cpu(True, "auto") == "cpu"
+    assert "there is no GPU here" in capsys.readouterr().out
+    assert processes.cuda_or_cpu(False, "auto") == "auto" and not capsys.readouterr().out

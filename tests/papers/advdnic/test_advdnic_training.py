@@ -171,3 +171,28 @@ def test_compiled_loss_is_the_loss():
         model.entropy_bottleneck.quantize = lambda z, *_: z
         losses.append(float(RateDistortionLoss(0.01, "mse")(net(x), x)["loss"]))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_what_the_source_shows_in_tensorboard_and_traces(fit, tmp_path):
+    """An image beside its reconstruction, histograms; a trace of the whole training step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = fit("--save-profiling-steps", "1")
+    events = EventAccumulator(str(folder), size_guidance={"images": 0, "histograms": 0})
+    tags = events.Reload().Tags()
+    assert tags["images"] == ["reconstruction"]
+    assert {"eval/y", "parameters/g_a.0.weight"} <= set(tags["histograms"])
+    trace = json.loads((folder / "profile" / "0.json").read_text())["traceEvents"]
+    names = {event.get("name", "") for event in trace}
+    assert {"ConvolutionBackward0", "Optimizer.step#Adam.step"} <= names
+
+
+def test_main_continues_the_run_in_its_folder(fit, images):
+    """The source's command, given twice, as the source does; train.py asks for --resume."""
+    folder = fit()
+    with pytest.raises(UserError, match="holds the checkpoints of a run"):
+        fit("--epochs", "2")
+    main.main([f"--model-dir={folder}", "train", f"--train-data-dir={images}", "--epochs=2",
+               f"--eval-data-dir={images}", "--eval_patchsize=64", "--batchsize=2",
+               "--num-parallel-calls=0", "--random-seed=3", "--threads=1"])
+    assert (folder / "epoch_1.pth").exists()

@@ -11,9 +11,10 @@ ROOT = Path(__file__).parents[3]
 ABLATIONS = [  # option, value: each beside v1_patch
     ("resample_norm", "layernorm"), ("block_norm", "gdn"), ("block_norm", "batchnorm"),
     ("block_norm", "none"), ("depths", (3, 3, 9, 3, 3, 3)), ("decoder_dw", "convtranspose"),
-    ("kernel_size", 5), ("dw_groups", 4), ("drop_path_rate", 0.1), ("mlp_ratio", 2),
-    ("resample", "k3s2"), ("stem", "k2s2"), ("stem", "k5s2"), ("context", "scctx"),
-    ("external_attention", True), ("variable_rate", True), ("layer_scale_init", 0.1)]
+    ("kernel_size", 5), ("kernel_size", (7, 5)), ("dw_groups", 4), ("drop_path_rate", 0.1),
+    ("mlp_ratio", 2), ("resample", "k3s2"), ("stem", "k2s2"), ("stem", "k5s2"),
+    ("context", "scctx"), ("external_attention", True), ("variable_rate", True),
+    ("layer_scale_init", 0.1)]
 CASES = [(variant, {}) for variant in VARIANTS] + [("v1_patch", dict([a])) for a in ABLATIONS]
 
 

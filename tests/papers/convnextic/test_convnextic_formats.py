@@ -143,3 +143,41 @@ def test_what_is_encoded_can_be_decoded(weights):
     with parser_error as e:
         codec.main(["encode", str(weights / "in.png"), "-ph", "65536"])
     assert e.value.code == 2 and model.variable_rate
+
+
+def test_quality_and_metric_must_be_those_of_the_weights(weights, tmp_path, capsys):
+    """-q of a variable rate is its lmbda; of a fixed one, the lmbda that it was trained with."""
+    state = torch.load(weights / "v2_stride2.pt", weights_only=True)
+    state["config"] |= {"lmbda": 0.0932, "metric": "ms-ssim"}
+    torch.save(state, tmp_path / "q7.pt")
+    encode = ["encode", str(weights / "in.png"), "-o", str(tmp_path / "a.bin"), "--format",
+              "source", "--checkpoint", str(tmp_path / "q7.pt")]
+    for flags in ([], ["-q", "7"], ["-m", "ms-ssim"]):
+        codec.main([*encode, *flags])
+        assert (tmp_path / "a.bin").read_bytes()[1] == 0x16
+    with pytest.raises(UserError, match=r"-q 3: means lmbda 0.0067.* 0.0932 \(-q 7\)"):
+        codec.main([*encode, "-q", "3"])
+    with pytest.raises(UserError, match="-m mse: these weights were trained for ms-ssim"):
+        codec.main([*encode, "-m", "mse"])
+    with pytest.raises(UserError, match="v5_vr --quality_level 6` and name them"):
+        codec.main(["encode", str(weights / "in.png"), "-o", str(tmp_path / "b.bin"), "-q", "6"])
+    with pytest.raises(UserError, match="cannot read .: it is a folder"):
+        codec.main(["encode", "."])
+
+
+@pytest.mark.parametrize("form", ["ours", "source"])
+def test_patches_are_at_most_as_large_as_the_image(form, weights, tmp_path):
+    """301x250 is coded in 320x256 at most, and one side alone gives strips."""
+    encode = ["encode", str(weights / "in.png"), "--format", form, "-lb", "130", "--checkpoint",
+              str(weights / "v5_vr.pt")]
+    files = {}
+    for name, flags in (("whole", []), ("large", ["-ph", "1088", "-pw", "1408"]),
+                        ("strips", ["-ph", "128"])):
+        path = tmp_path / f"{name}.bin"
+        codec.main([*encode, *flags, "-o", str(path)])
+        files[name] = path.read_bytes()
+    assert files["large"] == files["whole"]
+    at = 10 if form == "source" else None
+    patch = (struct.unpack(">2I", files["strips"][at : at + 8]) if at else
+             struct.unpack("<2I", bitstream.unpack(files["strips"], b"cnxt").parameters[:8]))
+    assert patch == (128, 320)

@@ -190,3 +190,19 @@ def test_best_loss_begins_anew_with_refresh(run):
     torch.save(state, path)
     run("--stage", 2, "--checkpoint", path, "--refresh", 1)
     assert 0 < read(path)["best_loss"] < math.inf
+
+
+def test_stage_two_without_a_start_says_so_last(run, capsys):
+    """Right before the training, with a command that starts from trained weights and works."""
+    folder = run("--stage", 2, "--out", "a")
+    said = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(said) if line.startswith("epoch 0")) - 1
+    assert "starts from RANDOM WEIGHTS" in said[at] and "--stage 1" in said[at]
+    assert said[at - 2].startswith("--learning-rate 0.001 --num-workers 0 --batch-size 2")
+    assert f"all flags: a/{'logs/stage2/config.yaml'}" in said[at - 2]
+    command = said[at].split("`")[3].split()[2:]
+    run(*command, "--steps-per-epoch", 1, "--out", "b")
+    assert read(folder / "b" / "checkpoint.pth.tar")["config"]["stage"] == 2
+    assert "starts from" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no checkpoint to continue"):
+        run("--stage", 2, "--out", "c", "--resume")

@@ -70,23 +70,24 @@ def test_readme_commands(tmp_path, monkeypatch):
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "tbtc" / "README.md").read_text(), re.S)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("python ")]
-    assert {c[0] for c in commands} == {"train.py", "eval.py", "codec.py"}
+    assert {c[0] for c in commands} == {"train.py", "lit_train.py", "eval.py", "codec.py"}
     kodak = Image.open(data.KODAK / "kodim23.png")
-    for folder in ("clic/train", "clic/valid", "kodak"):
+    for folder in ("clic/train", "clic/valid", "coco", "kodak"):
         (tmp_path / folder).mkdir(parents=True)
         for i in range(2):
             kodak.crop((90 * i, 100, 128 + 90 * i, 230)).save(tmp_path / folder / f"{i}.png")
     kodak.crop((100, 100, 280, 165)).save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
     tiny = ("--quality XS --train_batch_size 2 --train_patch_size 64 --valid_patch_size 64 "
-            "--steps-per-epoch 1 --num_epochs 1 --num_workers 0 --precision fp32").split()
+            "--steps-per-epoch 1 --num_epochs 1 --num_workers 0 --precision fp32 --devices 0 "
+            "--no-compile").split()
     for script, *words in commands:
         words = [str(ROOT / "tbtc" / w) if w.endswith(".yaml") else w for w in words]
         words = [str(found) for w in words
                  for found in (sorted(Path().glob(w)) if "*" in w else [w])]
-        if script == "train.py":
+        if "train.py" in script:
             words += tiny if "--dataset" in words else [*tiny, "--dataset", "clic"]
         elif script == "eval.py" and not words:
             words = ["pretrained", "kodak"]
-        importlib.import_module(f"tbtc.{script.removesuffix('.py')}").main(words)
+        importlib.import_module(f"tbtc.{script.removesuffix('.py').removeprefix('lit_')}").main(words)
     assert Image.open("decoded.png").size == (180, 65)
