@@ -16,7 +16,7 @@ PAPERS := $(patsubst %/model.py,%,$(wildcard $(patsubst %/train.py,%/model.py,$(
 ABLATIONS := $(patsubst %/ablate.py,%,$(wildcard */ablate.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint bench compare clean weights $(ABLATIONS:%=ablate-%) \
+.PHONY: help setup test lint torture bench compare clean weights $(ABLATIONS:%=ablate-%) \
     $(PAPERS:%=reproduce-%) $(PAPERS:%=weights-%) $(PAPERS:%=report-%)
 
 help:
@@ -35,6 +35,7 @@ help:
 	@echo "make ablate-PAPER       train the rows of its table of variants at equal steps, write results/"
 	@echo "                        and the table (hours); PAPER is one of: $(ABLATIONS)"
 	@echo "make compare            all papers' bundled results in one table and one plot, rd.png"
+	@echo "make torture            kill a training of each paper 20 times; it must end as if nothing happened"
 	@echo "make bench              measure training and coding speed"
 	@echo "make clean              remove $(VENV) and caches"
 	@echo "PYTHON=python3.11 chooses the interpreter that $(VENV) is made with."
@@ -63,6 +64,9 @@ lint: $(STAMP)
 $(ABLATIONS:%=ablate-%): ablate-%: $(STAMP)
 	$(if $(DATASET),data=$$(realpath "$(DATASET)") && )cd $* && ../$(PY) ablate.py --publish \
 	    $(if $(DATASET),--dataset "$$data") $(if $(THREADS),--threads $(THREADS))
+
+torture: $(STAMP)
+	$(PY) tests/torture.py $(PAPERS)
 
 bench: $(STAMP)
 	$(PY) -m common.evaluation.bench $(PAPERS)
