@@ -22,9 +22,9 @@ and, for each size, the mean change of bpp + lmbda * 255^2 * MSE in percent:
     tbtc conv-charm-0.0035     6675 > 1759   -69.6   -64.6   -37.0    -6.7   -20.6   -10.1    -5.2
     tbtc conv-charm-0.0067     9319 > 2403   -69.9   -65.0   -37.0    -7.9   -20.2    -9.8    -5.1
 
-PSNR falls where the cost falls most (1.7 to 4.4 dB at 1x3000 and 700x1, 0.0 to 0.3 dB from 9x700 on):
-with the same weights, a border line that is not repeated gets fewer bits. Images whose sides are
-multiples of the step are not padded, and their files are the same.
+PSNR falls where the cost falls most (1.7 to 4.4 dB at 1x3000 and 700x1, 0.0 to 0.3 dB from 9x700
+on): with the same weights, a border line that is not repeated gets fewer bits. Images whose sides
+are multiples of the step are not padded, and their files are the same.
 """
 
 from __future__ import annotations
