@@ -9,7 +9,8 @@ import zlib
 from pathlib import Path
 
 import common
-from common import UserError, files, image_io
+from common import UserError, files, image_check, image_io
+from common.datasets import Item
 
 import numpy as np
 import pytest
@@ -32,6 +33,8 @@ def test_size_is_checked_before_pixels_are_read(tmp_path, monkeypatch):
                 pytest.raises(UserError, match=rf"bomb.png: states {width}x{height} .*cut it"):
             patch.setattr(Image.core, "new", None)  # pixels cannot be allocated
             read(path)
+        why = image_check.find_unusable([Item(path)])[0]  # before a training
+        assert f"states {width}x{height} pixels" in why
 
 
 def test_image_that_exceeds_the_memory_is_named(tmp_path, monkeypatch):
