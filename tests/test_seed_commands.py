@@ -10,12 +10,15 @@ import shutil
 import sys
 from pathlib import Path
 
-from common import data
+from common import cli, data
 
 import pytest
 import torch
 from compressai.models import Cheng2020Attention
 from PIL import Image
+
+from tbtc import train
+from tbtc.tcm import TCM
 
 ROOT = Path(__file__).parents[1]
 
@@ -122,18 +125,34 @@ TBTC_TINY = ("--quality XS --dataset dataset --train_batch_size 2 --train_patch_
 
 
 def test_tbtc(type_in):
-    type_in("tbtc", COMMENT, *TBTC_TINY, "--model", "zyc2022-conv-hyperprior", "--lmbda", "0.01")
-    type_in("tbtc", COMMENT, "--config", ROOT / "tbtc" / "tcm.yaml", *TBTC_TINY)
-    run, = Path("ckpt", "tcm-lambda=0.013-beta=None", "lightning_logs").glob("version_0")
+    type_in("tbtc", COMMENT, *TBTC_TINY, "--model", "zyc2022-conv-hyperprior", "--lmbda", "0.013")
+    logs = Path("ckpt", "zyc2022-conv-hyperprior-lambda=0.013-beta=None", "lightning_logs")
+    run = logs / "version_0"
     assert "ema ddp compile full precision TCM-L COCO2017" in (run / "hparams.yaml").read_text()
     assert (run / "model.txt").exists() and list(run.glob("events.*"))
     assert len(list((run / "checkpoints").glob("*-best.ckpt"))) == 1
-    last, = (run / "checkpoints").glob("epoch=0-loss=*-last.ckpt")
-    other, = Path("ckpt").glob("zyc*/lightning_logs/version_0/checkpoints/*-last.ckpt")
-    for model, path in (("tcm", last), ("zyc2022-conv-hyperprior", other)):
-        type_in("tbtc", f"python eval_model.py checkpoint ./dataset/Kodak  -a {model} --cuda -v "
-                f"-p '{path}'", "-d", "out")
-        assert json.loads(Path("out", f"{model}-mse-ans.json").read_text())["results"]["bpp"]
+    assert len(list((run / "checkpoints").glob("epoch=0-loss=*-last.ckpt"))) == 1
+    torch.manual_seed(0)
+    model = TCM(32, 40, 16)
+    model.update(force=True)
+    path = logs.with_name("Flickr30k") / "version_2" / "epoch=263-loss=1.6261-last.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save({"state_dict": model.state_dict()}, path)
+    type_in("tbtc", f"python eval_model.py checkpoint ./dataset/Kodak  -a tcm --cuda -v -p {path}",
+            "-d", "out")
+    assert json.loads(Path("out", "tcm-mse-ans.json").read_text())["results"]["bpp"]
+
+
+def test_tcm_yaml_is_the_recipe_of_the_fork():
+    """tbtc.md 3.1 and 4; two GPUs make the learning rate 1e-4 * 2 * 8 / 16 = 1e-4."""
+    args = cli.parse(train.flags(), ["--config", str(ROOT / "tbtc" / "tcm.yaml")])
+    fork = {"model": "tcm", "quality": "L", "lmbda": 0.013, "beta": None, "train_batch_size": 8,
+            "valid_batch_size": 1, "valid_patch_size": [256, 256], "num_workers": 16,
+            "devices": [1, 0], "num_epochs": 200, "seed": 1234, "net_lr": 1e-4, "scale_lr": True,
+            "validation_cadence": 1, "gradient_clip_norm": 2.0, "ema": True, "compile": True,
+            "precision": "32-true", "float32_matmul_precision": "high", "quantiles": "periodic",
+            "quantiles_every": 1800, "warmup": 0.01, "flip": True, "optimizer": "adam"}
+    assert {key: getattr(args, key) for key in fork} == fork
 
 
 CONVNEXTIC_TINY = ("--trainset dataset --embed_dim 4 --latent_dim 24 --depths 1 1 1 1 1 1 "

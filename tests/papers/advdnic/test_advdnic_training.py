@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from common import UserError, data
 from common.coding import image_file
@@ -196,3 +197,9 @@ def test_main_continues_the_run_in_its_folder(fit, images):
                f"--eval-data-dir={images}", "--eval_patchsize=64", "--batchsize=2",
                "--num-parallel-calls=0", "--random-seed=3", "--threads=1"])
     assert (folder / "epoch_1.pth").exists()
+
+
+@pytest.mark.parametrize("path", [".", "/"])
+def test_a_folder_is_no_image(path):
+    with pytest.raises(UserError, match="it is a folder"):
+        main.appended(Path(path), ".ncf")
