@@ -1,7 +1,7 @@
 """Train a joint autoregressive and hierarchical model.
 
     python train.py                                      the source's recipe on the bundled tiles
-    python train.py --config quick.yaml                  nine minutes on two CPU cores
+    python train.py --config quick.yaml                  six to eight minutes on two cores
     python train.py --dataset /path/to/vimeo --lmbda 0.013 --exp_version 1
     python train.py --gpu_id '0 1 2' ...                 three processes
     torchrun --nproc_per_node=4 train.py ...             the same, or on several machines

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common import cli
 from common.coding import image_file
+from common.coding.model_file import load_checkpoint
 
 import numpy as np
 import pytest
@@ -82,10 +83,12 @@ def test_readme_commands(paper, images, tmp_path):
         words = shlex.split(command.replace("/path/to/vimeo", str(images)))[1:]
         if words[0] == "train.py":
             words = [str(ROOT / paper / w) if w.endswith(".yaml") else w for w in words]
-            words = [str(ROOT / w[3:]) if w.startswith("../") else w for w in words]
             words += [*TINY, "--test_dataset", images / "test"]
-            if any(w.endswith(".pth") for w in map(str, words)):
-                words += ["--N", 48, "--M", 64]  # the weights' widths
+            if "--init_ckpt" in words:  # joint_ar's bundled weights, in place of those of its run
+                start = min((ROOT / "joint_ar" / "weights").glob("*.pth"))
+                config = load_checkpoint(start)["config"]
+                words[words.index("--init_ckpt") + 1] = start
+                words += ["--N", config["N"], "--M", config["M"]]
         elif words[0] == "eval.py":
             words = ["0" if w in ("199", "249") else w for w in words]
             words += ["--dataset_path", images / "test"]

@@ -28,4 +28,4 @@ def write_table(path: Path, name: str, table: str) -> None:
         return
     before, begin, rest = page.partition(f"{begin_of(name)}\n")
     after = rest[rest.index(END):]
-    write_atomic(path, f"{before}{begin}{table}\n\n{after}".encode())
+    write_atomic(path, f"{before}{begin}\n{table}\n\n{after}".encode())
