@@ -14,6 +14,7 @@ from pathlib import Path
 from common import UserError
 from common.datasets import Item
 from common.files import shown, write_atomic
+from common.image_io import check_size
 
 from PIL import Image
 from tqdm import tqdm
@@ -85,6 +86,7 @@ def _size(item: Item, least: tuple[int, int], whole: bool) -> list[int]:
             source = item.open()
             with Image.open(source) as image:
                 width, height = image.size
+                check_size(width, height, item.name)
                 sizes = [[height, width], [width, height]]  # EXIF may turn the image
                 fits = {not _too_small(item, size, least) for size in sizes}
                 if len(fits) == 1 and _has_its_end(source, image.format):
