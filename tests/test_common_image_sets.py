@@ -1,6 +1,7 @@
 """Curves are compared only if they are of the same images; how `make reproduce-<paper>` ends."""
 
 import argparse
+import importlib
 import math
 
 from common import UserError, data
@@ -150,24 +151,31 @@ def test_verdict():
     assert cost(0.3, 28.0, 0.0035) == pytest.approx(0.3 + 0.0035 * 255**2 * 10**-2.8)
     found = {}
     for psnr in (27.4, 27.8, 28.2, 28.6):  # costs +8.0, +2.6, -2.5, -7.0 %
-        line, = reproduction.verdict(record(psnr), record(), "quick.yaml", {})
+        line, = reproduction.verdict(record(psnr), record(), "quick.yaml")
         found[psnr] = line.split(": ")[-1]
         share = 100 * (cost(0.3, psnr, 0.0035) / cost(0.3, 28.0, 0.0035) - 1)
         assert "0.3000 bpp, 28.00 dB; the cost" in line and f"is {share:+.1f} % from it" in line
     assert list(found.values()) == ["WORSE than expected", "as expected", "as expected",
                                     "better than expected"]
-    here = {"images": data.digest(data.find_items(None))}
-    assert "as expected" in reproduction.verdict(record(), record(), "q", here)[0]
-    for other, config, words in (
-            (record(steps=10), {}, "another run, with steps 7000"),
-            (record(N=64), {}, "another run, with N 48"),
-            (record(images_digest="2 images 0"), {}, "those of Kodak, 24 images"),
-            (record(), {"images": "9 images 0"}, "on the bundled photographs"),
-            (record(), {"metric": "ms-ssim"}, "training for MSE")):
-        line, = reproduction.verdict(other, record(), "q", config)
+    for other, flag, words in (
+            (record(steps=10), "", "another run, with steps 7000"),
+            (record(N=64), "", "another run, with N 48"),
+            (record(images_digest="2 images 0"), "", "those of Kodak, 24 images"),
+            (record(), "--dataset X", "those of q without --dataset X")):
+        line, = reproduction.verdict(other, record(), "q", flag)
         assert words in line and "as expected" not in line
-    line, = reproduction.verdict(record(), None, "config.yaml", {})
+    line, = reproduction.verdict(record(), None, "config.yaml")
     assert line == "there are no expected numbers on record for config.yaml"
+
+
+@pytest.mark.parametrize("paper", papers())
+def test_other_images_and_metrics_are_other_runs(paper):
+    """--dataset, by whatever name the paper's configuration holds it."""
+    flags = importlib.import_module(f"{paper}.train").flags()
+    config = vars(flags.parse_args(["--dataset", "/x"]))
+    assert reproduction.departure(ROOT / paper, config) == "--dataset /x"
+    assert reproduction.departure(ROOT / paper, vars(flags.parse_args([]))) == ""
+    assert reproduction.departure(ROOT / paper, {"metric": "ms-ssim"}) == "--metric ms-ssim"
 
 
 def test_expected_numbers_belong_to_the_recipe():

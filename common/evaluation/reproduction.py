@@ -45,8 +45,8 @@ def conclude(args: argparse.Namespace, home: Path, checkpoints: dict[str, list[P
     for i, rate in enumerate(trained["results"]["bpp"]):
         print(f"  {_point(trained, i):45s} {rate:.4f} bpp, {trained['results']['psnr-rgb'][i]:.2f} "
               f"dB on {title(digest_of(trained))}")
-    config = load_checkpoint(checkpoint).get("config") or {}
-    for line in verdict(trained, expected(home, args.config), args.config.name, config):
+    other = departure(home, load_checkpoint(checkpoint).get("config") or {})
+    for line in verdict(trained, expected(home, args.config), args.config.name, other):
         print(f"  {line}")
     picture, words = _picture(args, home, checkpoint, trained, images)
     print(f"  picture: {_show(picture)}, {words}")
@@ -72,11 +72,20 @@ def expected(home: Path, config: Path) -> Results | None:
     return record if "expected" in record else None
 
 
-def verdict(trained: Results, record: Results | None, recipe: str, config: dict[str, Any]
-            ) -> list[str]:
+def departure(home: Path, config: dict[str, Any]) -> str:
+    """The flag by which a run of this configuration left the recipe's images or metric, or ""."""
+    parser = importlib.import_module(f"{home.name}.train").flags()
+    keys = [action.dest for action in parser._actions if "--dataset" in action.option_strings]
+    if keys and config.get(keys[0]):  # a recipe with expected numbers has the bundled photographs
+        return f"--dataset {config[keys[0]]}"
+    metric = config.get("metric") or "mse"
+    return "" if metric == "mse" else f"--metric {metric}"
+
+
+def verdict(trained: Results, record: Results | None, recipe: str, other: str = "") -> list[str]:
     """Lines that compare the results of a run with those on record for its recipe.
 
-    config: that of the run, whose "images" identify its training images.
+    other: a flag that makes it another run.
     """
     if record is None:
         return [f"there are no expected numbers on record for {recipe}"]
@@ -89,10 +98,8 @@ def verdict(trained: Results, record: Results | None, recipe: str, config: dict[
         if ours != theirs:
             return [f"the expected numbers are those of another run, with {key} "
                     f"{', '.join(map(str, theirs))}"]
-    if config.get("metric", "mse") != "mse":
-        return ["the expected numbers are those of training for MSE"]
-    if config.get("images") not in (None, data.digest(data.find_items(None))):
-        return ["the expected numbers are those of training on the bundled photographs"]
+    if other:
+        return [f"the expected numbers are those of {recipe} without {other}"]
     lines, band = [], record["expected"]["band"]
     for i in points:
         lmbda = entry(trained["meta"], "lmbda", i)
