@@ -155,7 +155,7 @@ def test_verdict():
         found[psnr] = line.split(": ")[-1]
         share = 100 * (cost(0.3, psnr, 0.0035) / cost(0.3, 28.0, 0.0035) - 1)
         assert "0.3000 bpp, 28.00 dB; the cost" in line and f"is {share:+.1f} % from it" in line
-    assert list(found.values()) == ["WORSE than expected", "as expected", "as expected",
+    assert list(found.values()) == ["worse than expected", "as expected", "as expected",
                                     "better than expected"]
     for other, flag, words in (
             (record(steps=10), "", "another run, with steps 7000"),
@@ -203,7 +203,7 @@ def test_the_end_of_reproduce(tmp_path, monkeypatch, capsys):
     reproduction.conclude(args, home, {"quick": [checkpoint], "small": []}, curves, files)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "Trained with quick.yaml: factorized/weights/small-0.0035.pth"
-    assert lines[2].split() == ["lmbda", "0.2", "0.2000", "bpp,", "27.00", "dB", "on", "1", "image"]
+    assert lines[2] == "  result: 0.2000 bpp, 27.00 dB (lmbda 0.2) on 1 image"
     assert lines[4].strip() == "the expected numbers are those of Kodak, 24 images"
     picture = data.read_image(tmp_path / "results" / "quick-photo.png")
     assert picture.shape == (3, 96, 128 + 8 + 128) and torch.equal(picture[..., :128], image)

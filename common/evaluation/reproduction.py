@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import io
 import os
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -43,8 +44,8 @@ def conclude(args: argparse.Namespace, home: Path, checkpoints: dict[str, list[P
     note = f", {count(steps)} steps" if steps else ""
     print(f"\nTrained with {args.config.name}{note}: {_show(checkpoint)}")
     for i, rate in enumerate(trained["results"]["bpp"]):
-        print(f"  {_point(trained, i):45s} {rate:.4f} bpp, {trained['results']['psnr-rgb'][i]:.2f} "
-              f"dB on {title(digest_of(trained))}")
+        print(f"  result: {rate:.4f} bpp, {trained['results']['psnr-rgb'][i]:.2f} dB "
+              f"({_point(trained, i)}) on {title(digest_of(trained))}")
     other = departure(home, load_checkpoint(checkpoint).get("config") or {})
     for line in verdict(trained, expected(home, args.config), args.config.name, other):
         print(f"  {line}")
@@ -52,7 +53,7 @@ def conclude(args: argparse.Namespace, home: Path, checkpoints: dict[str, list[P
     print(f"  picture: {_show(picture)}, {words}")
     print("Code a photograph with these weights, and decode it:")
     for words in ("encode photo.png -o photo.bin", "decode photo.bin -o decoded.png"):
-        print(f"  {_command(home)} {words} --checkpoint {checkpoint}")
+        print(f"  {_command(home)} {words} --checkpoint {shlex.quote(str(checkpoint))}")
 
 
 def _command(home: Path) -> str:
@@ -105,7 +106,7 @@ def verdict(trained: Results, record: Results | None, recipe: str, other: str = 
         lmbda = entry(trained["meta"], "lmbda", i)
         rates = [(c["results"]["bpp"][i], c["results"]["psnr-rgb"][i]) for c in (record, trained)]
         ratio = cost(*rates[1], lmbda) / cost(*rates[0], lmbda) - 1
-        word = "as" if abs(ratio) <= band else "better than" if ratio < 0 else "WORSE than"
+        word = "as" if abs(ratio) <= band else "better than" if ratio < 0 else "worse than"
         lines.append(f"expected: {rates[0][0]:.4f} bpp, {rates[0][1]:.2f} dB; the cost bpp + lmbda "
                      f"* 255² * MSE is {100 * ratio:+.1f} % from it, {100 * band:g} % are usual: "
                      f"{word} expected")
