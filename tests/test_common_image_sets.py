@@ -219,3 +219,21 @@ def test_the_end_of_reproduce(tmp_path, monkeypatch, capsys):
     assert torch.equal(data.read_image(tmp_path / "decoded.png"), picture[..., -128:])
     reproduction.conclude(args, home, {"other": [checkpoint]}, curves, files)  # --checkpoint
     assert "Trained" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number, names", [(24, ["quick", "fixed"]), (2, ["quick"])])
+def test_fixed_rate_models_of_qvrf_are_those_of_kodak(number, names, kodak, monkeypatch, capsys):
+    """Their results are only read, so they stand beside those on the same images, too."""
+    from qvrf import eval as qvrf_eval
+
+    seen = []
+    monkeypatch.setattr(qvrf_eval, "find_checkpoints", lambda args: {"quick": []})
+    monkeypatch.setattr(qvrf_eval.evaluate, "curves_of",
+                        lambda *_: [measured(kodak[:number], "quick")])
+    monkeypatch.setattr(qvrf_eval.compare, "report", lambda curves, *_: seen.extend(curves))
+    monkeypatch.setattr(qvrf_eval.reproduction, "conclude", lambda *_: None)
+    qvrf_eval.main(["--reproduce", "--config", "quick.yaml", "--device", "cpu"])
+    assert [curve["name"] for curve in seen] == names
+    out = capsys.readouterr().out
+    assert ("fixed.json is left out: it was measured on Kodak, 24 images" in out) == (number == 2)
+    assert ("BD-rate of quick" in out) == (number == 24)
