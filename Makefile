@@ -75,7 +75,8 @@ compare: $(STAMP)
 	$(PY) -m common.evaluation.compare --results $(wildcard */results/small.json) --plot rd.png
 
 # --resume auto takes up a run that was interrupted; --reproduce codes Kodak with the weights just
-# trained and with the bundled ones, and prints both beside the published numbers.
+# trained and with the bundled ones, prints both beside the published numbers, and ends with what was
+# trained and whether it is as expected.
 $(PAPERS:%=reproduce-%): reproduce-%: $(STAMP)
 	$(if $(DATASET),data=$$(realpath "$(DATASET)") && )cd $* && \
 	    ../$(PY) train.py --config $(CONFIG) --resume auto $(if $(DATASET),--dataset "$$data")

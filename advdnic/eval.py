@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common import UserError, cli, processes
 from common.complexity import complexity_of_parts
-from common.evaluation import compare, evaluate
+from common.evaluation import compare, evaluate, reproduction
 
 from advdnic.main import last_checkpoint
 from advdnic.model import EXPERIMENTS, Experiment, build, load
@@ -46,11 +46,14 @@ def main(argv: list[str] | None = None) -> None:
         print_complexity()
         return
     images = evaluate.test_images(args.dataset)
-    curves = evaluate.fixed_rate_curves(args, find(args), load, images, device, coding_device,
+    checkpoints = find(args)
+    curves = evaluate.fixed_rate_curves(args, checkpoints, load, images, device, coding_device,
                                         lambda model: {"experiment": model.experiment})
     if processes.rank() == 0:
         compare.report(curves, HERE / "results" / "published.json", images, Path(args.resultdir),
                        "advDNIC")
+        if args.reproduce:
+            reproduction.conclude(args, HERE, checkpoints, curves, images)
 
 
 def find(args: argparse.Namespace) -> dict[str, list[Path]]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from common import UserError, cli
 from common.coding.model_file import load_checkpoint
+from common.evaluation.curve_values import cost
 from common.evaluation.results import save_results
 from common.recipes.tables import write_table
 
@@ -75,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
                  "--threads", str(args.threads), *data, *extra, *ROWS[row], "--resume", "auto"]
         train.main(flags)
         found[row] = result(name, cli.parse(train.flags(), flags).quality_level)
-    print("\n" + table(found))
+    print("\n" + table(found) + "\nThe source's numbers are those of other images, crops of a test "
+          "split of Flicker: only compare the columns \"against baseline\".")
     for path in (args.output, HERE / "results" / "ablation.json" if args.publish else None):
         if path:
             save_results(path, {"name": args.name, "rows": found})
@@ -93,10 +95,6 @@ def result(name: str, quality: str) -> dict[str, float | str]:
     return {"bpp": test["bpp"], "psnr": test["psnr"], "lmbda": config["lmbda"],
             "quality": config["quality_level"], "steps": state["step"], "seed": config["seed"],
             "J": cost(test["bpp"], test["psnr"], config["lmbda"])}
-
-
-def cost(bpp: float, psnr: float, lmbda: float) -> float:
-    return bpp + lmbda * 255**2 * 10 ** (-psnr / 10)
 
 
 def table(found: dict[str, dict]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from common import UserError, cli, processes
 from common.complexity import complexity
-from common.evaluation import compare, evaluate
+from common.evaluation import compare, evaluate, reproduction
 
 import numpy as np
 
@@ -65,10 +65,13 @@ def main(argv: list[str] | None = None) -> None:
                                             args.test_batch_size, meta, rate=rate))
         return points
 
-    curves = evaluate.curves_of(find_checkpoints(args), measure)
+    checkpoints = find_checkpoints(args)
+    curves = evaluate.curves_of(checkpoints, measure)
     if processes.rank() == 0:
         compare.report(curves, HERE / "results" / "published.json", images, Path(args.resultdir),
                        "ConvNeXTIC")
+        if args.reproduce:
+            reproduction.conclude(args, HERE, checkpoints, curves, images)
 
 
 def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common import cli, processes
 from common.complexity import complexity
-from common.evaluation import compare, evaluate
+from common.evaluation import compare, evaluate, reproduction
 
 from hyperprior.model import build, load
 
@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     if processes.rank() == 0:
         compare.report(curves, HERE / "results" / "published.json", images, Path(args.resultdir),
                        args.model_name)
+        if args.reproduce:
+            reproduction.conclude(args, HERE, checkpoints, curves, images)
 
 
 def print_complexity() -> None:

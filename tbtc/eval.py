@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, cli, processes
-from common.evaluation import compare, evaluate
+from common.evaluation import compare, evaluate, reproduction
 from common.files import write_atomic
 
 from tbtc.complexity import report
@@ -80,10 +80,13 @@ def main(argv: list[str] | None = None) -> None:
                   f" parameters; {len(images)} images", flush=True)
         return [measure(model, images, name, checkpoint, args)]
 
-    curves = evaluate.curves_of(find_checkpoints(args), evaluate_weights)
+    checkpoints = find_checkpoints(args)
+    curves = evaluate.curves_of(checkpoints, evaluate_weights)
     if processes.rank() == 0:
         compare.report(curves, HERE / "results" / "published.json", images, Path(args.resultdir),
                        "TBTC")
+        if args.reproduce:
+            reproduction.conclude(args, HERE, checkpoints, curves, images)
         if args.per_image:
             print(json.dumps(curves[0]["per_image"], indent=1))
         if args.source:

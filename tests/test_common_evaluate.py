@@ -5,7 +5,7 @@ import math
 
 from common import UserError, data, metrics
 from common.coding import bitstream, image_file
-from common.evaluation import classical, compare, evaluate
+from common.evaluation import classical, compare, evaluate, image_sets
 from common.evaluation.results import (
     load_published,
     load_results,
@@ -221,9 +221,11 @@ def test_table_without_common_range(curves):
 
 def test_compare_command(curves, folder, tmp_path, capsys):
     results, published, _ = curves
-    save_results(tmp_path / "ours.json", results[0])
+    digest = image_sets.digest_of(classical.jpeg(data.list_images(folder), (50,)))
+    save_results(tmp_path / "ours.json", results[0] | {"meta": {"images_digest": digest}})
     save_results(tmp_path / "published.json", {
-        "dataset": "two", "reference": published[0]["name"], "curves": published})
+        "dataset": "three images of noise", "images_digest": digest,
+        "reference": published[0]["name"], "curves": published})
     compare.main(["--results", str(tmp_path / "ours.json"),
                   "--published", str(tmp_path / "published.json"),
                   "--dataset", str(folder), "--plot", str(tmp_path / "rd.png")])

@@ -139,6 +139,11 @@ def test_without_weights_and_results_each_command_says_so(repository, checkpoint
     out = run(repository, "eval.py", "--reproduce", "--config", "quick.yaml", "--dataset_path",
               repository / "common" / "images" / "kodak" / "kodim01.png", "--threads", "1")
     assert "small: there are no bundled weights" in out
+    end = out[out.index("Trained with quick.yaml, 20 steps: "):]  # what was trained, how to use it
+    assert "Trained with quick.yaml, 20 steps: meanscale/ckpts/quick/0/epoch_1.pth" in end
+    assert "there are no expected numbers on record for quick.yaml" in end
+    assert (repository / NAME / "results" / "quick-kodim01.png").exists()
+    assert "encode photo.png -o photo.bin --checkpoint ckpts/quick/0/epoch_1.pth" in end
     out = run(repository, "-m", "common.recipes.report", NAME, cwd=repository)
     assert out == f"{NAME}: there are no bundled weights to report\n"
     out = run(repository, "-m", "common.evaluation.bench", NAME, cwd=repository)

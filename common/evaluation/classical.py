@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cli, data, processes
+from common.evaluation.image_sets import image_digest
 from common.evaluation.results import image_record, merge_points, operating_point, save_results
 
 import PIL
@@ -51,9 +52,10 @@ def measure(codec: str, paths: list[Path], qualities: Sequence[int] | None = Non
     rows: dict[int, list[dict[str, Any]]] = {q: [] for q in qualities or default}
     for path in paths:
         x = data.read_image(path)
+        digest = image_digest(x)
         for quality, point in rows.items():
             file, decoded, encoding, decoding = coder(x, quality)
-            point.append(image_record(path.stem, x, decoded, len(file), ms_ssim)
+            point.append(image_record(path.stem, x, decoded, len(file), ms_ssim, digest)
                          | {"encoding_time": encoding, "decoding_time": decoding})
     meta = {"device": "cpu", "hardware": processes.describe_hardware(torch.device("cpu"))}
     return merge_points([

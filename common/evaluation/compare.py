@@ -3,22 +3,61 @@
     python -m common.evaluation.compare --published P.json --results A.json B.json [--plot rd.png]
 
 The `published.json` of a paper's folder holds {"dataset", "units", "reference", "curves": [...]}.
-Each curve has the form of a results JSON; "reference" names the one to compare with.
+Each curve has the form of a results JSON; "reference" names the one to compare with. Published
+curves are only shown beside results on the images that "dataset" names.
 """
 
 from __future__ import annotations
 
 import io
-import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import UserError, cli, data, metrics
-from common.evaluation import classical
+from common.evaluation import classical, image_sets
+from common.evaluation.curve_values import (
+    Results,
+    difference,
+    entry,
+    label,
+    markdown,
+    nearest,
+    number,
+    psnr_at,
+    rates_and_psnrs,
+)
 from common.evaluation.results import MEASURES, load_published, load_results, save_results
 from common.files import refuse_folder, write_atomic
 
-Results = dict[str, Any]
+
+class Others(NamedTuple):
+    """The curves that results are compared with, all measured on the same images."""
+
+    published: list[Results]  # the first one is the reference
+    jpeg: Results
+    note: str  # a line on what is left out and why, or ""
+
+
+def others(results: list[Results], published: Path | None, images: list[Path]) -> Others:
+    """JPEG measured on `images`, and those curves of a published.json that are of these images.
+
+    Raises UserError if a result states that it was measured on other images.
+    """
+    curves = load_published(published) if published and published.exists() else []
+    jpeg = classical.jpeg(images, ms_ssim=False)
+    folder = images[0] if len(images) == 1 else images[0].parent
+    stated = {curve["name"]: image_sets.digest_of(curve) for curve in results}
+    for name, digest in stated.items():
+        if digest not in (None, image_sets.digest_of(jpeg)):
+            raise UserError(f"{name}: was measured on {image_sets.title(digest)}, not on {folder}: "
+                            "name the folder of its images with --dataset")
+    note = image_sets.why_not(curves, jpeg)
+    if published and not published.exists():
+        note = f"{published}: no published results to compare with"
+    if unknown := [name for name, digest in stated.items() if digest is None]:
+        note = (f"{', '.join(unknown)} does not state its images (evaluate it again): published "
+                f"curves are left out, and JPEG is measured on {folder}.")
+    return Others([] if note else curves, jpeg, note)
 
 
 def table(results: list[Results], published: list[Results], jpeg: Results) -> str:
@@ -35,24 +74,26 @@ def table(results: list[Results], published: list[Results], jpeg: Results) -> st
 
 def _points(results: list[Results], published: list[Results], jpeg: Results) -> str:
     """A row per operating point; of the published points, only those nearest to our rates."""
-    reference = published[0] if published else jpeg
+    references = {f"dB above {jpeg['name']}": jpeg}
+    if published:
+        references["dB above ref."] = published[0]
     rates = [rate for r in results for rate in r["results"]["bpp"]]
-    lines = [["codec", "bpp", "PSNR", "MS-SSIM", f"dB above {jpeg['name']}", "dB above ref.",
-              "encode s", "decode s"]]
+    lines = [["codec", "bpp", "PSNR", "MS-SSIM", *references, "encode s", "decode s"]]
     for curve in [*results, *published]:
         values = curve["results"]
         for i, rate in enumerate(values["bpp"]):
-            if curve in published and rate not in _nearest(values["bpp"], rates):
+            if curve in published and rate not in nearest(values["bpp"], rates):
                 continue
             psnr = values["psnr-rgb"][i]
-            above = [_minus(psnr, _psnr_at(other, rate)) for other in (jpeg, reference)]
-            get = {key: _at(values, key, i) for key in MEASURES}
-            lines.append([_label(curve, i), f"{rate:.4f}", _number(psnr, ".2f"),
-                          _number(get["ms-ssim-rgb"], ".4f"), *(_number(a, "+.2f") for a in above),
-                          _number(get["encoding_time"], ".3f"),
-                          _number(get["decoding_time"], ".3f")])
-    return (f"{_markdown(lines)}\n\nref.: {reference['name']}; dB at equal rate. Published times "
-            "are those of the publishers' machines.")
+            above = [difference(psnr, psnr_at(other, rate)) for other in references.values()]
+            get = {key: entry(values, key, i) for key in MEASURES}
+            lines.append([label(curve, i), f"{rate:.4f}", number(psnr, ".2f"),
+                          number(get["ms-ssim-rgb"], ".4f"), *(number(a, "+.2f") for a in above),
+                          number(get["encoding_time"], ".3f"),
+                          number(get["decoding_time"], ".3f")])
+    notes = (f"ref.: {published[0]['name']}; dB at equal rate. Published times are those of the "
+             "publishers' machines." if published else "dB at equal rate.")
+    return f"{markdown(lines)}\n\n{notes}"
 
 
 def _same_rate(results: list[Results], others: list[Results]) -> str:
@@ -60,9 +101,9 @@ def _same_rate(results: list[Results], others: list[Results]) -> str:
     lines = [["PSNR at the same rate", "bpp", "this", *(c["name"] for c in others)]]
     for curve in results:
         for i, rate in enumerate(curve["results"]["bpp"]):
-            psnrs = [curve["results"]["psnr-rgb"][i], *(_psnr_at(c, rate) for c in others)]
-            lines.append([_label(curve, i), f"{rate:.4f}", *(_number(p, ".2f") for p in psnrs)])
-    return _markdown(lines)
+            psnrs = [curve["results"]["psnr-rgb"][i], *(psnr_at(c, rate) for c in others)]
+            lines.append([label(curve, i), f"{rate:.4f}", *(number(p, ".2f") for p in psnrs)])
+    return markdown(lines)
 
 
 def _bd_rates(results: list[Results], reference: Results) -> str:
@@ -70,7 +111,7 @@ def _bd_rates(results: list[Results], reference: Results) -> str:
     lines = []
     for curve in results:
         if len(curve["results"]["bpp"]) > 1:
-            value = metrics.bd_rate(*_curve(reference), *_curve(curve))
+            value = metrics.bd_rate(*rates_and_psnrs(reference), *rates_and_psnrs(curve))
             text = "no common range of PSNR" if value is None else f"{value:+.1f} %"
             lines.append(f"BD-rate of {curve['name']} against {reference['name']}: {text}")
     return "\n".join(lines)
@@ -87,18 +128,20 @@ def plot(results: list[Results], published: list[Results], jpeg: Results,
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     rates = [rate for r in results for rate in r["results"]["bpp"]]
     for curve, color in zip(published, matplotlib.color_sequences["Set2"] * 9, strict=False):
-        axes.plot(*_curve(curve), marker=".", linewidth=1.2, color=color, label=curve["name"])
-    axes.plot(*_curve(jpeg), "--", color="0.4", linewidth=1.2, label=f"{jpeg['name']}, measured")
+        axes.plot(*rates_and_psnrs(curve), marker=".", linewidth=1.2, color=color,
+                  label=curve["name"])
+    axes.plot(*rates_and_psnrs(jpeg), "--", color="0.4", linewidth=1.2,
+              label=f"{jpeg['name']}, measured")
     for i, curve in enumerate(results):
-        axes.plot(*_curve(curve), marker="osD^v"[i % 5], markersize=7, linewidth=2.5, zorder=3,
-                  color=matplotlib.color_sequences["tab10"][(3, 0, 2, 4, 1)[i % 5]],
-                  label=_label(curve, 0) if len(curve["results"]["bpp"]) == 1 else curve["name"])
+        axes.plot(*rates_and_psnrs(curve), marker="osD^v"[i % 5], markersize=7, linewidth=2.5,
+                  zorder=3, color=matplotlib.color_sequences["tab10"][(3, 0, 2, 4, 1)[i % 5]],
+                  label=label(curve, 0) if len(curve["results"]["bpp"]) == 1 else curve["name"])
     right = max([2 * max(rates), 1.0])
-    visible = [p for c in [*results, *published, jpeg] for b, p in zip(*_curve(c), strict=True)
-               if b <= right]
+    visible = [p for c in [*results, *published, jpeg]
+               for b, p in zip(*rates_and_psnrs(c), strict=True) if b <= right]
     axes.set(xlim=(0, right), ylim=(min(visible) - 0.5, max(visible) + 0.5),
              xlabel="bits per pixel (whole file)", ylabel="PSNR (dB), RGB, 8 bit",
-             title=f"{_at(results[0].get('meta', {}), 'images', 0) or ''} test images, mean")
+             title=f"{image_sets.title(image_sets.digest_of(results[0]))}, mean")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
     save_figure(figure, path)
@@ -129,88 +172,25 @@ def report(results: list[Results], published: Path, paths: list[Path], folder: P
 
     published: a paper's published.json; paths: the images that were coded.
     """
-    if published.exists():
-        curves = load_published(published)
-    else:
-        curves = []
-        print(f"{published}: no published results to compare with")
-    jpeg = classical.jpeg(paths, ms_ssim=False)
     for curve in results:
         stem = f"{name}-{curve['name']}".replace(" ", "-")
         save_results(folder / f"{stem}.json", curve)
         write_atomic(folder / f"{stem}.csv", _csv(curve).encode())
+    curves, jpeg, note = others(results, published, paths)
     plot(results, curves, jpeg, folder / "rd.png")
-    print(table(results, curves, jpeg), end="")
+    print(table(results, curves, jpeg) + f"\n{note}\n" * bool(note), end="")
     print(f"\nresults: {folder / name}-*; plot: {folder / 'rd.png'}")
 
 
-# -------------------------------------------------------------------------------------- helpers
 def _csv(curve: Results) -> str:
     """The table of the seminar: a row per operating point, with means over the images."""
     lines = ["lmbda,bits,bpp,psnr,ms-ssim,time(enc),time(dec)"]
     for i, rows in enumerate(curve["per_image"]):
         bits = sum(8 * row["bytes"] for row in rows) / len(rows)
-        values = [_at(curve["meta"], "lmbda", i), bits,
+        values = [entry(curve["meta"], "lmbda", i), bits,
                   *(curve["results"][key][i] for key in MEASURES[:5])]
         lines.append(",".join("" if v is None else f"{v:.8g}" for v in values))
     return "\n".join(lines) + "\n"
-
-
-def _curve(curve: Results) -> tuple[list[float], list[float]]:
-    """Rates and PSNRs, without points of infinite PSNR (identical images, null in JSON)."""
-    points = [(b, p) for b, p in zip(curve["results"]["bpp"], curve["results"]["psnr-rgb"],
-                                     strict=True) if p is not None and math.isfinite(p)]
-    return [b for b, _ in points], [p for _, p in points]
-
-
-def _psnr_at(curve: Results, rate: float) -> float | None:
-    return metrics.interpolate(*_curve(curve), rate)
-
-
-def _nearest(points: list[float], rates: list[float]) -> set[float]:
-    """Those of the rates `points` that are nearest, in ratio, to one of `rates`."""
-    return {min(points, key=lambda point: abs(math.log(point / rate))) for rate in rates}
-
-
-def _at(block: dict[str, Any], key: str, i: int) -> Any:
-    """Entry of operating point i; a value that is not a list applies to all points."""
-    value = block.get(key)
-    return value[i] if isinstance(value, list) else value
-
-
-def _label(curve: Results, i: int) -> str:
-    """Name of an operating point, with lmbda, widths and length of training."""
-    meta = {key: _at(curve.get("meta", {}), key, i)
-            for key in ("lmbda", "N", "M", "quality", "steps", "steps_source")}
-    notes = [f"{key} {meta[key]}" for key in ("lmbda", "quality") if meta[key] is not None]
-    if meta["N"]:
-        notes.append(f"N={meta['N']}, M={meta['M']}")
-    if meta["steps"]:
-        of = f" of {_count(meta['steps_source'])}" if meta["steps_source"] else ""
-        notes.append(f"{_count(meta['steps'])}{of} steps")
-    return f"{curve['name']} ({'; '.join(notes)})" if notes else curve["name"]
-
-
-def _count(number: int) -> str:
-    return f"{number / 1e6:g} M" if number % 100_000 == 0 else f"{number:,}"
-
-
-def _minus(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    """Rows of cells, the first one is the head, as a table; the first column is left-aligned."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    rows = [[line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:],
-                                                                   strict=True))]
-            for line in (lines[0], rule, *lines[1:])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -229,9 +209,10 @@ def main(argv: list[str] | None = None) -> None:
                      [str(p) for p in args.results])
     for result, name in zip(results, names, strict=True):
         result["name"] = name
-    published = load_published(args.published) if args.published else []
-    jpeg = classical.jpeg(data.list_images(args.dataset), ms_ssim=False)
-    print(table(results, published, jpeg), end="")
+    if args.published:
+        load_published(args.published)  # which must exist
+    published, jpeg, note = others(results, args.published, data.list_images(args.dataset))
+    print(table(results, published, jpeg) + f"\n{note}\n" * bool(note), end="")
     if args.plot:
         plot(results, published, jpeg, args.plot)
         print(f"\nplot: {args.plot}")

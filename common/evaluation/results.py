@@ -3,6 +3,7 @@
 A results JSON describes one codec in CompressAI's form. Each list in "results" and "meta" has one
 entry per operating point, in order of increasing rate; so has "per_image", whose entries are lists
 with a row per image. An undefined number (such as the MS-SSIM of a small image) is null.
+"images_digest" in "meta" identifies the images by their pixels (`common.evaluation.image_sets`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, metrics
+from common.evaluation import image_sets
 from common.files import read_file, write_atomic
 
 from torch import Tensor
@@ -27,10 +29,14 @@ def image_names(paths: list[Path]) -> dict[Path, str]:
 
 
 def image_record(image: str, x: Tensor, x_hat: Tensor, num_bytes: int,
-                 ms_ssim: bool = True) -> dict[str, Any]:
-    """Results of one image; x, x_hat: original and decoded image (3, H, W), uint8."""
+                 ms_ssim: bool = True, digest: str | None = None) -> dict[str, Any]:
+    """Results of one image; x, x_hat: original and decoded image (3, H, W), uint8.
+
+    digest: that of x, if it is known already.
+    """
     height, width = x.shape[-2:]
-    return {"image": image, "height": height, "width": width, "bytes": num_bytes,
+    return {"image": image, "digest": digest or image_sets.image_digest(x), "height": height,
+            "width": width, "bytes": num_bytes,
             "bpp": metrics.bpp(num_bytes, height, width), "psnr-rgb": metrics.psnr(x, x_hat),
             "ms-ssim-rgb": metrics.ms_ssim(x, x_hat) if ms_ssim else None}
 
@@ -41,8 +47,11 @@ def operating_point(name: str, description: str, rows: list[dict[str, Any]], met
     if not rows:
         raise UserError("there are no images to evaluate: name a folder that holds some")
     results = {key: [_mean([r.get(key) for r in rows])] for key in MEASURES}
+    meta = meta | {"images": len(rows)}
+    if all("digest" in row for row in rows):
+        meta["images_digest"] = image_sets.set_digest([row["digest"] for row in rows])
     return {"name": name, "description": description, "results": results,
-            "meta": {key: [value] for key, value in (meta | {"images": len(rows)}).items()},
+            "meta": {key: [value] for key, value in meta.items()},
             "per_image": [rows]}
 
 
@@ -75,7 +84,8 @@ def load_results(path: str | Path) -> dict[str, Any]:
 def load_published(path: str | Path) -> list[dict[str, Any]]:
     """Read the curves of a published.json; the one that "reference" names becomes the first.
 
-    Raises UserError if the file holds something else.
+    Each curve gets the "dataset" of the file and, in "meta", the digest of these images, if it is
+    known. Raises UserError if the file holds something else.
     """
     content = _parse(path)
     curves = content.get("curves") if isinstance(content, dict) else None
@@ -86,6 +96,9 @@ def load_published(path: str | Path) -> list[dict[str, Any]]:
     if curves and reference not in [curve["name"] for curve in curves]:
         raise UserError(f"{path}: \"reference\" must name the curve that results are compared "
                         f"with, not {json.dumps(reference)}")
+    for curve in curves:
+        curve.setdefault("dataset", content.get("dataset"))
+        curve.setdefault("meta", {}).setdefault("images_digest", image_sets.named(content))
     return sorted(curves, key=lambda curve: curve["name"] != reference)
 
 

@@ -4,7 +4,8 @@
 
 The rows of the curve are replaced in the table between `<!-- results: small -->` and `<!-- end of
 results -->` of the paper's README, and those of the paper (of the curve "small" only) in the table
-between `<!-- results -->` and `<!-- end of results -->` of the front page. Other rows are kept.
+between `<!-- results -->` and `<!-- end of results -->` of the front page. Other rows are kept. The
+last column of these tables is the PSNR of the reference that the paper's published.json names.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, cli, data
-from common.evaluation import classical, compare
-from common.evaluation.results import MEASURES, load_published, load_results, save_results
+from common.evaluation import compare, image_sets
+from common.evaluation.curve_values import difference, entry, number, psnr_at
+from common.evaluation.results import MEASURES, load_results, save_results
 from common.files import write_atomic
 from common.papers import ROOT
 from common.recipes.recipe_file import read_recipe
@@ -25,23 +27,23 @@ from common.recipes.recipe_file import read_recipe
 END = "<!-- end of results -->"
 
 
-def cells(results: dict[str, Any], reference: dict[str, Any], jpeg: dict[str, Any]
+def cells(results: dict[str, Any], reference: dict[str, Any] | None, jpeg: dict[str, Any]
           ) -> list[dict[str, str]]:
     """Cells of a row for each operating point, by the first words of the heads of their columns."""
     points = []
     for i, rate in enumerate(results["results"]["bpp"]):
-        values = {key: compare._at(results["results"], key, i) for key in MEASURES}
-        meta = {key: compare._at(results["meta"], key, i) for key in ("N", "M", "steps", "lmbda")}
+        values = {key: entry(results["results"], key, i) for key in MEASURES}
+        meta = {key: entry(results["meta"], key, i) for key in ("N", "M", "steps", "lmbda")}
         psnr = values["psnr-rgb"]
-        above = compare._minus(psnr, compare._psnr_at(jpeg, rate))
+        above = difference(psnr, psnr_at(jpeg, rate))
         points.append({
             "lmbda": "" if meta["lmbda"] is None else f"{meta['lmbda']:g}",
             "widths": f"{meta['N']}, {meta['M']}" if meta["N"] else "",
             "steps": f"{meta['steps']:,}" if meta["steps"] else "",
-            "bpp": f"{rate:.4f}", "PSNR": compare._number(psnr, ".2f"),
-            "MS-SSIM": compare._number(values["ms-ssim-rgb"], ".4f"),
+            "bpp": f"{rate:.4f}", "PSNR": number(psnr, ".2f"),
+            "MS-SSIM": number(values["ms-ssim-rgb"], ".4f"),
             "above JPEG": "-" if above is None else f"{above:+.2f} dB",
-            "reference": compare._number(compare._psnr_at(reference, rate), ".2f")})
+            "reference": number(psnr_at(reference, rate) if reference else None, ".2f")})
     return points
 
 
@@ -73,43 +75,53 @@ def replace(page: str, begin: str, name: str, labels: list[str], points: list[di
     return f"{before}{found}\n" + "\n".join(lines) + f"\n\n{end}{after}", texts
 
 
+def check_official(paper: str, digest: str | None) -> None:
+    """Raise UserError if results on these images do not belong into the tables of the READMEs."""
+    if digest not in image_sets.KNOWN.values():
+        raise UserError(f"{paper}: results on {image_sets.title(digest)} do not go to the tables "
+                        f"of {', '.join(image_sets.KNOWN)}: name another folder with --into")
+
+
+def labels(recipe: Path, paper: str, results: dict[str, Any]) -> list[str]:
+    """Name of each operating point on the front page, by the "label" in weights.yaml."""
+    curve, meta = results["name"], results["meta"]
+    options = read_recipe(recipe)["curves"].get(curve, {}) if recipe.exists() else {}
+    try:
+        return [options.get("label", paper).format(**{key: entry(meta, key, i) for key in meta})
+                for i in range(len(results["results"]["bpp"]))]
+    except (IndexError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{recipe}: curves: {curve}: label does not fit the results "
+                        f"({type(e).__name__}: {e})") from None
+
+
 def publish(root: Path, paper: str, results: dict[str, Any], into: Path | None,
             images: list[Path]) -> Path:
     """Write results and plot to `into` and return it; by default to the paper's results/, and then
-    the rows to the READMEs, too.
+    the rows to the READMEs, too, which takes results on a known set of images.
     """
     curve, official = results["name"], root / paper / "results"
     into = into or official
-    path = official / "published.json"
-    published = load_published(path) if path.exists() else []
-    if not published:
-        print(f"{path.relative_to(root)}: no published results to compare with")
-    jpeg = classical.jpeg(images, ms_ssim=False)
+    if into.resolve() == official.resolve():
+        check_official(paper, image_sets.digest_of(results))
+        front = labels(root / paper / "weights.yaml", paper, results)
+    published, jpeg, note = compare.others([results], official / "published.json", images)
+    if note:
+        print(note.replace(f"{root}/", ""))
     save_results(into / f"{curve}.json", results)
     compare.plot([results], published, jpeg, into / f"{curve}.png")
     if into.resolve() != official.resolve():
         return into
-    points = cells(results, published[0] if published else jpeg, jpeg)
-    recipe = root / paper / "weights.yaml"
-    options = read_recipe(recipe)["curves"].get(curve, {}) if recipe.exists() else {}
-    shown = options.get("rows", range(len(points)))  # a variable-rate model has many
-    try:
-        chosen = [points[i] for i in shown]
-        front = [options.get("label", paper).format(**{
-            key: compare._at(results["meta"], key, i) for key in results["meta"]}) for i in shown]
-    except (IndexError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{recipe}: curves: {curve}: label or rows do not fit the results "
-                        f"({type(e).__name__}: {e})") from None
+    points = cells(results, published[0] if published else None, jpeg)
     places = [(root / paper / "README.md", f"<!-- results: {curve} -->", curve,
                [f"{curve}, lmbda {point['lmbda']}" if point["lmbda"] else curve
                 for point in points], points)]
     if curve == "small":  # the curve that `make compare` shows
-        places.append((root / "README.md", "<!-- results -->", paper, front, chosen))
+        places.append((root / "README.md", "<!-- results -->", paper, front, points))
     lock = os.open(root, os.O_RDONLY)  # other processes may write to the front page, too
     fcntl.flock(lock, fcntl.LOCK_EX)
-    for path, begin, name, labels, listed in places:
+    for path, begin, name, names, listed in places:
         page = path.read_text()
-        new, rows = replace(page, begin, name, labels, listed)
+        new, rows = replace(page, begin, name, names, listed)
         if new != page:
             write_atomic(path, new.encode())
         if any(row not in new for row in rows):

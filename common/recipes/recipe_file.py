@@ -14,7 +14,7 @@ FILE = {"images": str, "train": dict, "eval": dict, "stages": dict, "curves": di
 TRAIN = {"dataset": WORDS, "start": WORDS, "resume": WORDS}
 STAGE = ({"steps": int, "hours": NUMBER, "folders": list, "checkpoint": str, "flags": dict},
          {"from": str, "train": dict})
-CURVE = {"files": dict}, {"bundle": bool, "evaluate": list, "label": str, "rows": list}
+CURVE = {"files": dict}, {"bundle": bool, "evaluate": list, "label": str}
 SHORT = {"steps": int, "flags": dict}
 
 
@@ -45,8 +45,6 @@ def read_recipe(path: Path) -> dict[str, Any]:
             raise UserError(f"{where}: steps: give 1 or more")
     for name, curve in content["curves"].items():
         check(curve, where := f"{path}: curves: {name}", *CURVE)
-        if any(not isinstance(row, int) or row < 0 for row in curve.get("rows", [])):
-            raise UserError(f"{where}: rows: give numbers of operating points, from 0")
         if not curve["files"]:
             raise UserError(f"{where}: files: name at least one")
         for file, stage in curve["files"].items():

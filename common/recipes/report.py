@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, cli, data
-from common.evaluation.results import load_results
+from common.evaluation import image_sets
 from common.papers import ROOT, papers
+from common.recipes import pages
 from common.recipes.jobs import environment
-from common.recipes.pages import publish
+from common.recipes.publishing import evaluate_and_publish
 from common.recipes.recipe_file import as_list, read_recipe
 
 
@@ -47,6 +48,9 @@ def bundled_curves(home: Path, known: dict[str, Any]) -> dict[str, tuple[list[Pa
 def report(root: Path, args: argparse.Namespace) -> None:
     """Evaluate and publish the bundled weights of one paper."""
     home, images = root / args.paper, data.list_images(args.dataset)
+    if args.dataset != data.KODAK and not args.into:
+        pages.check_official(args.paper, image_sets.set_digest(
+            [image_sets.image_digest(data.read_image(path)) for path in images]))
     path = home / "weights.yaml"
     recipe = read_recipe(path) if path.exists() else None
     curves = bundled_curves(home, recipe["curves"] if recipe else {})
@@ -59,20 +63,25 @@ def report(root: Path, args: argparse.Namespace) -> None:
         dataset = [*as_list(recipe["eval"]["dataset"]), str(args.dataset.resolve())]
     for name, (files, flags) in curves.items():
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "eval.py", *dataset, "--checkpoint", *map(str, files),
-                       "--resultdir", folder, "--outdir", str(Path(folder, "output")),
-                       "--threads", str(args.threads), "--device", args.device, *flags]
-            sys.stdout.flush()
-            done = subprocess.run(command, cwd=home, stderr=subprocess.PIPE, text=True,
-                                  env=environment(root))
-            results = sorted(Path(folder).glob("*.json"))
-            if done.returncode or len(results) != 1:
-                reason = (done.stderr.strip().splitlines() or ["no results file"])[-1]
-                raise UserError(f"{args.paper}: eval.py did not evaluate {name}: "
-                                f"{reason.removeprefix('error: ')}")
-            into = publish(root, args.paper, load_results(results[0]) | {"name": name}, args.into,
-                           images)
-        print(f"{args.paper}: {into / name}.json and .png are written")
+            for command in evaluate_and_publish(
+                    args.paper, name, files, Path(folder), dataset=dataset, threads=args.threads,
+                    device=args.device, flags=flags, into=args.into and args.into.resolve()):
+                if command[0] == "-m":  # pages, without another start of Python
+                    pages.main([str(word) for word in command[2:]], root)
+                else:
+                    run(command, home, root, name)
+        print(f"{args.paper}: {(args.into or home / 'results') / name}.json and .png are written")
+
+
+def run(command: list[Any], home: Path, root: Path, curve: str) -> None:
+    """Run a command in the paper's folder; UserError with its last line if it fails."""
+    sys.stdout.flush()
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=home, stderr=subprocess.PIPE,
+                          text=True, env=environment(root))
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise UserError(f"{home.name}: eval.py did not evaluate {curve}: "
+                        f"{reason.removeprefix('error: ')}")
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> None:

@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -21,6 +20,7 @@ from typing import Any
 from common import UserError, cli
 from common.files import write_atomic
 from common.recipes.jobs import Job, Settings, before, digest, file_digest, holds_files, say, show
+from common.recipes.publishing import evaluate_and_publish
 from common.recipes.recipe_file import as_list, words
 
 STEP = re.compile(r"^epoch \d+ +step (\d+).*", re.M)  # a line of log.txt
@@ -245,29 +245,23 @@ class Curve(Job):
             checkpoint = stage.result(f"the curve {self.label} needs it")
             yield ["-m", "common.recipes.export", self.paper, checkpoint, "-o", self.folder / file,
                    "--steps", stage.trained()]
-        results, images = self.folder / "results", self.settings.images
-        shutil.rmtree(results, ignore_errors=True)  # left by an interrupted evaluation
-        yield ["eval.py", *([*self.dataset, images] if images else []), "--checkpoint",
-               *(self.folder / file for file in self.files), "--resultdir", results,
-               "--outdir", self.folder / "output", "--threads", self.settings.threads,
-               "--device", self.settings.device, *self.evaluate]
-        found = sorted(results.glob("*.json"))
-        if len(found) != 1:
-            raise UserError(f"eval.py wrote {len(found)} results files to "
-                            f"{show(results, self)}, one is expected")
-        if self.bundle:
-            for file in self.files:
-                content = (self.folder / file).read_bytes()
-                write_atomic(self.home / "weights" / file, content)
-        into = self.outputs()[-1].parent
-        yield ["-m", "common.recipes.pages", self.paper, self.name, found[0], "--into", into,
-               *(["--dataset", images] if images else [])]
+        images = self.settings.images
+        yield from evaluate_and_publish(
+            self.paper, self.name, [self.folder / file for file in self.files], self.folder,
+            dataset=[*self.dataset, images] if images else [], threads=self.settings.threads,
+            device=self.settings.device, flags=self.evaluate, into=self.outputs()[-1].parent,
+            evaluated=self.copy_weights)
         print(self.output(), end="", flush=True)
         for file in self.files if self.bundle else ():
             (self.folder / file).unlink()
         self.write(definition=self.definition(), done=True,
                    ended=datetime.now().isoformat(timespec="seconds"))
         say(f"{self.label}: done: {', '.join(show(p, self) for p in self.outputs())}")
+
+    def copy_weights(self) -> None:
+        """Copy the exported files to the paper's weights/, if they are bundled."""
+        for file in self.files if self.bundle else ():
+            write_atomic(self.home / "weights" / file, (self.folder / file).read_bytes())
 
     def state(self) -> str:
         return "done" if self.done() else "to do"

@@ -5,6 +5,8 @@ import json
 import shutil
 
 from common import UserError, cli, data
+from common.evaluation import classical
+from common.evaluation.results import image_record, operating_point
 from common.recipes import jobs, pages, report, stages, weights
 from common.recipes.recipe_file import words
 
@@ -62,7 +64,7 @@ def test_rows_of_the_pages():
                                      "| x (b), quick | 4 | 4 |"]
 
 
-def test_publish_writes_what_the_pages_give(tmp_path, capsys):
+def test_publish_writes_what_the_pages_give(tmp_path, capsys, monkeypatch):
     """The bundled results of hyperprior: their own rows again; without a table they are printed."""
     results = json.loads((ROOT / "hyperprior" / "results" / "small.json").read_text())
     home = tmp_path / "hyperprior"
@@ -72,8 +74,9 @@ def test_publish_writes_what_the_pages_give(tmp_path, capsys):
     (home / "README.md").write_text("nothing\n")
     path = tmp_path / "Hyperprior-x.json"
     path.write_text(json.dumps(results | {"name": "x"}))
-    pages.main(["hyperprior", "small", str(path), "--dataset", str(data.KODAK / "kodim23.png")],
-               tmp_path)
+    jpeg = results | {"name": "JPEG", "results": {"bpp": [0.1, 1.9], "psnr-rgb": [20.0, 35.0]}}
+    monkeypatch.setattr(classical, "jpeg", lambda paths, **flags: jpeg)
+    pages.main(["hyperprior", "small", str(path)], tmp_path)
     out = capsys.readouterr().out
     assert "hyperprior/README.md has no table after <!-- results: small -->" in out
     front = (tmp_path / "README.md").read_text()
@@ -85,8 +88,7 @@ def test_publish_writes_what_the_pages_give(tmp_path, capsys):
     assert (home / "results" / "small.png").exists()
 
 
-@pytest.mark.parametrize("options", [{"label": "x, {nothing}"}, {"label": "{steps:q}"},
-                                     {"rows": [7]}])
+@pytest.mark.parametrize("options", [{"label": "x, {nothing}"}, {"label": "{steps:q}"}])
 def test_a_label_that_does_not_fit_is_one_line(options, tmp_path):
     """The curve's options in weights.yaml are named, and the pages stay as they were."""
     home = tmp_path / "hyperprior"
@@ -95,8 +97,27 @@ def test_a_label_that_does_not_fit_is_one_line(options, tmp_path):
     recipe["curves"]["small"] |= options
     (home / "weights.yaml").write_text(yaml.safe_dump(recipe))
     results = json.loads((ROOT / "hyperprior" / "results" / "small.json").read_text())
-    with pytest.raises(UserError, match="curves: small: label or rows do not fit"):
-        pages.publish(tmp_path, "hyperprior", results, None, [data.KODAK / "kodim23.png"])
+    with pytest.raises(UserError, match="curves: small: label does not fit"):
+        pages.publish(tmp_path, "hyperprior", results, None, data.list_images(data.KODAK))
+
+
+def test_other_images_do_not_reach_the_tables(tmp_path, capsys):
+    """Neither by pages nor by report; in another folder the published curves are left out."""
+    results = json.loads((ROOT / "hyperprior" / "results" / "small.json").read_text())
+    image = [data.KODAK / "kodim23.png"]
+    one = operating_point("small", "", [image_record("a", *2 * [data.read_image(image[0])], 9)], {})
+    one["results"] |= {"psnr-rgb": [40.0]}
+    for other in (one, results | {"meta": {}}):
+        with pytest.raises(UserError, match="do not go to the tables of Kodak: .*--into"):
+            pages.publish(ROOT, "hyperprior", other, None, image)
+    with pytest.raises(UserError, match="results on 1 image do not go"):
+        report.main(["hyperprior", "--dataset", str(image[0])])
+    with pytest.raises(UserError, match="was measured on Kodak, 24 images, not on .*--dataset"):
+        pages.publish(ROOT, "hyperprior", results, tmp_path, image)
+    pages.publish(ROOT, "hyperprior", one, tmp_path, image)
+    out = capsys.readouterr().out
+    assert out.startswith("Published curves are left out") and out.count("\n") == 1
+    assert (tmp_path / "small.png").exists()
 
 
 def test_report_evaluates_the_bundled_weights(tmp_path, capfd):
