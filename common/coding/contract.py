@@ -6,17 +6,19 @@ evaluation read from a model, with defaults where these make sense.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypedDict, runtime_checkable
 
 from common.coding.entropy import EntropyBottleneck
+from common.coding.names import plain_names
 
 import torch
-from compressai.entropy_models import GaussianConditional
+from compressai.entropy_models import EntropyModel, GaussianConditional
 from compressai.models import CompressionModel
 from torch import Tensor, nn
 
+TABLES = ("_quantized_cdf", "_offset", "_cdf_length")  # of an EntropyModel
 Layers = nn.Module | Sequence[nn.Module]  # one layer, or several in their order
 Run = Callable[[Layers, Tensor], Tensor]  # layers, x -> layers(x): `in_floats`, or `exact.run`
 
@@ -106,6 +108,22 @@ class Codec(CompressionModel):
         that multiplying them by a factor multiplies the scales; [] if there are none.
         """
         return []
+
+    def load_state_dict(  # type: ignore[override]  # as CompressAI's, it has no `assign`
+            self, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any:
+        """Load weights by any of their names (`names.plain_name`).
+
+        CDF tables of which the weights have nothing are left as they are; they are not weights.
+        """
+        state_dict = plain_names(state_dict)
+        for name, module in self.named_modules():
+            if isinstance(module, EntropyModel):
+                own = {f"{name}.{table}": getattr(module, table) for table in TABLES}
+                if not any(key in state_dict for key in own):
+                    state_dict |= own
+            if isinstance(module, GaussianConditional):
+                state_dict.setdefault(f"{name}.scale_table", module.scale_table)
+        return super().load_state_dict(state_dict, strict)
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Tensor], *args: Any, **options: Any) -> Codec:

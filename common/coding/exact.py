@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any
 
 from common import UserError
-from common.coding import exact_layers, exact_tables
+from common.coding import exact_layers, exact_tables, schema
 from common.coding.contract import ExactModule, Layers
 from common.coding.exact_layers import Linear, Settings
 from common.layers import mask_of
@@ -151,24 +151,23 @@ def spec(layers: nn.Module) -> dict[str, Any]:
     }
 
 
-def restore(layers: nn.Module, spec: dict[str, Any] | None) -> None:
+def restore(layers: nn.Module, spec: dict[str, Any] | None, where: str = "exact") -> None:
     """Compute with the `spec` of a checkpoint from now on; None chooses new exponents.
 
-    Raises UserError if the spec belongs to other layers or to another version of the arithmetic.
+    where: name of the spec in errors. Raises UserError if it belongs to other layers or to another
+    version of the arithmetic.
     """
     linear = _linear(layers)
     entries: list[Settings | None] = [None] * len(linear)
     if spec is not None:
-        try:
-            version, keys = spec["version"], ("grid_bits", "clamp_bits", "shifts")
-            columns = zip(*(spec[key] for key in keys), strict=True)
-            settings = [Settings(grid_bits=grid, clamp_bits=clamp, shifts=shifts)
-                        for grid, clamp, shifts in columns]
-            sizes = [s["shifts"].numel() for s in settings]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError("the fixed-point entry is damaged: use an intact checkpoint") from error
-        if version != VERSION:
+        version = spec.get("version") if isinstance(spec, dict) else None
+        if type(version) is int and version != VERSION:
             raise UserError(f"fixed-point arithmetic {version} is not known: update the code")
+        schema.check_exact(spec, where)
+        columns = [spec[key] for key in schema.EXACT[2:]]
+        settings = [Settings(grid_bits=grid, clamp_bits=clamp, shifts=shifts)
+                    for grid, clamp, shifts in zip(*columns, strict=True)]
+        sizes = [s["shifts"].numel() for s in settings]
         if sizes != [exact_layers.out_channels(layer) for layer in linear]:
             raise UserError("the fixed-point entry does not match: it has other layers or widths")
         entries = [*settings]

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-import pickle
-import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from common import UserError
-from common.coding import exact
+from common.coding import checkpoint_file, exact, schema
 from common.coding.contract import Codec, Provenance
+from common.coding.entropy import Tables
+from common.coding.names import plain_names
 from common.files import write_atomic
 
 import torch
-from torch import Tensor
+from compressai.entropy_models import EntropyModel
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 AnyCodec = TypeVar("AnyCodec", bound=Codec)
+BROKEN = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError,
+          OverflowError, ZeroDivisionError)  # what weights of impossible shapes may lead to
+WEIGHTS = ("state_dict", "network", "model_state_dict", "net")  # names of "model" elsewhere
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -29,43 +36,29 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of ours, or a bare state dict, which is returned under "model".
 
-    The prefixes `module.` and `_orig_mod.` of keys are removed. UserError if it is unreadable.
+    Weights get their plain names, without what wrappers add (`names.plain_name`). UserError if the
+    file is unreadable, or an entry is not as `schema` describes it.
     """
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as parts:  # torch.load does not check the checksums
-                if (part := parts.testzip()) is not None:
-                    raise UserError(f"{path}: damaged ({part} has another checksum): copy it again")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except UserError:
-        raise
-    except pickle.UnpicklingError:
-        raise UserError(f"{path}: not a checkpoint that can be read: give one of train.py, or a "
-                        "state dict (torch.save of tensors, no other objects)") from None
-    except Exception as e:
-        text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise UserError(f"{path}: not a checkpoint that can be read, it is damaged or cut short "
-                        f"({text[:100]})") from None
-    if not isinstance(state, dict) or not state:
+    state = checkpoint_file.read(path)
+    if not isinstance(state, Mapping) or not state:
         raise UserError(f"{path}: holds no state dict")
+    state = dict(state)
     if "model" not in state:
-        names = ("state_dict", "network", "model_state_dict")
-        other = {key: value for key, value in state.items() if key not in names}
-        weights = next((state[key] for key in names if key in state), None)
+        other = {key: value for key, value in state.items() if key not in WEIGHTS}
+        weights = next((state[key] for key in WEIGHTS if key in state), None)
         state = {"model": state} if weights is None else {"model": weights} | other
     weights = state["model"]
-    if not isinstance(weights, dict) or not all(
+    if not isinstance(weights, Mapping) or not any(
             isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
         raise UserError(f"{path}: holds no state dict")
-    for prefix in ("module.", "_orig_mod."):
-        weights = {k.removeprefix(prefix): v for k, v in weights.items()}
-    steps = state.pop("int8_steps", {})  # in files of common/recipes/export.py
-    if {k for k, v in weights.items() if v.dtype == torch.int8} != set(steps):
-        raise UserError(f"{path}: the steps of its 8-bit kernels are missing: export it again")
-    state["model"] = {k: v * steps[k] if k in steps else v.float() if v.is_floating_point() else v
-                      for k, v in weights.items()}
+    try:
+        schema.check(state)
+        steps = state.pop("int8_steps", {})  # in files of common/recipes/export.py
+        state["model"] = plain_names({
+            k: v * steps[k] if k in steps else v.float() if v.is_floating_point() else v
+            for k, v in state["model"].items()})
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
     return state
 
 
@@ -87,23 +80,63 @@ def load_model(path: str | Path, kind: type[AnyCodec], device: torch.device | st
     config = state["config"] = state.get("config") or {}
     options = {name: config[name] for name in kind.options if name in config}
     try:
-        model = kind.from_state_dict(state["model"], **options)
+        with no_larger_than(state["model"]):
+            model = kind.from_state_dict(state["model"], **options)
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
     except KeyError as e:
         raise UserError(f"{path}: not the weights of a {kind.__name__}: {e} is missing") from None
-    except RuntimeError as e:
+    except BROKEN as e:
         raise UserError(f"{path}: not the weights of a {kind.__name__}: {load_error(e)}") from None
-    if any(name.endswith("_quantized_cdf") and b.numel() == 0 for name, b in model.named_buffers()):
-        try:
-            model.update(force=True)
-        except ValueError:
-            raise UserError(f"{path}: its densities are broken (NaN?), no CDF tables fit") from None
-    for name, spec in state.get("exact", {}).items():
-        exact.restore(model.get_submodule(name), spec)
+    try:
+        model.update(scale_table_of(model))  # only tables that are missing
+        for part in model.modules():
+            if isinstance(part, EntropyModel):
+                Tables.of(part)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+    except BROKEN:
+        raise UserError(f"{path}: its densities are broken, no CDF tables fit") from None
+    if (saved := state.get("exact")) is not None:
+        if saved.keys() != set(model.exact_parts):
+            raise UserError(f"{path}: its entry exact is of {', '.join(saved) or 'no part'}, this "
+                            f"model needs {', '.join(model.exact_parts) or 'none'}")
+        for name, spec in saved.items():
+            try:
+                exact.restore(model.get_submodule(name), spec or {}, f"exact.{name}")
+            except UserError as e:
+                raise UserError(f"{path}: {e}") from None
     model.provenance = Provenance(config, *(state.get(k) for k in ("step", "epoch", "hardware")))
     return model.eval().to(  # type: ignore[call-overload]  # torch does not declare memory_format
         device, memory_format=torch.channels_last)
+
+
+@contextlib.contextmanager
+def no_larger_than(weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Raise RuntimeError as soon as a model that is built here has far more parameters.
+
+    A model gets the widths of some of its weights; if the others are smaller, it could be of any
+    size.
+    """
+    left = 4 * sum(value.numel() for value in weights.values()) + 2**20
+
+    def count(_: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal left
+        left -= parameter.numel()
+        if left < 0:
+            raise RuntimeError(f"sizes differ, at the latest at {name} {tuple(parameter.shape)}")
+
+    hook = register_module_parameter_registration_hook(count)  # before its values are drawn
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def scale_table_of(model: Codec) -> Tensor | None:
+    """The scale table that came with the weights; None for the model's own."""
+    part = getattr(model, "gaussian_conditional", None)
+    return part.scale_table if part is not None and part.scale_table.numel() else None
 
 
 def load_error(e: Exception) -> str:
