@@ -204,6 +204,8 @@ class Experiment(Codec):
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
         """Inverse of `compress`; returns {"x_hat": (B, 3, H, W) in [0, 1]}."""
         y_strings, z_strings = strings
+        entropy.Tables.of(self.gaussian_conditional).refuse_impossible(
+            y_strings, self.M * 16 * shape[0] * shape[1])
         z_hat = entropy.decode_bottleneck(self.entropy_bottleneck, z_strings, shape)
         y_hat = self._decode(y_strings, z_hat)
         return {"x_hat": self.decoded(y_hat)}

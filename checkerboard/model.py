@@ -184,9 +184,12 @@ class Checkerboard(Codec):
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
         """Inverse of `compress`; returns {"x_hat": (B, 3, H, W) in [0, 1]}."""
         *y_strings, z_strings = strings
+        tables = entropy.Tables.of(self.gaussian_conditional)
+        for string in y_strings:
+            tables.refuse_impossible(string, self.M * 8 * shape[0] * shape[1])
         z_hat = entropy.decode_bottleneck(self.entropy_bottleneck, z_strings, shape)
         params = self._params(z_hat)
-        context, tables = self._context(params), entropy.Tables.of(self.gaussian_conditional)
+        context = self._context(params)
         for string, (use_context, blocks) in zip(y_strings, self._passes(params), strict=True):
             count = self.M * sum(map(len, blocks))
             decoder = entropy.Decoders(string, count, tables)

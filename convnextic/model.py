@@ -32,6 +32,7 @@ from convnextic.variants import BASELINE, kernels_of, merged, options_of
 
 HALO = 24  # latents that g_a and g_s see on each side
 LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18)  # qualities 1 to 8
+SMALLEST_LMBDA = 1e-6  # in the header of a file
 
 
 # ------------------------------------------------------------------------------------------- model
@@ -190,8 +191,11 @@ class ConvNeXTIC(Codec):
                    lmbda: float | None = None) -> dict[str, Tensor]:
         """Inverse of `compress`; returns {"x_hat": (B, 3, H, W) in [0, 1]}."""
         *y_strings, z_strings = strings
+        tables = entropy.Tables.of(self.gaussian_conditional)
+        for string in y_strings:
+            tables.refuse_impossible(string, self.M * 16 // len(y_strings) * shape[0] * shape[1])
         z_hat = entropy.decode_bottleneck(self.entropy_bottleneck, z_strings, shape)
-        params, tables = self._params(z_hat), entropy.Tables.of(self.gaussian_conditional)
+        params = self._params(z_hat)
         decoders = self._decoders(y_strings, params, tables)
         y_hat = self._walk(params, lambda _, string, positions, indexes, means:
                            decoders[string].decode(indexes).to(means))
@@ -210,10 +214,17 @@ class ConvNeXTIC(Codec):
         return [entropy.Decoders(string, self.M * count, tables)
                 for string, count in zip(strings, counts, strict=True)]
 
-    @staticmethod
-    def read_parameters(parameters: bytes) -> dict[str, Any]:
-        """Return lmbda from the header of a variable-rate file."""
-        return {"lmbda": struct.unpack("<f", parameters)[0]} if len(parameters) == 4 else {}
+    def read_parameters(self, parameters: bytes) -> dict[str, Any]:
+        """Return lmbda from the header of a variable-rate file; UserError for an impossible one."""
+        if len(parameters) != 4 * self.variable_rate:
+            raise UserError("the file's header holds no rate of this model: encode the image again")
+        if not parameters:
+            return {}
+        lmbda, = struct.unpack("<f", parameters)
+        if not SMALLEST_LMBDA <= lmbda <= 1 / SMALLEST_LMBDA:  # false for NaN
+            raise UserError(f"the file's header states lmbda {lmbda:g}, from {SMALLEST_LMBDA:g} to "
+                            f"{1 / SMALLEST_LMBDA:g} is possible: encode the image again")
+        return {"lmbda": lmbda}
 
     def _params(self, z_hat: Tensor) -> Tensor:
         return exact.run(self.h_s, z_hat.to(self.coding_device or z_hat.device))

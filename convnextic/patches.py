@@ -79,7 +79,7 @@ def decode_patches(model: ConvNeXTIC, strings: list[bytes], size: tuple[int, int
         grid = torch.zeros(3, *full) if grid is None else grid
         grid[:, i : i + patch[0], j : j + patch[1]] = x_hat[0].cpu()
     top, left = ((g - s) // 2 * centred for g, s in zip(full, size, strict=True))
-    return grid[:, top : top + size[0], left : left + size[1]]
+    return image_file.check_decoded(grid[:, top : top + size[0], left : left + size[1]])
 
 
 def strings_of(model: ConvNeXTIC) -> int:

@@ -22,6 +22,7 @@ from compressai.models.utils import conv, deconv
 from torch import Tensor, nn
 
 BASELINE = FactorizedPrior  # same network and keys, for tests and `make bench`
+ZOO = "bmshj2018-factorized"  # its name in compressai.zoo
 
 
 def analysis(N: int, M: int) -> nn.Sequential:

@@ -25,6 +25,7 @@ from compressai.models.utils import conv, deconv
 from torch import Tensor, nn
 
 BASELINE = ScaleHyperprior  # same network and keys, for tests and `make bench`
+ZOO = "bmshj2018-hyperprior"  # its name in compressai.zoo
 
 
 def analysis(N: int, M: int) -> nn.Sequential:
@@ -120,9 +121,10 @@ class Hyperprior(Codec):
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
         """Inverse of `compress`; returns {"x_hat": (B, 3, H, W) in [0, 1]}."""
         y_strings, z_strings = strings
+        tables = entropy.Tables.of(self.gaussian_conditional)
+        tables.refuse_impossible(y_strings, self.M * 16 * shape[0] * shape[1])
         z_hat = entropy.decode_bottleneck(self.entropy_bottleneck, z_strings, shape)
-        y_hat = entropy.decode(y_strings, self._indexes(z_hat),
-                               entropy.Tables.of(self.gaussian_conditional)).to(z_hat)
+        y_hat = entropy.decode(y_strings, self._indexes(z_hat), tables).to(z_hat)
         x_hat = tiled(self.g_s, y_hat, up=16)
         return {"x_hat": x_hat.clamp_(0, 1)}
 

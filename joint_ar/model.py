@@ -25,6 +25,7 @@ from compressai.models.utils import conv, deconv
 from torch import Tensor, nn
 
 BASELINE = JointAutoregressiveHierarchicalPriors  # same network and keys, for `make bench`
+ZOO = "mbt2018"  # its name in compressai.zoo
 
 # for g_a, g_s; the report mixes GDN and GDN1, whose parameters have the same names and shapes
 ACTIVATIONS = {"paper": ((GDN, GDN, GDN), (GDN, GDN, GDN)),
@@ -152,6 +153,8 @@ class JointAutoregressive(Codec):
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
         """Inverse of `compress`; returns {"x_hat": (B, 3, H, W) in [0, 1]}."""
         y_strings, z_strings = strings
+        entropy.Tables.of(self.gaussian_conditional).refuse_impossible(
+            y_strings, self.M * 16 * shape[0] * shape[1])
         z_hat = entropy.decode_bottleneck(self.entropy_bottleneck, z_strings, shape)
         y_hat = self._decode_waves(y_strings, self._params(z_hat)).to(z_hat.device)
         x_hat = tiled(self.g_s, y_hat, up=16)

@@ -35,6 +35,8 @@ from torch import Tensor, nn
 
 BASES = {"balle": ScaleHyperprior, "minnen": JointAutoregressiveHierarchicalPriors,
          "cheng": Cheng2020Attention}
+ZOO = {"balle": "bmshj2018-hyperprior", "minnen": "mbt2018",
+       "cheng": "cheng2020-attn"}  # their names in compressai.zoo
 WIDTHS = {"balle": (192, 320), "minnen": (192, 320), "cheng": (192, 192)}  # the paper's N, M
 HALO = {"balle": 2, "minnen": 2, "cheng": 12}  # latents that g_a and g_s see on each side
 LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18, 0.36, 0.72, 1.44)
@@ -216,9 +218,10 @@ class QVRF(Codec):
         """Inverse of `compress`; returns {"x_hat": (B, 3, H, W) in [0, 1]}."""
         y_strings, z_strings = strings
         a = self.gain(s, factor)
+        tables = entropy.Tables.of(self.gaussian_conditional)
+        tables.refuse_impossible(y_strings, self.M * 16 * shape[0] * shape[1])
         z_hat = entropy.decode_bottleneck(self.entropy_bottleneck, z_strings, shape)
         params = self._params(z_hat)
-        tables = entropy.Tables.of(self.gaussian_conditional)
         if self.model == "balle":
             symbols = entropy.decode(y_strings, self._indexes(params, a), tables)
             y_hat = self._dequantize(symbols.to(params), 0.0, a).to(z_hat.device)
@@ -327,6 +330,11 @@ class QVRF(Codec):
 def initial_gain(levels: int) -> Tensor:
     """sqrt(lmbda_s / lmbda_0), for which the quantisation noise matches the multiplier."""
     return torch.tensor([math.sqrt(lmbda / LMBDAS[0]) for lmbda in LMBDAS[:levels]])
+
+
+def with_gain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a fixed-rate base, which is level 0, as those of a model of eight levels."""
+    return {**weights, "Gain": initial_gain(LEVELS[0])}
 
 
 def check_factor(factor: float) -> float:

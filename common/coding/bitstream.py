@@ -71,7 +71,7 @@ def fingerprint(model: Codec) -> bytes:
 def pack(tag: bytes, fingerprint: bytes, height: int, width: int, sections: list[bytes],
          parameters: bytes = b"") -> bytes:
     """Make a file of coded sections; UserError for images larger than the limits above."""
-    _check_size(height, width, "the image")
+    check_size(height, width, "the image")
     if len(tag) != 4 or len(fingerprint) != 8 or not sections:
         raise ValueError("tag of 4 bytes, fingerprint of 8 bytes, at least one section expected")
     numbers = [height, width, len(parameters)], [len(sections), *map(len, sections[:-1])]
@@ -104,7 +104,7 @@ def unpack(data: bytes, tag: bytes, fingerprint: bytes | None = None) -> File:
                         f"{fingerprint.hex()}: pass the right --checkpoint")
     reader = _Reader(data[:-4], FIXED)
     height, width = reader.varint(), reader.varint()
-    _check_size(height, width, "the file's header")
+    check_size(height, width, "the file's header")
     parameters = reader.take(reader.varint())
     count = reader.varint()
     if not 1 <= count <= reader.left() + 1:
@@ -148,7 +148,8 @@ def _varint(value: int) -> bytes:
     return bytes([*low, value])
 
 
-def _check_size(height: int, width: int, what: str) -> None:
+def check_size(height: int, width: int, what: str) -> None:
+    """Raise UserError for an image of a size that files cannot have."""
     if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE and height * width <= MAX_PIXELS):
         raise UserError(f"{what} states {width}x{height} pixels; 1x1 to {MAX_SIDE} a side and "
                         f"{MAX_PIXELS} in all can be coded")

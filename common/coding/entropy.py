@@ -11,24 +11,30 @@ end of a truncated string.
     symbols = decode(strings, indexes, tables)
 """
 
-import weakref
+import math
 from array import array
 from collections.abc import Sequence
 
-from common import UserError
+from common.coding.cdf_tables import (
+    BYTE_BIAS,
+    EXACTNESS,
+    PRECISION,
+    STATE_BITS,
+    SYMBOL_LIMIT,
+    TOO_SHORT,
+    Tables,
+)
 
 import numpy as np
 import torch
 from compressai import entropy_models
 from compressai.ans import BufferedRansEncoder, RansDecoder
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-PRECISION = 16  # probabilities are multiples of 2^-16
 CHUNK = 2**20  # number of symbols that are converted to Python integers at a time
-SYMBOL_LIMIT = 2**26  # the coder stores symbols outside its table with 28 bits, sign included
 MIN_SYMBOLS = 3  # with fewer, the coder's buffer is too short for its state, so we pad
-BYTE_BIAS = 128  # symbols + 128 are coded: most fit a byte, and Python caches such integers
+SUSPICIOUS = 160  # symbols per byte of a string from which the bits are counted while decoding
 
 # The decoder gets this text behind every string. After the last symbol it is in its initial state
 # and at the end of the string, so the symbols that it decodes from there on must be those of the
@@ -40,10 +46,6 @@ _INITIAL_STATE = (1 << 31).to_bytes(8, "little")
 _INTACT = RansDecoder().decode_with_indexes(
     _INITIAL_STATE + _TRAILER + bytes(64), _PROBE_INDEXES, *_PROBE
 )
-
-# The buffers of an entropy model, their versions, and the tables made of them.
-_cache: """weakref.WeakKeyDictionary[
-    nn.Module, tuple[tuple[Tensor, ...], list[int], Tables]]""" = weakref.WeakKeyDictionary()
 
 
 class EntropyBottleneck(entropy_models.EntropyBottleneck):
@@ -71,52 +73,6 @@ class EntropyBottleneck(entropy_models.EntropyBottleneck):
         return z_hat, likelihoods
 
 
-class Tables:
-    """CDF tables in the form of the coder: `rows` (lists from 0 to 65536), `lengths`, `offsets`.
-
-    Row i codes the symbols offsets[i], ..., offsets[i] + lengths[i] - 3; its last interval is the
-    escape code of all other symbols.
-    """
-
-    def __init__(self, cdf: Tensor, lengths: Tensor, offsets: Tensor):
-        """cdf: (rows, longest row); lengths, offsets: (rows,). UserError for invalid tables."""
-        self.lengths = lengths.reshape(-1).tolist()
-        self.offsets = offsets.reshape(-1).tolist()
-        if not cdf.dim() == 2 or not len(cdf) == len(self.lengths) == len(self.offsets) > 0:
-            raise UserError("the entropy model has no CDF tables: call update() before coding")
-        damaged = UserError("the CDF tables are damaged: use an intact checkpoint")
-        if not 3 <= min(self.lengths) <= max(self.lengths) <= cdf.shape[1]:
-            raise damaged
-        rows = [row[:length] for row, length in zip(cdf.cpu().numpy(), self.lengths, strict=True)]
-        if any(row[0] != 0 or row[-1] != 1 << PRECISION or np.diff(row).min() <= 0 for row in rows):
-            raise damaged
-        if max(map(abs, self.offsets)) >= SYMBOL_LIMIT:
-            raise damaged
-        self.rows = [row.tolist() for row in rows]
-        # An additional row for padding; its symbol 0 takes 2e-5 bits.
-        self.rows.append([0, (1 << PRECISION) - 1, 1 << PRECISION])
-        self.lengths.append(3)
-        self.offsets.append(0)
-        self.biased_offsets = [offset + BYTE_BIAS for offset in self.offsets]
-
-    def __len__(self) -> int:
-        return len(self.rows) - 1
-
-    @classmethod
-    def of(cls, entropy_model: entropy_models.EntropyModel) -> "Tables":
-        """Tables of a CompressAI EntropyModel, cached until its buffers change."""
-        buffers: tuple[Tensor, Tensor, Tensor] = (
-            entropy_model.quantized_cdf, entropy_model.cdf_length, entropy_model.offset)
-        versions = [b._version for b in buffers]
-        if (known := _cache.get(entropy_model)) is not None:
-            same = all(a is b for a, b in zip(known[0], buffers, strict=True))
-            if same and known[1] == versions:
-                return known[2]
-        tables = cls(*buffers)
-        _cache[entropy_model] = (buffers, versions, tables)
-        return tables
-
-
 def encode(symbols: Tensor, indexes: Tensor, tables: Tables) -> list[bytes]:
     """Code each image's symbols into one string.
 
@@ -124,6 +80,7 @@ def encode(symbols: Tensor, indexes: Tensor, tables: Tables) -> list[bytes]:
     Symbols outside the range of their row are coded with more bits, up to +-2^26. Raises ValueError
     for larger ones (such as a NaN cast to an integer) and for indexes outside the tables.
     """
+    symbols = symbols.float() if symbols.dtype == torch.bfloat16 else symbols  # under autocast
     values = symbols.detach().cpu().numpy()
     rows = _rows(indexes, values.shape, tables)
     if values.size and not -SYMBOL_LIMIT <= values.min() <= values.max() <= SYMBOL_LIMIT:
@@ -147,15 +104,18 @@ def decode(strings: list[bytes], indexes: Tensor, tables: Tables) -> Tensor:
     rows = _rows(indexes, tuple(indexes.shape), tables)
     if len(strings) != len(rows):
         raise ValueError(f"{len(strings)} strings for {len(rows)} images")
+    tables.refuse_impossible(strings, math.prod(rows.shape[1:]))
     symbols = np.empty(rows.shape, np.int32)
     for string, i, out in zip(strings, rows, symbols.reshape(len(strings), -1), strict=True):
-        _decode_one(string, i.reshape(-1), tables, out)
+        _decode_one(string, i, tables, out)
     return torch.from_numpy(symbols)
 
 
 def _rows(indexes: Tensor, shape: tuple[int, ...], tables: Tables) -> NDArray[np.int32]:
+    """indexes, broadcast to `shape`, without a copy if they are int32 on the CPU."""
     rows = indexes.detach().cpu().numpy()
-    if rows.size and not 0 <= rows.min() <= rows.max() < len(tables):
+    once = rows[tuple(slice(None if step else 1) for step in rows.strides)]  # none of them twice
+    if rows.size and not 0 <= once.min() <= once.max() < len(tables):
         raise ValueError(f"indexes outside the {len(tables)} rows of the CDF tables")
     return np.broadcast_to(rows.astype(np.int32, copy=False), shape)
 
@@ -189,29 +149,45 @@ def _decode_one(string: bytes, indexes: NDArray[np.int32], tables: Tables,
     if indexes.size == 0 and string == b"":
         return
     decoder = Decoder(string, indexes.size, tables)
+    flat = indexes.reshape(-1) if indexes.flags.c_contiguous else indexes.flat  # without a copy
     for start in range(0, indexes.size, CHUNK):
         part = slice(start, start + CHUNK)
-        out[part] = decoder.decode(indexes[part])
+        out[part] = decoder.decode(flat[part])
     decoder.finish()
 
 
 class Decoder:
-    """Decode one string in parts, for indexes that depend on symbols decoded before."""
+    """Decode one string in parts, for indexes that depend on symbols decoded before.
+
+    A string of a few bytes can hold any number of symbols if each is nearly certain, so the size in
+    a header cannot be refused in advance. But a symbol of probability p takes -log2(p) bits. When
+    the symbols have taken more bits than the string has, the rest is not decoded.
+    """
 
     def __init__(self, string: bytes, count: int, tables: Tables):
         """count: number of symbols in the string. ValueError if its length is impossible."""
         if count == 0 or len(string) < 8 or len(string) % 4:
             raise ValueError("an entropy-coded string has an impossible length")
+        tables.refuse_impossible([string], count)
+        self.count, self.tables = count, tables
+        self.bits_left = math.inf
         # The decoder does not stop at the end of its string, so zeros follow for all that it might
         # read from damaged data: 16 bits per symbol, up to 60 more for one outside the table,
         # and 15 bytes for each byte that announces a long one.
         zeros = 2 * count + 8 * min(count, CHUNK) + 16 * len(string) + 1024
-        self.count, self.tables = count, tables
+        if count > max(CHUNK, SUSPICIOUS * len(string)):
+            self.bits_left = 8 * len(string) + STATE_BITS
+            # In each call, as above. In calls before, the symbols in the tables have taken no more
+            # than the string; those outside take 4 bits at least and less than 128 bytes.
+            zeros = 10 * CHUNK + 512 * len(string) + 4096
         self.decoder = RansDecoder()
         self.decoder.set_stream(string + _TRAILER + bytes(zeros))
 
     def decode(self, indexes: NDArray[np.int32]) -> NDArray[np.int32]:
         """Decode the next symbols (n,), int32; indexes: their rows of the tables (n,), int32."""
+        if self.bits_left < math.inf and len(indexes) > CHUNK:
+            return np.concatenate([self.decode(indexes[i : i + CHUNK])
+                                   for i in range(0, len(indexes), CHUNK)])
         tables, top = self.tables, int(indexes.max()) + 1  # the coder copies all rows
         values = self.decoder.decode_stream(
             _integers(indexes), tables.rows[:top], tables.lengths[:top],
@@ -221,7 +197,23 @@ class Decoder:
             symbols = np.frombuffer(bytearray(values), np.uint8).astype(np.int32)
         except ValueError:  # some exceed one byte
             symbols = np.fromiter(values, np.int32, len(values))
-        return symbols - np.int32(BYTE_BIAS)
+        symbols -= np.int32(BYTE_BIAS)
+        if self.bits_left < math.inf:
+            self._count(symbols, indexes)
+        return symbols
+
+    def _count(self, symbols: NDArray[np.int32], indexes: NDArray[np.int32]) -> None:
+        """Subtract the bits of decoded symbols; ValueError if the string does not have them."""
+        bits = self.tables.bits
+        lengths, offsets = (np.asarray(v, np.int64) for v in (
+            self.tables.lengths, self.tables.offsets))
+        columns = symbols - offsets[indexes]
+        outside = (columns < 0) | (columns >= lengths[indexes] - 2)
+        columns[outside] = bits.shape[1] - 1
+        taken = bits[indexes, columns].sum(dtype=np.float64) + 4 * int(outside.sum())
+        self.bits_left -= EXACTNESS * float(taken)
+        if self.bits_left < 0:
+            raise ValueError(TOO_SHORT)
 
     def finish(self) -> None:
         """Call after the last symbol; ValueError if the string does not end there."""
@@ -265,7 +257,8 @@ def _channels(bottleneck: entropy_models.EntropyBottleneck, batch: int, shape: S
               ) -> Tensor:
     """Indexes (B, C, h, w) that code channel i with row i."""
     channels = len(bottleneck.quantiles)
-    return torch.arange(channels)[None, :, None, None].expand(batch, channels, *shape)
+    rows = torch.arange(channels, dtype=torch.int32)  # as `decode` reads them, without a copy
+    return rows[None, :, None, None].expand(batch, channels, *shape)
 
 
 def encode_bottleneck(bottleneck: entropy_models.EntropyBottleneck, z: Tensor) -> list[bytes]:

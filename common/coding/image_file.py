@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 FADE = 0.5  # of the continuation of an image, in neper per pixel and radian per pixel
+RANGE_SLACK = 1e-3  # of values, for rounding
 
 
 def pad(x: Tensor, multiple: int) -> Tensor:
@@ -62,12 +64,36 @@ def encode_images(model: Codec, x: Tensor, fingerprint: bytes | None = None, **r
 
     fingerprint: that of the model, if known; rate: arguments of a variable-rate `compress`.
     """
+    check_images(x)
     fingerprint = fingerprint or bitstream.fingerprint(model)
     try:
-        coded = model.compress(pad(x, model.downsampling_factor), **rate)
+        with torch.autocast(x.device.type, enabled=False):  # which the caller may be in
+            coded = model.compress(pad(x, model.downsampling_factor), **rate)
     except ValueError as e:
         raise UserError(f"the model cannot code this image: {e}") from None
     return pack_images(model, coded, x.shape[-2:], fingerprint)
+
+
+def check_images(x: Tensor) -> None:
+    """Raise UserError unless x is (B, 3, H, W), float32, in [0, 1] and of a size that files have.
+
+    Rounding may leave values 0.001 outside of [0, 1].
+    """
+    if not isinstance(x, Tensor):
+        raise UserError(f"an image is a tensor, not a {type(x).__name__}: convert it with "
+                        "common.data.to_float")
+    if x.dim() != 4 or x.shape[1] != 3 or x.numel() == 0:
+        raise UserError(f"an image has the shape (3, height, width), not {tuple(x.shape)}: permute "
+                        "its axes, repeat a grey channel or remove a fourth one")
+    if x.dtype != torch.float32:
+        raise UserError(f"an image has values of type float32, not {str(x.dtype)[6:]}: convert it "
+                        "with common.data.to_float")
+    low, high = (float(v) for v in x.aminmax())
+    if not -RANGE_SLACK <= low <= high <= 1 + RANGE_SLACK:  # false for NaN
+        raise UserError(f"an image has values from 0 to 1, not {low:g} to {high:g}: divide it by "
+                        "255, or clamp it")
+    height, width = x.shape[-2:]
+    bitstream.check_size(height, width, "the image")
 
 
 def pack_images(model: Codec, coded: Coded, size: Sequence[int], fingerprint: bytes
@@ -81,7 +107,10 @@ def pack_images(model: Codec, coded: Coded, size: Sequence[int], fingerprint: by
 
 def encode_image(model: Codec, x: Tensor, fingerprint: bytes | None = None, **rate: Any) -> bytes:
     """x (3, H, W) or (1, 3, H, W) in [0, 1] -> the file's bytes."""
-    return encode_images(model, x.reshape(1, *x.shape[-3:]), fingerprint, **rate)[0]
+    if isinstance(x, Tensor) and x.dim() == 4 and len(x) > 1:
+        raise UserError(f"one image is expected, not {len(x)}: give encode_images a batch")
+    x = x[None] if isinstance(x, Tensor) and x.dim() == 3 else x
+    return encode_images(model, x, fingerprint, **rate)[0]
 
 
 @torch.no_grad()
@@ -99,11 +128,20 @@ def decode_images(model: Codec, files: list[bytes], fingerprint: bytes | None = 
     shape = (-(-size[0] // factor), -(-size[1] // factor))  # of the last latent; not in the file
     try:
         strings = [list(s) for s in zip(*(part.sections for part in parts), strict=True)]
-        x_hat = model.decompress(strings, shape, **rate)["x_hat"]
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            x_hat = model.decompress(strings, shape, **rate)["x_hat"]
     except ValueError as e:
         raise UserError(f"the file's content does not decode ({e}): encode the image again") \
             from None
-    return crop(x_hat, size)
+    return check_decoded(crop(x_hat, size))
+
+
+def check_decoded(x_hat: Tensor) -> Tensor:
+    """Return x_hat; UserError if it holds NaN, which no image has."""
+    if not math.isfinite(float(x_hat.sum(dtype=torch.float64))):
+        raise UserError("the decoded image holds NaN: the file's rate or the weights are broken; "
+                        "encode the image again with intact ones")
+    return x_hat
 
 
 def decode_image(model: Codec, file: bytes, fingerprint: bytes | None = None) -> Tensor:
