@@ -12,14 +12,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from common import cli
-from common.coding import codec_cli
+from common.coding import codec_cli, zoo
 
-from hyperprior.model import Hyperprior, load
+from hyperprior.model import ZOO, Hyperprior, load
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, _, _ = codec_cli.flags("Code one image file.")
-    codec_cli.run(parser.parse_args(argv), Hyperprior, load, Path(__file__).parent / "weights")
+    parser, *commands = codec_cli.flags("Code one image file.")
+    for command in commands:
+        zoo.add_flag(command)
+    args = parser.parse_args(argv)
+    zoo.use(args, ZOO, Hyperprior)
+    codec_cli.run(args, Hyperprior, load, Path(__file__).parent / "weights")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ import argparse
 from pathlib import Path
 
 from common import cli, processes
+from common.coding import zoo
 from common.complexity import complexity
 from common.evaluation import compare, evaluate, reproduction
 
-from hyperprior.model import build, load
+from hyperprior.model import ZOO, Hyperprior, build, load
 
 HERE = Path(__file__).parent
 MODEL_NAMES = ("Hyperprior", "ScaleHyperprior")  # spellings of one model
@@ -35,11 +36,13 @@ def flags() -> argparse.ArgumentParser:
         help="epoch of the runs under ./ckpts; bundled weights if not given")
     add("--dataset_path", help="folder of test images; Kodak if not given")
     evaluate.add_flags(parser)
+    zoo.add_flag(parser, several=True)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
+    zoo.use(args, ZOO, Hyperprior)
     device = processes.start(args.device, threads=args.threads)
     coding_device = processes.parse_device(args.entropy_device)
     if args.complexity:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from common import UserError, cli, processes
+from common.coding import zoo
 from common.loss import RateDistortionLoss
 from common.training.checkpoints import Checkpoints, load_weights
 from common.training.cuda_graph import Recorded
@@ -32,7 +33,7 @@ from common.training.validation import check_images, validate
 import torch
 from torch import Tensor
 
-from hyperprior.model import build
+from hyperprior.model import ZOO, build
 
 MODEL_NAMES = ("Hyperprior", "ScaleHyperprior")  # spellings of one model
 WIDTHS = {"low": (128, 192), "high": (192, 320)}  # --code_rate -> N, M
@@ -72,6 +73,7 @@ def flags() -> cli.Parser:
                         help="number of hidden channels; overrides --code_rate")
     parser.add_argument("--M", type=cli.positive_int,
                         help="number of latent channels; overrides --code_rate")
+    zoo.add_flag(parser)
     parser.add_argument("--quality", type=int, choices=range(1, 9),
                         help="CompressAI's quality level of lmbda; overrides --lmbda")
     return parser
@@ -81,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = flags()
     args = cli.parse(parser, argv)
     given = cli.summary(parser, args)
+    args.init_ckpt = zoo.start(args, ZOO, args.init_ckpt)
     args.N, args.M = args.N or WIDTHS[args.code_rate][0], args.M or WIDTHS[args.code_rate][1]
     args.lmbda = LMBDAS[args.quality - 1] if args.quality else args.lmbda
     processes.launch(args.gpu_id)

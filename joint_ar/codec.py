@@ -12,14 +12,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from common import cli
-from common.coding import codec_cli
+from common.coding import codec_cli, zoo
 
-from joint_ar.model import JointAutoregressive, load
+from joint_ar.model import ZOO, JointAutoregressive, load
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, _, _ = codec_cli.flags("Code one image file.")
+    parser, *commands = codec_cli.flags("Code one image file.")
+    for command in commands:
+        zoo.add_flag(command)
     args = parser.parse_args(argv)
+    zoo.use(args, ZOO, JointAutoregressive)
     codec_cli.run(args, JointAutoregressive, load, Path(__file__).parent / "weights")
 
 

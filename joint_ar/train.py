@@ -14,6 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from common import UserError, cli, processes
+from common.coding import zoo
 from common.loss import RateDistortionLoss
 from common.training.checkpoints import Checkpoints, load_transforms, load_weights
 from common.training.cuda_graph import Recorded
@@ -32,7 +33,7 @@ from common.training.validation import check_images, validate
 import torch
 from torch import Tensor
 
-from joint_ar.model import ACTIVATIONS, QUANTIZERS, build
+from joint_ar.model import ACTIVATIONS, QUANTIZERS, ZOO, build
 
 MODEL_NAMES = ("JointAutoregressiveHierarchicalPriors", "JointAutoregressive")
 WIDTHS = {"low": (192, 192), "high": (192, 320)}  # --code_rate -> N, M
@@ -81,6 +82,7 @@ def flags() -> cli.Parser:
     parser.add_argument("--quantize", default="centred", choices=QUANTIZERS,
                         help="quantisation in validation: as in the file (centred), or as in "
                         "CompressAI's forward (rounded)")
+    zoo.add_flag(parser)
     parser.add_argument("--quality", type=int, choices=range(1, 9),
                         help="CompressAI's quality level of lmbda; overrides --lmbda")
     return parser
@@ -90,6 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = flags()
     args = cli.parse(parser, argv)
     given = cli.summary(parser, args)
+    args.init_ckpt = zoo.start(args, ZOO, args.init_ckpt)
     args.N, args.M = args.N or WIDTHS[args.code_rate][0], args.M or WIDTHS[args.code_rate][1]
     args.lmbda = LMBDAS[args.quality - 1] if args.quality else args.lmbda
     processes.launch(args.gpu_id)

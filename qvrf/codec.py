@@ -17,12 +17,12 @@ from functools import partial
 from pathlib import Path
 
 from common import UserError, cli, data, metrics
-from common.coding import bitstream, codec_cli, image_file
+from common.coding import bitstream, codec_cli, image_file, zoo
 
 from torch import Tensor
 
-from qvrf.eval import factor
-from qvrf.model import QVRF, SMALLEST_GAIN, check_factor, load
+from qvrf.eval import add_pretrained, factor
+from qvrf.model import QVRF, SMALLEST_GAIN, ZOO, check_factor, load, with_gain
 
 LEVEL = 2  # the source's
 SPREAD = 8  # factor by which the search range exceeds the gains
@@ -31,7 +31,10 @@ STEPS = 20
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, encode, _ = codec_cli.flags("Code one image file at any rate.", "balle", "base codec")
+    parser, encode, decode = codec_cli.flags("Code one image file at any rate.", "balle",
+                                             "base codec")
+    for command in (encode, decode):
+        add_pretrained(command)
     add = encode.add_mutually_exclusive_group().add_argument
     add("--level", type=int, help=f"discrete rate, 0 is the lowest; {LEVEL} if no rate is given")
     add("--factor", type=factor,
@@ -39,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--bpp", type=cli.positive_float, help="target rate of the whole file in bits per pixel")
     add("--psnr", type=cli.positive_float, help="target PSNR of the decoded image in dB")
     args = parser.parse_args(argv)
+    zoo.use(args, ZOO[args.model], QVRF, with_gain)
     weights = Path(__file__).parent / "weights"
     codec_cli.run(args, QVRF, load, weights, partial(encode_at, args=args))
 
@@ -47,11 +51,15 @@ def encode_at(model: QVRF, x: Tensor, args: argparse.Namespace) -> tuple[bytes, 
     """Encode x (3, H, W) in [0, 1]; return the file and a text about its rate."""
     if args.bpp is None and args.psnr is None:
         rate = ({"factor": check_factor(args.factor)} if args.factor is not None
-                else {"s": LEVEL if args.level is None else args.level})
+                else {"s": default_level(model) if args.level is None else args.level})
         return image_file.encode_image(model, x, **rate), ", " + describe(model, rate)
     kind, target = ("bpp", args.bpp) if args.psnr is None else ("psnr", args.psnr)
     file, value, reached = search(model, x, kind, target)
     return file, f", {describe(model, {'factor': value})}, {reached}"
+
+
+def default_level(model: QVRF) -> int:
+    return 0 if model.provenance.config.get("lmbda") else LEVEL  # 0: the one of a fixed-rate base
 
 
 def describe(model: QVRF, rate: dict[str, float]) -> str:

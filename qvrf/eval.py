@@ -20,14 +20,24 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, cli, data, metrics, processes
-from common.coding import bitstream
+from common.coding import bitstream, zoo
 from common.complexity import complexity
 from common.evaluation import compare, evaluate, reproduction
 from common.evaluation.image_sets import digest_of, title
 from common.evaluation.results import image_names, load_results
 from common.files import read_file, write_atomic
 
-from qvrf.model import FACTORS, LMBDAS, QVRF, WIDTHS, build, load
+from qvrf.model import (
+    BASES,
+    FACTORS,
+    LMBDAS,
+    QVRF,
+    WIDTHS,
+    ZOO,
+    build,
+    load,
+    with_gain,
+)
 
 HERE = Path(__file__).parent
 SWEEP = (.5, .7, .9, 1.1, 1.25, 1.45, 1.7, 2, 2.4, 2.8, 3.3, 3.8, 4, 4.6, 5.4, 5.8, 6.5, 6.8, 7.5,
@@ -65,12 +75,21 @@ def flags() -> argparse.ArgumentParser:
         help="evaluate the source's 27 factors, with --factormode 1")
     add("--name", help="name of the curve; that of the weights if not given")
     evaluate.add_flags(parser)
+    add_pretrained(parser, several=True)
     return parser
+
+
+def add_pretrained(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Add the flags for CompressAI's weights, which have one rate: level 0."""
+    zoo.add_flag(parser, several)
+    parser.add_argument("--model", choices=list(BASES), default="cheng",
+                        help="base codec of --pretrained")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
     check(args)
+    zoo.use(args, ZOO[args.model], QVRF, with_gain)
     device = processes.start(processes.cuda_or_cpu(args.cuda, args.device),
                              threads=args.threads)
     coding_device = processes.parse_device(args.entropy_device)
@@ -117,6 +136,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--factor {args.factor:g}: give a positive number, as 1.5 or 1/2.5")
     if args.sweep and args.factormode == 0:
         raise UserError("--sweep is for continuous rates: give --factormode 1 with it")
+    if args.path and args.pretrained:
+        raise UserError("--path, --pretrained: give one of them")
     if args.s is not None and args.s < 0:
         raise UserError(f"--s {args.s}: levels are counted from 0")
     if args.patch % QVRF.downsampling_factor:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, cli, data, locks, processes
+from common.coding import zoo
 from common.coding.model_file import load_checkpoint
 from common.files import write_atomic
 from common.loss import RateDistortionLoss
@@ -47,7 +48,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from qvrf.model import BASES, LEVELS, LMBDAS, QVRF, WIDTHS, build
+from qvrf.model import BASES, LEVELS, LMBDAS, QVRF, WIDTHS, ZOO, build
 from qvrf.stages import (
     BEST,
     NEWEST,
@@ -118,6 +119,7 @@ def flags() -> cli.Parser:
     add("--lmbda", type=cli.positive_float,
         help="lmbda of a fixed-rate model for comparison, trained in stage 1 only")
     add("--out", default=".", help="folder of checkpoints and logs")
+    zoo.add_flag(parser)
     add("--check_time", type=cli.minutes, default=10,
         help="minutes between checkpoints within an epoch")
     return parser
@@ -126,6 +128,9 @@ def flags() -> cli.Parser:
 def main(argv: list[str] | None = None) -> None:
     parser = flags()
     args = cli.parse(parser, argv)
+    if args.pretrained:
+        args.checkpoint = zoo.start(args, ZOO[args.model], args.checkpoint)
+        args.loadFromPretrainedSinglemodel = 1
     stages = [max(1, stage) for stage in args.stage]
     check(args, stages)
     device = processes.start(processes.cuda_or_cpu(args.cuda, args.device),
