@@ -43,15 +43,16 @@ help:
 setup: $(STAMP)
 
 # The stamp is written last, so an interrupted installation is taken up by the next `make`. After an
-# upgrade of Python or a move of this folder: `make clean`.
+# upgrade of Python or a move of this folder: `make clean`. Without --no-compile, pip spends most of
+# its time on byte code; Python writes that of the modules in use when it imports them.
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null || \
 	    { echo "error: '$(PYTHON)' is not Python 3.10, 3.11 or 3.12; name one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
 	    { echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "Installing the pinned packages into $(VENV); this takes a minute or two ..."
-	@$(PY) -m pip install -qq --disable-pip-version-check -r requirements.txt
-	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(PY) -m pip install -qq --no-compile --disable-pip-version-check -r requirements.txt
+	@$(PY) -m pip install -qq --no-compile --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 test: $(STAMP)

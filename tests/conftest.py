@@ -4,6 +4,7 @@ import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per worker, in the processes it starts, too
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads of the tests with two sleep
 
 import common  # noqa: E402, F401  (first: prepares torchvision for CompressAI)
 

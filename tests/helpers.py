@@ -5,6 +5,7 @@ from common.coding.contract import Codec
 
 import torch
 from compressai import models
+from PIL import Image
 
 
 class FactorizedPrior(models.FactorizedPrior, Codec):
@@ -13,6 +14,17 @@ class FactorizedPrior(models.FactorizedPrior, Codec):
 
 class ScaleHyperprior(models.ScaleHyperprior, Codec):
     tag = b"test"
+
+
+def cut_kodak(folder, counts, width, height):
+    """Write crops of a Kodak image, `counts` of them in each subfolder: {"train": 2, "test": 1}."""
+    with Image.open(data.KODAK / "kodim23.png") as kodak:
+        for sub, count in counts.items():
+            (folder / sub).mkdir()
+            for i in range(count):
+                box = (200 + 90 * i, 100, 200 + 90 * i + width, 100 + height)
+                kodak.crop(box).save(folder / sub / f"{i}.png")
+    return folder
 
 
 def photo(path, height=40, width=48, seed=0):

@@ -13,8 +13,10 @@ from common import cli
 from common.coding import image_file
 from common.coding.model_file import load_checkpoint
 
+import forks
 import numpy as np
 import pytest
+from helpers import cut_kodak
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -28,11 +30,12 @@ TINY = ("--epoch 1 --steps-per-epoch 2 --batch_size 2 --patch-size 64 --N 4 --M 
 
 def run(paper, *command, cwd):
     """A script of a paper folder, started elsewhere, so that nothing is written into it."""
-    script = str(ROOT / paper / command[0])
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    done = subprocess.run([sys.executable, script, *map(str, command[1:])], cwd=cwd, text=True,
-                          env=environment, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    script = ROOT / paper / command[0]
+    if "--gpu_id" in command:  # the processes that train.py would start by itself
+        forks.run_ranks(len(command[command.index("--gpu_id") + 1].split()), script, *command[1:],
+                        cwd=cwd)
+    else:
+        forks.run(script, *command[1:], cwd=cwd)
 
 
 @pytest.fixture
@@ -55,12 +58,8 @@ def refused(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """photo.png and folders of two small photographs, cut from Kodak."""
-    folder = tmp_path_factory.mktemp("images")
+    folder = cut_kodak(tmp_path_factory.mktemp("images"), {"train": 2, "test": 2}, 96, 70)
     kodak = Image.open(ROOT / "common" / "images" / "kodak" / "kodim23.png")
-    for sub in ("train", "test"):
-        (folder / sub).mkdir()
-        for i in range(2):
-            kodak.crop((200 + 90 * i, 100, 296 + 90 * i, 170)).save(folder / sub / f"{i}.png")
     kodak.crop((100, 100, 197, 165)).save(folder / "photo.png")
     return folder
 
@@ -204,15 +203,12 @@ def test_blank_images_are_evaluated(tmp_path, monkeypatch, capsys):
 
 
 def test_no_compiler_means_no_compilation(images, tmp_path):
-    environment = dict(os.environ, CXX="/nonexistent", PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1",
-                       TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    environment = {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     tiny = [word for word in TINY if word != "--no-compile"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "factorized" / "train.py", *tiny, "--compile", "--dataset", images,
-         "--test_dataset", images / "test"], cwd=tmp_path, env=environment, text=True,
-        capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "training without --compile" in done.stdout
+    output, _ = forks.run(ROOT / "factorized" / "train.py", *tiny, "--compile", "--dataset",
+                              images, "--test_dataset", images / "test", cwd=tmp_path,
+                              libraries=environment)
+    assert "training without --compile" in output
 
 
 def test_export_makes_weights_that_code_alike(images, tmp_path, monkeypatch):

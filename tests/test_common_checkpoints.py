@@ -2,14 +2,13 @@
 
 import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 from common import UserError, files
 from common.files import write_atomic
 from common.training.checkpoints import Checkpoints, epoch_checkpoints, newest
 
+import forks
 import pytest
 import torch
 
@@ -45,10 +44,8 @@ def test_full_disk_while_saving(tmp_path):
         "save_checkpoint(path, {'x': torch.zeros(10)})\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "cli.run(lambda: save_checkpoint(path, {'x': torch.zeros(100_000)}))\n")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True,
-                          capture_output=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: cannot write a.pth") and done.stderr.count("\n") == 1
+    _, errors = forks.run("-c", code, cwd=tmp_path, status=2)
+    assert errors.startswith("error: cannot write a.pth") and errors.count("\n") == 1
     assert torch.equal(torch.load(tmp_path / "a.pth")["x"], torch.zeros(10))
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
 

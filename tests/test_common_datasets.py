@@ -1,14 +1,13 @@
 """Finding the images of a data set, and the crops of a run."""
 
 import io
-import subprocess
-import sys
 import tarfile
 import zlib
 from pathlib import Path
 
 from common import UserError, data
 
+import forks
 import pytest
 import torch
 from helpers import photo
@@ -235,7 +234,6 @@ def test_error_in_a_loader_process_is_one_line(items):
               f"    crops = data.Crops([data.Item(Path({str(items[6].path)!r}))], 45)\n"
               "    next(iter(data.loader(crops, 0, 1, 2, num_workers=1)))\n"
               "cli.run(main)\n")
-    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2
-    lines = run.stderr.splitlines()
+    _, errors = forks.run("-c", script, cwd=ROOT, status=2)
+    lines = errors.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"error: {items[6].path}: 44x46 is smaller")

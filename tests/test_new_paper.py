@@ -5,12 +5,11 @@ a temporary copy of the repository, without a change outside its folder.
 """
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 from setuptools import find_packages
 
@@ -89,10 +88,7 @@ def images(tmp_path_factory):
 
 def run(root, *words, cwd=None):
     """Output of a Python command in the copy; its error output is shown when it fails."""
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=cwd or root / NAME, text=True,
-                          capture_output=True, env=os.environ | {"PYTHONPATH": str(root)})
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    return forks.run(*words, cwd=cwd or root / NAME, root=root)[0]
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +147,9 @@ def test_without_weights_and_results_each_command_says_so(repository, checkpoint
 
 
 def test_its_codec_names_the_missing_weights(repository, images):
-    done = subprocess.run([sys.executable, "codec.py", "encode", images / "0.png"], text=True,
-                          cwd=repository / NAME, capture_output=True,
-                          env=os.environ | {"PYTHONPATH": str(repository)})
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "holds no bundled weights" in done.stderr
+    _, errors = forks.run("codec.py", "encode", images / "0.png", status=2, root=repository,
+                              cwd=repository / NAME)
+    assert errors.count("\n") == 1 and "holds no bundled weights" in errors
 
 
 def test_nothing_outside_the_folder_was_touched(repository, checkpoint):

@@ -7,9 +7,6 @@ that such a folder trains, codes and evaluates.
 import copy
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from common import UserError, data
@@ -18,6 +15,7 @@ from common.coding.contract import Codec
 from common.papers import papers
 from common.recipes.recipe_file import as_list, read_recipe
 
+import forks
 import pytest
 import torch
 
@@ -87,9 +85,8 @@ def test_fingerprint_survives_a_copy(model):
 def test_file_decodes_here_and_elsewhere(paper, coded, tmp_path):
     """In another process, with other instructions: the same image, but for the rounding of g_s."""
     call(paper, "codec", "decode", coded, "-o", tmp_path / "here.png")
-    slow = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "default"}
-    subprocess.run([sys.executable, "codec.py", "decode", coded, "-o", tmp_path / "there.png"],
-                   cwd=ROOT / paper, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)} | slow)
+    forks.run("codec.py", "decode", coded, "-o", tmp_path / "there.png", cwd=ROOT / paper,
+                  libraries={"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "default"})
     here, there = (data.read_image(tmp_path / f"{name}.png").int() for name in ("here", "there"))
     assert here.shape == (3, 77, 101)
     assert (here - there).abs().max() <= 1

@@ -1,4 +1,4 @@
-"""make weights, killed at ten moments and called again: the same weights files."""
+"""make weights, killed at many moments and called again: the same weights files."""
 
 import contextlib
 import io
@@ -76,7 +76,7 @@ def test_interrupted_at_ten_moments(root, make, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_hyperprior_interrupted_at_ten_moments(tmp_path):
+def test_hyperprior_interrupted_at_five_moments(tmp_path):
     """The short form of the real chain ends with the same weights files, bit for bit."""
     (tmp_path / "images").mkdir()
     kodak = Image.open(data.KODAK / "kodim23.png")
@@ -101,8 +101,8 @@ def test_hyperprior_interrupted_at_ten_moments(tmp_path):
     argv, out = ["--short", "--images", tmp_path / "images"], tmp_path / "out"
     whole = runner(tmp_path / "straight", *argv, output=out)
     folder = tmp_path / "killed" / "hyperprior" / "ckpts" / "short"
-    moments = [(folder / "13" / "stage.json").exists, after(1), after(2),
-               *((folder / "13" / f"epoch_{i}.pth").exists for i in range(5)),
+    moments = [(folder / "13" / "stage.json").exists,
+               *((folder / "13" / f"epoch_{i}.pth").exists for i in (0, 3)),
                (folder / "small" / "output.txt").exists,
                (folder / "small" / "small-0.013.pth").exists]
     killed = [kill_when(runner(tmp_path / "killed", *argv, output=out), moment, tmp_path / "killed")

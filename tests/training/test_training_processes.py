@@ -10,8 +10,9 @@ from common.loss import RateDistortionLoss
 from common.training.network import prepare_network
 from common.training.optimizers import make_optimizers
 
+import forks
 import torch
-from training_cases import ROOT, assert_equal, load, process
+from training_cases import ROOT, assert_equal, command, load, process
 
 from hyperprior.model import Hyperprior
 
@@ -46,9 +47,7 @@ def test_two_processes_resume_exactly(images, tmp_path):
     first = load(tmp_path, 0)
     assert len(first["rng"]) == 2 and not torch.equal(*(r["cpu"] for r in first["rng"]))
     (tmp_path / "ckpts" / "Hyperprior" / "0" / "epoch_0.pth").unlink()
-    resumed = process(images, tmp_path, *flags, "--resume")
-    _, errors = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, errors[-2000:]
+    forks.run_ranks(2, *command(images, *flags, "--resume"), cwd=tmp_path)
     assert_equal(first, load(tmp_path, 0))
     again = process(images, tmp_path, *flags)
     _, errors = again.communicate(timeout=120)

@@ -1,10 +1,8 @@
 """Flags, processes and comparisons that the tests of training share."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -12,12 +10,14 @@ TINY = ("--steps-per-epoch 6 --batch_size 2 --patch-size 64 --N 4 --M 6 --precis
         "--seed 3 --lr 0.001").split()
 
 
-def process(images, cwd, *flags, threads=1, paper="hyperprior"):
-    command = [sys.executable, ROOT / paper / "train.py", *TINY, "--dataset", images,
-               "--test_dataset", images / "test", *flags]
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS=str(threads))
-    return subprocess.Popen(list(map(str, command)), cwd=cwd, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def process(images, cwd, *flags, paper="hyperprior"):
+    """train.py of a paper in a process of its own."""
+    return forks.start(*command(images, *flags, paper=paper), cwd=cwd)
+
+
+def command(images, *flags, paper="hyperprior"):
+    return (ROOT / paper / "train.py", *TINY, "--dataset", images, "--test_dataset",
+            images / "test", *flags)
 
 
 def assert_equal(a, b, where="checkpoint"):

@@ -1,15 +1,13 @@
 """advDNIC: every experiment trains, resumes and codes; optimisers, decays, starting weights."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from common import UserError, data
 from common.coding import image_file
 from common.loss import RateDistortionLoss
 
+import forks
 import pytest
 import torch
 from advdnic_cases import ROOT, photograph, tiny
@@ -145,29 +143,24 @@ def test_experiment_is_in_the_folder_s_name(images, tmp_path):
 
 
 def test_two_processes(images, tmp_path):
-    def run(folder, count):
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}",
-                   "--master_port", "29617", "train.py", "--model-dir", str(tmp_path / folder),
-                   "--num_filters", "8", "--train-data-dir", str(images), "--eval-data-dir",
-                   str(images), "--eval-patchsize", "64", "--patchsize", "64", "--batchsize", "2",
-                   "--epochs", "2", "--num-parallel-calls", "0", "--random-seed", "1",
-                   "--precision", "fp32", "--threads", "1"]
-        subprocess.run(command, cwd=ROOT / "advdnic", check=True, env={
-            **os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
-        return torch.load(tmp_path / folder / "epoch_1.pth", weights_only=True)
-
-    found = run("two", 2)
+    """As torchrun starts them."""
+    forks.run_ranks(
+        2, "train.py", "--model-dir", tmp_path / "two", "--num_filters", "8", "--train-data-dir",
+        images, "--eval-data-dir", images, "--eval-patchsize", "64", "--patchsize", "64",
+        "--batchsize", "2", "--epochs", "2", "--num-parallel-calls", "0", "--random-seed", "1",
+        "--precision", "fp32", "--threads", "1", cwd=ROOT / "advdnic")
+    found = torch.load(tmp_path / "two" / "epoch_1.pth", weights_only=True)
     assert found["step"] == 4 and all(v.isfinite().all() for v in found["model"].values()
                                       if v.is_floating_point())
 
 
 def test_compiled_loss_is_the_loss():
-
+    """As torch.compile traces it; without generating C++, which takes far longer."""
     x = photograph(64, 64)
     losses = []
     for compiled in (False, True):
         model = tiny("variant2").train()
-        net = torch.compile(model) if compiled else model
+        net = torch.compile(model, backend="aot_eager") if compiled else model
         model.gaussian_conditional.quantize = lambda y, *_: y
         model.entropy_bottleneck.quantize = lambda z, *_: z
         losses.append(float(RateDistortionLoss(0.01, "mse")(net(x), x)["loss"]))

@@ -4,7 +4,7 @@ from common import data
 
 import pytest
 from convnextic_cases import TINY
-from PIL import Image
+from helpers import cut_kodak
 
 from convnextic import train
 
@@ -17,13 +17,7 @@ def x():
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dataset")
-    kodak = Image.open(data.KODAK / "kodim23.png")
-    for sub in ("train", "test"):
-        (folder / sub).mkdir()
-        for i in range(2):
-            kodak.crop((200 + 90 * i, 100, 360 + 90 * i, 240)).save(folder / sub / f"{i}.png")
-    return folder
+    return cut_kodak(tmp_path_factory.mktemp("dataset"), {"train": 2, "test": 2}, 160, 140)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from common import data
 
 import pytest
-from PIL import Image
+from helpers import cut_kodak
 from qvrf_cases import BASES, TINY, tiny
 
 from qvrf import train
@@ -27,13 +27,7 @@ def x():
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dataset")
-    kodak = Image.open(data.KODAK / "kodim23.png")
-    for sub, count in (("train", 3), ("test", 2)):
-        (folder / sub).mkdir()
-        for i in range(count):
-            kodak.crop((200 + 90 * i, 100, 296 + 90 * i, 190)).save(folder / sub / f"{i}.png")
-    return folder
+    return cut_kodak(tmp_path_factory.mktemp("dataset"), {"train": 3, "test": 2}, 96, 90)
 
 
 @pytest.fixture

@@ -1,16 +1,14 @@
 """QVRF: stages killed and resumed, the loss falls, the flags of train.py."""
 
 import contextlib
-import os
 import signal
-import subprocess
-import sys
 import time
 
 from common import UserError
 from common.training.checkpoints import Checkpoints
 from common.training.optimizers import make_optimizers
 
+import forks
 import pytest
 import torch
 from qvrf_cases import ROOT, TINY, read
@@ -76,10 +74,8 @@ def test_killed_stage_two_resumes_bit_for_bit(images, run, tmp_path):
              "--steps-per-epoch", 60, "-e", 2, "--check_time", 0]
 
     def process(out, *more):
-        command = [sys.executable, ROOT / "qvrf" / "train.py", *flags, "--out", out, *more]
-        return subprocess.Popen(list(map(str, command)), cwd=tmp_path, text=True,
-                                env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return forks.start(ROOT / "qvrf" / "train.py", *flags, "--out", out, *more,
+                               cwd=tmp_path)
 
     whole, part = process("whole"), process("part")
     newest = tmp_path / "part" / "checkpoint.pth.tar"

@@ -1,9 +1,7 @@
 """Fixtures of the tests of TBTC: a data set and train.py on it, in an empty folder."""
 
-from common import data
-
 import pytest
-from PIL import Image
+from helpers import cut_kodak
 from tbtc_cases import TINY
 
 from tbtc import train
@@ -11,13 +9,7 @@ from tbtc import train
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dataset")
-    kodak = Image.open(data.KODAK / "kodim23.png")
-    for sub in ("train", "valid"):
-        (folder / sub).mkdir()
-        for i in range(2):
-            kodak.crop((200 + 90 * i, 100, 300 + 90 * i, 190)).save(folder / sub / f"{i}.png")
-    return folder
+    return cut_kodak(tmp_path_factory.mktemp("dataset"), {"train": 2, "valid": 2}, 100, 90)
 
 
 @pytest.fixture

@@ -1,14 +1,13 @@
 """TBTC: every model trains and codes; names of a run, resume, averages, schedules, flags."""
 
 import re
-import subprocess
-import sys
 
 from common import UserError, cli
 from common.coding import image_file
 from common.loss import RateDistortionLoss
 from common.training.network import can_compile
 
+import forks
 import pytest
 import torch
 import yaml
@@ -130,12 +129,9 @@ def test_compiled_loss_is_the_loss():
 
 def test_two_processes(images, tmp_path):
     script = ROOT / "tbtc" / "train.py"
-    done = subprocess.run(
-        [sys.executable, str(script), *TINY, "--model", "zyc2022-conv-charm", "--devices", "0",
-         "1", "--accelerator", "cpu", "--dataset_directory", str(images), "--num_epochs", "1",
-         "--ema", "--scale_lr", "--threads", "1"],
-        cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    forks.run(script, *TINY, "--model", "zyc2022-conv-charm", "--devices", "0", "1",
+                  "--accelerator", "cpu", "--dataset_directory", images, "--num_epochs", "1",
+                  "--ema", "--scale_lr", "--threads", "1", cwd=tmp_path)
     state = read(last(tmp_path / "ckpt" / NAME / "lightning_logs" / "version_0"))
     assert state["step"] == 3 and len(state["rng"]) == 2
 
