@@ -122,6 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     net = prepare_network(model, args.compile)
     optimizer, aux_optimizer = make_optimizers(model, args.optimizer, args.lr, args.aux_lr)
     scheduler = make_scheduler(optimizer, args.lr_schedule, args.epoch, args.milestones)
+    # R + lmbda * D in bits per pixel, with D = 255^2 * MSE as in CompressAI
     criterion = RateDistortionLoss(args.lmbda, args.metric)
 
     # the run, from its beginning or from a checkpoint
@@ -145,6 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.zero_grad()
         aux_optimizer.zero_grad()
         losses["loss"].backward()
+        # the source clips the gradient at norm 1; the quantiles have their own loss below
         grad_norm = torch.nn.utils.clip_grad_norm_(
             main_parameters(model).values(), args.clip_max_norm)
         run.check({**losses, "grad_norm": grad_norm})
@@ -163,6 +165,7 @@ def main(argv: list[str] | None = None) -> None:
             run.end_step({**values, "lr": learning_rate(optimizer)}, best=best)
 
         line, means = run.end_epoch()
+        # the source's plateau follows the loss of one batch, which is noise; here, the epoch's mean
         scheduler.step(*([means["loss"]] if args.lr_schedule == "plateau" else []))
         run.settle()
         if (epoch + 1) % args.test_every == 0 or run.is_last_epoch:
