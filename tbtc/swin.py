@@ -242,9 +242,7 @@ class Stage(nn.Module):
         self.downsample = resample
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x if self.downsample is None else self.downsample(x)
+        return self.exact(x, in_floats)
 
     def exact(self, x: Tensor, run: Run) -> Tensor:
         x = run(self.blocks, x)
@@ -284,10 +282,7 @@ class SwinSynthesis(nn.Module):
             for i, (dim, depth, o) in enumerate(zip(dims, depths, outs, strict=True)))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
-        for stage in self.layers:
-            x = stage(x)
-        return x.permute(0, 3, 1, 2)
+        return self.exact(x, in_floats)
 
     def exact(self, x: Tensor, run: Run) -> Tensor:
         return run(self.layers, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
