@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from common import cli, data
+from common import UserError, cli, data
 from common.coding import exact, image_file
 from common.files import write_atomic
 from common.papers import ROOT, papers
@@ -87,7 +87,12 @@ def main(argv: list[str] | None = None) -> None:
     rows = {}
     for paper in args.papers or papers():
         for weights in sorted((ROOT / paper / "weights").glob("*.pth")):
-            if sizes := measure(paper, weights, images):
+            try:
+                sizes = measure(paper, weights, images)
+            except UserError as e:  # a variable rate without a default
+                print(f"{paper}/{weights.stem}: left out ({e})")
+                continue
+            if sizes:
                 rows[f"{paper}/{weights.stem}"] = sizes
                 changes = "".join(f"  {rule} {100 * (size / sizes['nearest'] - 1):+.2f} %"
                                   for rule, size in sizes.items() if rule != "nearest")
