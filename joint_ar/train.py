@@ -114,6 +114,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.patch_size % model.downsampling_factor:
         raise UserError(f"--patch-size {args.patch_size} is not a multiple of "
                         f"{model.downsampling_factor}")
+    if args.init_ckpt and args.init_transforms:
+        raise UserError("--init_transforms beside a checkpoint of the whole model (--init_ckpt, "
+                        "--pretrained): give one of them")
     args.steps_before = 0
     if args.init_ckpt:
         args.steps_before = load_weights(model, args.init_ckpt)

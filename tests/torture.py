@@ -3,8 +3,8 @@
     python tests/torture.py                    every paper, 20 kills each (`make torture`)
     python tests/torture.py qvrf --kills 5 --seed 2
 
-For each paper, the first stage of the short form of its weights.yaml is trained twice: once without
-interruption, and once killed with SIGKILL and continued with --resume auto again and again. The
+For each paper, a stage of the short form of its weights.yaml, the first that starts from random
+weights if there is one, is trained twice: once without interruption, and once killed with SIGKILL and continued with --resume auto again and again. The
 weights and the lines of the logs of both must be equal, and no temporary file may be left.
 """
 
@@ -34,15 +34,16 @@ EPOCHS = 12  # of three steps or so, each of which ends with a checkpoint
 
 
 def command(paper: str) -> tuple[Stage, list[str]]:
-    """The first stage of a paper's short form, and its command line, with more epochs."""
+    """A stage of a paper's short form, and its command line, with more epochs."""
     plan = Plan(Settings(ROOT, "short", None, "", 1, "cpu", None), [])
-    name = next(iter(plan.content(paper)["stages"]))
+    stages = plan.content(paper)["stages"]
+    name = next((name for name in stages if "from" not in stages[name]), next(iter(stages)))
     stage = plan.stage(paper, name)
     settings = Settings(ROOT, "short", None, "", 1, "cpu", str(ROOT / "common/images/kodak"))
     flags = {key: Stage.fill(value, settings) for key, value in stage.flags.items()}
-    for key in ("epoch", "epochs"):
-        if key in flags:
-            flags[key] = EPOCHS
+    phases = len(flags["stage"]) if isinstance(flags.get("stage"), list) else 1  # of one run
+    length = next(key for key in ("epoch", "epochs", "num_epochs") if key in flags)
+    flags[length] = EPOCHS // phases
     if "config" in flags:
         flags["config"] = str(ROOT / paper / flags["config"])
     return stage, [*words(flags), "--resume", "auto", "--device", "cpu", "--threads", "1"]
@@ -101,6 +102,8 @@ def torture(paper: str, kills: int, seed: int) -> int:
             met += os.WIFSIGNALED(os.waitpid(child, 0)[1])
         if os.waitpid(start(paper, argv, killed), 0)[1]:
             raise UserError(f"{paper}: does not go on after {met} kills: {tail(killed)}")
+        if not met:
+            raise UserError(f"{paper}: every training ended before it was killed")
         (weights, lines), (others, other_lines) = final(stage, whole), final(stage, killed)
         if weights.keys() != others.keys() or not all(
                 torch.equal(weights[key], others[key]) for key in weights):

@@ -17,6 +17,7 @@ from common.training.optimizers import check_finite, learning_rate, load_optimiz
 import torch
 import torch.distributed as dist
 import yaml
+from torch import nn
 
 
 def load_weights(model: Codec, path: str | Path) -> int:
@@ -61,15 +62,18 @@ def load_transforms(model: Codec, path: str | Path) -> int:
     if width < model.M:
         raise UserError(f"{path}: its latent has {width} channels, fewer than --M {model.M}")
     kept = state[last[0]].flatten(1).norm(dim=1).topk(model.M).indices.sort().values
+    first = next(key for key in own if key.startswith("g_s.") and own[key].dim() == 4)
+    synthesis = model.get_submodule(first.removesuffix(".weight"))
+    latent = {last[0]: 0, last[0].removesuffix("weight") + "bias": 0,  # dimension of the channels
+              first: 0 if isinstance(synthesis, nn.ConvTranspose2d) else 1}
+    new = {key: state[key].index_select(latent[key], kept) if key in latent else state[key]
+           for key in own}
     for key, value in own.items():
-        new = state[key]
-        for dim, size in enumerate(new.shape):
-            if size == width != value.shape[dim]:
-                new = new.index_select(dim, kept)
-        if new.shape != value.shape:
+        if new[key].shape != value.shape:
             raise UserError(f"{path}: {key} has the shape {tuple(state[key].shape)}, this model's "
                             f"has {tuple(value.shape)}")
-        value.copy_(new)
+    for key, value in own.items():
+        value.copy_(new[key])
     return steps_of(whole)
 
 

@@ -49,10 +49,12 @@ def test_a_wider_latent_loses_the_channels_that_are_off(tmp_path: Path) -> None:
     torch.testing.assert_close(model.g_s(y[:, kept]), other.g_s(y_hat))
 
 
-@pytest.mark.parametrize(("N", "M", "message"), [(8, 16, "fewer than --M 16"),
-                                                 (16, 12, "this model's has")])
-def test_other_widths_are_refused(tmp_path: Path, N: int, M: int, message: str) -> None:
-    path, _ = saved(tmp_path, 8, 12)
+@pytest.mark.parametrize(("widths", "N", "M", "message"), [
+    ((8, 12), 8, 16, "fewer than --M 16"), ((8, 12), 16, 12, "this model's has"),
+    ((12, 12), 8, 8, "this model's has")])  # where N = M, hidden channels are not latent ones
+def test_other_widths_are_refused(tmp_path: Path, widths: tuple[int, int], N: int, M: int,
+                                  message: str) -> None:
+    path, _ = saved(tmp_path, *widths)
     with pytest.raises(UserError, match=message):
         load_transforms(JointAutoregressive(N, M), path)
 
