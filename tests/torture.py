@@ -4,8 +4,9 @@
     python tests/torture.py qvrf --kills 5 --seed 2
 
 For each paper, a stage of the short form of its weights.yaml, the first that starts from random
-weights if there is one, is trained twice: once without interruption, and once killed with SIGKILL and continued with --resume auto again and again. The
-weights and the lines of the logs of both must be equal, and no temporary file may be left.
+weights if there is one, is trained twice: once without interruption, and once killed with SIGKILL
+and continued with --resume auto again and again. The weights and the lines of the logs of both must
+be equal, and no temporary file may be left.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from common import UserError, cli
 from common.coding.model_file import load_checkpoint
 from common.papers import ROOT, papers
 from common.recipes.jobs import Settings
-from common.recipes.recipe_file import words
+from common.recipes.recipe_file import as_list, words
 from common.recipes.stages import Stage
 from common.recipes.weights import Plan
 
@@ -46,7 +47,8 @@ def command(paper: str) -> tuple[Stage, list[str]]:
     flags[length] = EPOCHS // phases
     if "config" in flags:
         flags["config"] = str(ROOT / paper / flags["config"])
-    return stage, [*words(flags), "--resume", "auto", "--device", "cpu", "--threads", "1"]
+    resume = as_list(stage.train["resume"])
+    return stage, [*words(flags), *resume, "--device", "cpu", "--threads", "1"]
 
 
 def start(paper: str, argv: list[str], folder: Path) -> int:
