@@ -16,7 +16,7 @@ PAPERS := $(patsubst %/model.py,%,$(wildcard $(patsubst %/train.py,%/model.py,$(
 ABLATIONS := $(patsubst %/ablate.py,%,$(wildcard */ablate.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint torture bench compare clean weights $(ABLATIONS:%=ablate-%) \
+.PHONY: help setup test lint torture fuzz bench compare clean weights $(ABLATIONS:%=ablate-%) \
     $(PAPERS:%=reproduce-%) $(PAPERS:%=weights-%) $(PAPERS:%=report-%)
 
 help:
@@ -36,6 +36,8 @@ help:
 	@echo "                        and the table (hours); PAPER is one of: $(ABLATIONS)"
 	@echo "make compare            all papers' bundled results in one table and one plot, rd.png"
 	@echo "make torture            kill a training of each paper 20 times; it must end as if nothing happened"
+	@echo "make fuzz               decode 100,000 mutated files, load 500 malformed checkpoints (ten minutes);"
+	@echo "                        each must end in an error of one line, or in an image"
 	@echo "make bench              measure training and coding speed"
 	@echo "make clean              remove $(VENV) and caches"
 	@echo "PYTHON=python3.11 chooses the interpreter that $(VENV) is made with."
@@ -68,6 +70,9 @@ $(ABLATIONS:%=ablate-%): ablate-%: $(STAMP)
 
 torture: $(STAMP)
 	$(PY) tests/torture.py $(PAPERS)
+
+fuzz: $(STAMP)
+	$(PY) tests/fuzz.py --jobs $(WORKERS)
 
 bench: $(STAMP)
 	$(PY) -m common.evaluation.bench $(PAPERS)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from convnextic.model import LMBDAS, ConvNeXTIC, load
 from convnextic.patches import PATCH, check_area, clamped, cut, decode_patches
-from convnextic.source_format import METRICS, grown, pack_source, unpack_source
+from convnextic.source_format import METRICS, SourceFile, grown, pack_source, unpack_source
 
 WEIGHTS = Path(__file__).parent / "weights"
 MODELS = ("cnexTIC", "nic")  # the source's files store the index; only 0 is used
@@ -170,16 +170,25 @@ def decode_source(args: argparse.Namespace) -> None:
         raise UserError(f"{args.input}: is empty: encode the image again")
     path = args.checkpoint or WEIGHTS / f"small-{BUNDLED}.pth"
     model = load(path, device)
+    output = args.output or args.input.with_suffix(codec_cli.DECODED)
+    codec_cli.refuse_same(args.input, output)
+    try:
+        parts, x_hat = decode_source_file(model, file)
+    except UserError as e:
+        raise UserError(f"{args.input}, with {path}: {e}") from None
+    data.write_image(x_hat, output)
+    print(f"{output}: decoded from {args.input}, quality {parts.quality}, {parts.metric}")
+
+
+def decode_source_file(model: ConvNeXTIC, file: bytes) -> tuple[SourceFile, Tensor]:
+    """The header of a file in the source's format, and its image x_hat (3, H, W)."""
     parts = unpack_source(file, model.variable_rate)
     area = parts.patch or grown(parts.size)
     if tuple(s // model.downsampling_factor for s in area) != parts.shape:
-        raise UserError(f"{args.input}: z of {parts.shape[0]}x{parts.shape[1]} does not fit an "
-                        f"image of {parts.size[1]}x{parts.size[0]} and {path}")
-    output = args.output or args.input.with_suffix(codec_cli.DECODED)
-    codec_cli.refuse_same(args.input, output)
+        raise UserError(f"z of {parts.shape[0]}x{parts.shape[1]} does not fit an image of "
+                        f"{parts.size[1]}x{parts.size[0]} and these weights")
     rate = lmbda_of(model, parts.lamb)
-    data.write_image(decode_patches(model, parts.strings, parts.size, area, rate, 1), output)
-    print(f"{output}: decoded from {args.input}, quality {parts.quality}, {parts.metric}")
+    return parts, decode_patches(model, parts.strings, parts.size, area, rate, 1)
 
 
 if __name__ == "__main__":
