@@ -8,7 +8,8 @@
 
 Each experiment is trained by train.py in experiments/<name>-<experiment>. To continue an
 interrupted call, run it again: what is done is read, not repeated. bpp counts the bytes of real
-files of the Kodak images; loss = bpp + lmbda * 255^2 * MSE, the mean over these images.
+files of the Kodak images; loss = bpp + lmbda * 255^2 * MSE, the mean over these images. A published
+table is that of ten.yaml and Kodak: `--publish` goes with no other recipe or images.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import Any
 from common import UserError, cli, data, processes
 from common.coding import bitstream
 from common.coding.model_file import load_checkpoint
-from common.evaluation.evaluate import evaluate
+from common.evaluation import image_sets
+from common.evaluation.evaluate import evaluate, validation_of
 from common.evaluation.results import load_results, save_results
 from common.recipes.tables import write_table
 
@@ -60,7 +62,13 @@ def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(words[: words.index("--")] if "--" in words else words)
     if args.publish and len(args.experiments) < len(EXPERIMENTS):
         raise UserError("--publish: the table holds all experiments; leave out --experiments")
+    if args.publish and (extra or args.config.resolve() != (HERE / "ten.yaml").resolve()):
+        raise UserError("--publish: the table is that of ten.yaml; leave out --config and the "
+                        "flags after --")
     images = data.list_images(args.images)
+    digest = image_sets.set_digest([image_sets.image_digest(data.read_image(p)) for p in images])
+    if args.publish and digest != image_sets.KNOWN["Kodak"]:
+        raise UserError("--publish: the table is that of Kodak; leave out --images")
     device = processes.start(args.device, threads=args.threads)
     rows = {}
     for experiment in args.experiments:
@@ -72,9 +80,10 @@ def main(argv: list[str] | None = None) -> None:
             "--experiment", experiment, "--model-dir", str(folder),
             *(["--num_filters", str(WIDTH[experiment])] if experiment in WIDTH else []),
             "--resume", "auto"])
-        rows[experiment] = result(folder, images, device)
+        rows[experiment] = result(folder, images, digest, device)
     results = {"name": args.name, "description": "the experiments at equal steps",
-               "test_images": len(images), "rows": rows}
+               "test_images": len(images), "images_digest": digest, "flags": extra,
+               "rows": rows}
     print("\n" + table(rows))
     for path in (args.output, HERE / "results" / "ten.json" if args.publish else None):
         if path:
@@ -83,15 +92,15 @@ def main(argv: list[str] | None = None) -> None:
         write_table(HERE / "README.md", "ten", table(rows))
 
 
-def result(folder: Path, images: list[Path], device: torch.device) -> dict[str, Any]:
-    """The row of a finished run."""
+def result(folder: Path, images: list[Path], digest: str, device: torch.device) -> dict[str, Any]:
+    """The row of a finished run; digest: that of the images."""
     path = last_checkpoint(folder)
     state = load_checkpoint(path)
     config = state["config"]
     model = load(path, device)
     model.coding_device = torch.device("cpu")
     macs = macs_of(model)
-    found = coded(folder / "coded.json", model, images)
+    found = coded(folder / "coded.json", model, images, digest)
     losses = [image["bpp"] + config["lmbda"] * 255**2 * 10 ** (-image["psnr-rgb"] / 10)
               for image in found["per_image"][0]]
     known = ("num_filters", "lmbda", "patchsize", "batchsize", "random_seed", "precision")
@@ -101,17 +110,20 @@ def result(folder: Path, images: list[Path], device: torch.device) -> dict[str, 
             "psnr-rgb": found["results"]["psnr-rgb"][0], "loss": sum(losses) / len(losses),
             "training_loss": state["train"]["loss"],  # the mean over the last epoch
             **{key: config[key] for key in known}, "images": config["images"],
+            "validation": validation_of(model),
             "trained_on": model.provenance.hardware,
             "fingerprint": bitstream.fingerprint(model).hex()}
 
 
-def coded(path: Path, model: Experiment, images: list[Path]) -> dict[str, Any]:
-    """Results of real files of the images; they are read from `path` if these weights wrote it."""
-    names = [image.stem for image in images]
+def coded(path: Path, model: Experiment, images: list[Path], digest: str) -> dict[str, Any]:
+    """Results of real files of the images.
+
+    They are read from `path` if it holds those of these weights and of images with this digest.
+    """
     if path.exists():
         before = load_results(path)
         if (before["meta"]["fingerprint"] == [bitstream.fingerprint(model).hex()]
-                and [image["image"] for image in before["per_image"][0]] == names):
+                and image_sets.digest_of(before) == digest):
             return before
     save_results(path, evaluate(model, images, path.parent.name, entropy_estimation=False))
     return load_results(path)

@@ -1,4 +1,6 @@
-from checkerboard.eval import cli, main  # eval.py under the source's name
+from common import cli
+
+from checkerboard.eval import main  # eval.py under the source's name
 
 if __name__ == "__main__":
     cli.run(main)

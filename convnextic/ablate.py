@@ -6,24 +6,36 @@
     python ablate.py --config config.yaml -- --trainset /path --variant v1_patch --epochs 200
 
 Each row is one change of the baseline (v1_patch), trained by train.py as results/<name>-<row>/. A
-row that exists is continued or read, not trained again. Compare rows by J, not by PSNR alone:
-J = bpp + lmbda * 255^2 * MSE, from mean bpp and mean PSNR, as the source only reports these. Flags
-after `--` are passed to train.py.
+row that exists is continued or read, not trained again. Each row is then measured on the central
+crops of Kodak, as large as the crops that it was trained on, with the estimated rate. Compare rows
+by J, not by PSNR alone: J = bpp + lmbda * 255^2 * MSE, from mean bpp and mean PSNR, as the source
+only reports these. Flags after `--` are passed to train.py. A published table is that of
+ablation.yaml: `--publish` goes with no other recipe.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
-from common import UserError, cli
+from common import UserError, cli, data, processes
 from common.coding.model_file import load_checkpoint
+from common.datasets import Item
+from common.evaluation import image_sets
 from common.evaluation.curve_values import cost
+from common.evaluation.evaluate import validation_of
 from common.evaluation.results import save_results
+from common.loss import RateDistortionLoss
 from common.recipes.tables import write_table
+from common.training.validation import central_crops
+
+import torch
 
 from convnextic import train
+from convnextic.model import load
 
 HERE = Path(__file__).parent
 ROWS = {
@@ -67,34 +79,50 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(words)
     if args.publish and len(args.rows) < len(ROWS):
         raise UserError("--publish: the table holds all rows; leave out --rows")
-    data = ["--trainset", args.dataset] if args.dataset else []
+    if args.publish and (extra or args.config.resolve() != (HERE / "ablation.yaml").resolve()):
+        raise UserError("--publish: the table is that of ablation.yaml; leave out --config and the "
+                        "flags after --")
+    dataset = ["--trainset", args.dataset] if args.dataset else []
     found = {}
     for row in args.rows:
         name = f"{args.name}-{re.sub(r'[^a-z0-9]+', '-', row.lower()).strip('-')}"
         print(f"\n--- {row}: {' '.join(ROWS[row]) or 'v1_patch'}", flush=True)
         flags = ["--config", str(args.config), "--name", name, "--seed", str(args.seed),
-                 "--threads", str(args.threads), *data, *extra, *ROWS[row], "--resume", "auto"]
+                 "--threads", str(args.threads), *dataset, *extra, *ROWS[row], "--resume", "auto"]
         train.main(flags)
-        found[row] = result(name, cli.parse(train.flags(), flags).quality_level)
+        parsed = cli.parse(train.flags(), flags)
+        crops = kodak_crops(parsed.patchsize)
+        found[row] = result(name, parsed.quality_level, crops,
+                            processes.start(parsed.device, threads=args.threads))
     print("\n" + table(found) + "\nThe source's numbers are those of other images, crops of a test "
           "split of Flicker: only compare the columns \"against baseline\".")
     for path in (args.output, HERE / "results" / "ablation.json" if args.publish else None):
         if path:
-            save_results(path, {"name": args.name, "rows": found})
+            save_results(path, {
+                "name": args.name, "description": f"central {crops.shape[-1]}x{crops.shape[-1]} "
+                f"crops of {len(crops)} Kodak images, estimated rate",
+                "images_digest": image_sets.set_digest(list(map(image_sets.image_digest, crops))),
+                "flags": extra, "rows": found})
     if args.publish:
         write_table(HERE / "README.md", "ablation", table(found))
 
 
-def result(name: str, quality: str) -> dict[str, float | str]:
-    """Result of the last validation of a run."""
+def kodak_crops(size: int) -> torch.Tensor:
+    """Central crops of the Kodak images, uint8 (24, 3, size, size)."""
+    return central_crops(map(Item, data.list_images(data.KODAK)), [size, size], "--patchsize")
+
+
+def result(name: str, quality: str, crops: torch.Tensor, device: torch.device) -> dict[str, Any]:
+    """The row of a finished run: its last weights, measured on crops as in `train.validate`."""
     latest = Path("results", name, quality, "snapshots", train.LATEST)
     state = load_checkpoint(latest)
-    if not state.get("test"):
-        raise UserError(f"{latest}: its last epoch was not validated; continue it with --resume")
-    config, test = state["config"], state["test"]
+    config, model = state["config"], load(latest, device)
+    criterion = RateDistortionLoss(config["lmbda"], config["metric"])
+    test = train.validate(model, crops, argparse.Namespace(**config), criterion, device)
     return {"bpp": test["bpp"], "psnr": test["psnr"], "lmbda": config["lmbda"],
             "quality": config["quality_level"], "steps": state["step"], "seed": config["seed"],
-            "J": cost(test["bpp"], test["psnr"], config["lmbda"])}
+            "J": cost(test["bpp"], test["psnr"], config["lmbda"]), "images": config["images"],
+            "validation": validation_of(model)}
 
 
 def table(found: dict[str, dict]) -> str:

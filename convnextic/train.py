@@ -357,9 +357,12 @@ def load_weights(model: ConvNeXTIC, path: str) -> int:
 # --------------------------------------------------------------------------------- validation
 @torch.no_grad()
 def validate(model: ConvNeXTIC, images: Tensor, args: argparse.Namespace,
-             criterion: RateDistortionLoss, device: torch.device, log: Log, step: int
-             ) -> dict[str, float]:
-    """Mean losses over central crops, quantised as in files, rate estimated; v5: at lambda_max."""
+             criterion: RateDistortionLoss, device: torch.device, log: Log | None = None,
+             step: int = 0) -> dict[str, float]:
+    """Mean losses over central crops, quantised as in files, rate estimated; v5: at lambda_max.
+
+    images: uint8 (n, 3, size, size). The losses and the last crop are logged, if there is a log.
+    """
     model.eval()
     sums: dict[str, float] = {}
     for batch in images.split(args.batchsize_test):
@@ -371,8 +374,9 @@ def validate(model: ConvNeXTIC, images: Tensor, args: argparse.Namespace,
         losses["psnr"] = -10 * error.log10().mean()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + float(value) * len(x) / len(images)
-    log.images(x[-1], output["x_hat"][-1], step)
-    log.scalars("test", sums, step)
+    if log:
+        log.images(x[-1], output["x_hat"][-1], step)
+        log.scalars("test", sums, step)
     return sums
 
 

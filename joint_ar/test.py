@@ -1,4 +1,6 @@
-from joint_ar.eval import cli, main  # eval.py under the source's name
+from common import cli
+
+from joint_ar.eval import main  # eval.py under the source's name
 
 if __name__ == "__main__":
     cli.run(main)

@@ -1,4 +1,6 @@
-from qvrf.preprocess import cli, main  # preprocess.py under the source's name
+from common import cli
+
+from qvrf.preprocess import main  # preprocess.py under the source's name
 
 if __name__ == "__main__":
     cli.run(main)

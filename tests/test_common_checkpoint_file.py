@@ -5,6 +5,7 @@ import copy
 import io
 import zipfile
 from pathlib import PosixPath
+from unittest.mock import Mock
 
 from common import UserError
 from common.coding import bitstream, checkpoint_file
@@ -32,6 +33,22 @@ def refused(path, state, words):
     with pytest.raises(UserError, match=words) as caught:
         load_model(path, Hyperprior)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+def test_what_is_no_damage_is_not_called_damage(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"Is a directory$"):
+        checkpoint_file.read(tmp_path)
+    path = tmp_path / "a.pth"
+    torch.save({}, path)
+    for error, words in ((PermissionError(13, "Permission denied"), "Permission denied$"),
+                         (OSError(5, "Input/output error"), "Input/output error$"),
+                         (MemoryError(), "not enough memory"),
+                         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to "
+                                       "allocate 9 bytes"), "not enough memory")):
+        monkeypatch.setattr(checkpoint_file, "_outline_of_zip", Mock(side_effect=error))
+        with pytest.raises(UserError, match=words) as caught:
+            checkpoint_file.read(path)
+        assert str(caught.value).startswith(f"{path}: ") and "damaged" not in str(caught.value)
 
 
 # --------------------------------------------------------------------------------- names of weights

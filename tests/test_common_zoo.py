@@ -118,6 +118,17 @@ def test_eval_measures_published_weights(serve, image, tmp_path):
     assert points and set(points) == {1}  # qvrf: the level that is published
 
 
+@pytest.mark.parametrize("other", [("--load_model_epoch", "0"), ("--checkpoint", "a.pth"),
+                                   ("--reproduce", "--config", "a.yaml")])
+def test_one_source_of_weights(other, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"--pretrained, {other[0]}: give one of them"):
+        factorized.eval.main(["--pretrained", "3", *other])
+    if other[0] == "--checkpoint":
+        with pytest.raises(UserError, match="--checkpoint, --load_model_epoch: give one of them"):
+            factorized.eval.main([*other, "--epoch_num", "0"])
+
+
 def test_training_starts_from_published_weights(serve, image, tmp_path):
     torch.manual_seed(1)
     original = FactorizedPrior(4, 6)

@@ -172,6 +172,15 @@ def test_common_is_imported_before_torchvision():
             assert "common" in order[:first], path.relative_to(ROOT)
 
 
+def test_scripts_import_common_before_their_paper():
+    """common.py of the folder then makes both come from the same clone, see common/clone.py."""
+    scripts = [p for p in SOURCES if p.parent.name in PAPERS and "__main__" in p.read_text()]
+    assert len(scripts) >= 4 * len(PAPERS)
+    for path in scripts:
+        order = [name for name in imports(path, everywhere=False) if name in {"common", *PAPERS}]
+        assert order[0] == "common", path.relative_to(ROOT)
+
+
 def test_compressai_imports_after_common():
     """In a fresh process: the operators are declared, or the real ones are there."""
     code = "import common, compressai, torch; torch.ops.torchvision.nms"

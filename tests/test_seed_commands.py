@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common import cli, data
 
+import forks
 import pytest
 import torch
 from compressai.models import Cheng2020Attention
@@ -181,6 +182,35 @@ def test_convnextic(type_in, capsys):
             "test.png")
     type_in("convnextic", "python codec.py decode -o out.png compressed.bin")
     assert Image.open("out.png").size == Image.open("test.png").size
+
+
+ALIASES = [*(f"{paper}/test.py" for paper in ("factorized", "hyperprior", "joint_ar",
+                                              "checkerboard")),
+           "qvrf/Inference.py", "qvrf/Trainningdataset_Preprocessing.py", "tbtc/eval_model.py",
+           "tbtc/lit_train.py"]
+IN_ANOTHER_CLONE = """
+import os, runpy, sys
+root, other, *scripts = sys.argv[2:]
+others = [p for p in sys.path[1:] if not os.path.exists(os.path.join(p, "common", "clone.py"))]
+kept = dict(sys.modules)  # so that what a library has registered stays
+for script in scripts:
+    for name in [n for n in sys.modules if n.split(".")[0] in os.listdir(root)]:
+        del sys.modules[name]
+    sys.path[:] = [os.path.join(root, os.path.dirname(script)), *others, other]
+    main = runpy.run_path(os.path.join(root, script))["main"]
+    print(sys.modules[main.__module__].__file__, sys.modules["common"].__file__)
+"""
+
+
+def test_aliases_run_this_clone(tmp_path):
+    """Not installed, or beside a clone that is: both the paper and `common` are this clone's."""
+    for name in ("common", "factorized", "hyperprior", "joint_ar", "checkerboard", "qvrf", "tbtc"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('the installed clone')")
+    said, _ = forks.run("-c", IN_ANOTHER_CLONE, ROOT, tmp_path, *ALIASES, cwd=tmp_path)
+    files = said.split()
+    assert len(files) == 2 * len(ALIASES)
+    assert all(Path(file).is_relative_to(ROOT) for file in files)
 
 
 def test_a_script_without_its_packages_says_what_to_install(type_in):

@@ -8,6 +8,7 @@ second time torch.load reads it with `weights_only`, which also accepts the clas
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import pickle
 import re
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any
 
-from common import UserError
+from common import UserError, processes
 
 import numpy as np
 import torch
@@ -58,6 +59,11 @@ def read(path: str | Path) -> Any:
     except pickle.UnpicklingError as e:
         raise UserError(f"{path}: {_foreign(str(e), outline)}") from None
     except Exception as e:
+        if processes.out_of_memory(e):
+            raise UserError(f"{path}: there is not enough memory to read it: close other programs, "
+                            "or copy it again if it is a small file") from None
+        if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):  # EINVAL: a wild offset
+            raise UserError(f"{path}: {e.strerror or e}") from None
         text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise UserError(f"{path}: not a checkpoint that can be read, it is damaged or cut short "
                         f"({text[:100]})") from None

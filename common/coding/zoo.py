@@ -56,8 +56,10 @@ def use(args: argparse.Namespace, architecture: str, kind: type[Codec],
     """Set --checkpoint to the converted weights that --pretrained names, if it is given."""
     if not args.pretrained:
         return
-    if args.checkpoint:
-        raise UserError("--pretrained, --checkpoint: give one of them")
+    for other in ("checkpoint", "load_model_epoch", "reproduce"):
+        value = getattr(args, other, None)
+        if value is not None and value is not False:  # epoch 0 is given
+            raise UserError(f"--pretrained, --{other}: give one of them")
     if isinstance(args.pretrained, str):
         args.checkpoint = convert(architecture, args.pretrained, kind, adapt)
     else:

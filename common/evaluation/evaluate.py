@@ -66,6 +66,8 @@ def find_checkpoints(args: argparse.Namespace, bundled: Path, prefix: str,
     """
     small = sorted(bundled.glob("small-*.pth"))
     if args.checkpoint:
+        if args.load_model_epoch is not None:
+            raise UserError("--checkpoint, --load_model_epoch: give one of them")
         return {curve_name(args.checkpoint): args.checkpoint}
     if args.reproduce:
         if not args.config:
@@ -177,10 +179,9 @@ def evaluate(model: Codec, paths: list[Path], name: str, description: str = "",
     out_dir: folder that keeps <name>.bin, the decoded <name>.png, and the results: results.json,
     or results-incomplete.json with those of the images that were coded before an error. Only one
     process uses it at a time. batch_size: maximum number of neighbours of equal size that are coded
-    together. meta: further entries for the table, such as
-    lmbda, steps and steps_source (of the paper's recipe). rate: the operating point of a
-    variable-rate model. Under torchrun, each process codes a part of the images, and all return the
-    whole result.
+    together. meta: further entries for the table, such as lmbda, steps and steps_source (of the
+    paper's recipe). rate: the operating point of a variable-rate model. Under torchrun, each
+    process codes a part of the images, and all return the whole result.
     """
     model.eval()
     fingerprint = bitstream.fingerprint(model)

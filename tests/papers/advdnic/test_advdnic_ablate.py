@@ -3,6 +3,7 @@
 import json
 
 from common import UserError, data
+from common.evaluation import image_sets
 from common.recipes.tables import table_of
 
 import pytest
@@ -55,6 +56,16 @@ def test_trains_codes_and_continues(home, images, monkeypatch):
     assert (folder / "epoch_0.pth").read_bytes() == before
 
 
+def test_other_images_of_the_same_names_are_coded_again(home, images):
+    run(images, "--experiments", "base", "--output", "one.json")
+    first = json.loads((home / "one.json").read_text())
+    Image.new("RGB", (130, 100), "grey").save(home / "test" / "0.png")
+    run(images, "--experiments", "base", "--output", "one.json")
+    second = json.loads((home / "one.json").read_text())
+    assert second["images_digest"] != first["images_digest"]
+    assert second["rows"]["base"]["psnr-rgb"] != first["rows"]["base"]["psnr-rgb"]
+
+
 def test_other_weights_are_coded_again(home, images):
     run(images, "--experiments", "base")
     path = home / "experiments" / "ten-base" / "coded.json"
@@ -68,16 +79,23 @@ def test_other_weights_are_coded_again(home, images):
 def test_publishes_all_or_nothing(home, images, monkeypatch):
     with pytest.raises(UserError, match="leave out --experiments"):
         run(images, "--experiments", "base", "--publish")
+    for words, reason in ((["--images", "test"], "leave out --images"),
+                          (["--config", "small.yaml"], "leave out --config"),
+                          (["--", "--epochs", "1"], "the flags after --")):
+        with pytest.raises(UserError, match=reason):
+            ablate.main(["--publish", *words])
     (home / "results").mkdir()
     row = {"parameters": 1144131, "gmacs_encoder": 4.51, "gmacs_decoder": 4.41, "steps": 2,
            "bpp": 0.3349, "psnr-rgb": 26.35, "loss": 0.9654, "training_loss": 1.3291}
     monkeypatch.setattr(train, "main", lambda words: None)
     monkeypatch.setattr(ablate, "result", lambda folder, *_: row | {
         "loss": 1.9308} if folder.name == "ten-mod2" else row)
-    run(images, "--publish")
+    ablate.main(["--publish"])
     page = (home / "README.md").read_text()
     assert page.startswith("before\n") and page.endswith("\nafter\n") and "outdated" not in page
-    rows = json.loads((home / "results" / "ten.json").read_text())["rows"]
+    written = json.loads((home / "results" / "ten.json").read_text())
+    rows = written["rows"]
+    assert written["images_digest"] == image_sets.KNOWN["Kodak"] and written["flags"] == []
     assert list(rows) == list(EXPERIMENTS)
     assert table_of(page, "ten") == ablate.table(rows)
     assert ("| `mod2` | 1.14 M | 4.51 | 4.41 | 2 | 0.3349 | 26.35 | 1.931 | +100.0 % | 1.329 |"

@@ -4,9 +4,12 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
-from common import data
+from common import UserError, data
+from common.coding.model_file import load_checkpoint
+from common.evaluation import image_sets
 
 import pytest
 from convnextic_cases import ROOT, TINY
@@ -75,6 +78,40 @@ def test_page_gives_the_ablation():
     page = (ROOT / "convnextic" / "README.md").read_text()
     for row in ablate.table(rows).splitlines():
         assert row in page
+
+
+def test_ablation_is_measured_on_kodak(tmp_path, monkeypatch):
+    """Whatever the training is validated with; as validation would measure the same images."""
+    kodak = Image.open(data.KODAK / "kodim23.png")
+    for folder in ("set/train", "kodak"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(3):
+            kodak.crop((90 * i, 100, 150 + 90 * i, 250)).save(tmp_path / folder / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablate.data, "KODAK", tmp_path / "kodak")
+    tiny = [*TINY, "--epochs", "1", "--latent_dim", "12", "--no-compile"]
+
+    def ablated(name):
+        ablate.main(["--rows", "baseline", "--dataset", "set", "--name", name, "--output",
+                     "a.json", "--", *tiny])
+        return json.loads(Path("a.json").read_text())
+
+    written = ablated("a")
+    assert written["flags"] == tiny and "128x128 crops of 3 Kodak" in written["description"]
+    assert written["images_digest"] == image_sets.set_digest(
+        [image_sets.image_digest(crop) for crop in ablate.kodak_crops(128)])
+    assert written["rows"]["baseline"]["validation"] == "1 image held out of the training data"
+    shutil.copytree("kodak", "set/test")
+    row = ablated("b")["rows"]["baseline"]
+    test = load_checkpoint("results/b-baseline/3/snapshots/latest.pt")["test"]
+    assert row["validation"] == "3 images of test"
+    assert [row["bpp"], row["psnr"]] == pytest.approx([test["bpp"], test["psnr"]], rel=1e-6)
+
+
+@pytest.mark.parametrize("more", [["--config", "other.yaml"], ["--", "--epochs", "9"]])
+def test_only_the_recipe_is_published(more):
+    with pytest.raises(UserError, match="that of ablation.yaml"):
+        ablate.main(["--publish", *more])
 
 
 def test_readme_commands(tmp_path, monkeypatch):
