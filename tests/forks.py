@@ -11,8 +11,8 @@ import gc
 import importlib
 import json
 import os
-import pkgutil
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,8 +23,10 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LIBRARIES = ("compressai.zoo", "timm.layers", "timm.optim", "torch.utils.tensorboard",
-             "matplotlib.pyplot", "pytorch_msssim", "bjontegaard", "PIL.Image")
+IMPORTS = (  # common first: it prepares torchvision for CompressAI
+    "common", "compressai.zoo", "timm.layers", "timm.optim", "torch.utils.tensorboard",
+    "matplotlib.pyplot", "pytorch_msssim", "bjontegaard", "PIL.Image", "common.training.run",
+    "common.coding.codec_cli", "common.evaluation.evaluate", "common.recipes.report")
 
 
 class Process:
@@ -32,11 +34,12 @@ class Process:
 
     def __init__(self, parent, words, cwd, environment):
         self._parent = parent
-        self._files = [tempfile.NamedTemporaryFile() for _ in range(2)]  # of stdout and stderr
+        folder = tempfile.mkdtemp()
+        self._files = [os.path.join(folder, name) for name in ("stdout", "stderr")]
         self.args = [str(word) for word in words]
         self.returncode = None
         self.pid = parent.ask(words=self.args, cwd=str(cwd), environment=environment,
-                              files=[file.name for file in self._files])
+                              files=self._files)
 
     def poll(self):
         if self.returncode is None:
@@ -54,7 +57,9 @@ class Process:
                 self.send_signal(signal.SIGKILL)
                 raise subprocess.TimeoutExpired(self.args, timeout)
             time.sleep(0.01)
-        return tuple(Path(file.name).read_text() for file in self._files)
+        written = tuple(Path(file).read_text() for file in self._files)
+        shutil.rmtree(os.path.dirname(self._files[0]))
+        return written
 
 
 class Parent:
@@ -126,7 +131,7 @@ def _serve():
 def _become(words, cwd, environment, files):
     """Run a command in this process, as the interpreter would."""
     for number, name in enumerate((os.devnull, *files)):
-        opened = os.open(name, os.O_RDWR)
+        opened = os.open(name, os.O_RDWR | os.O_CREAT)
         os.dup2(opened, number)
         os.close(opened)
     os.environ.update(environment)
@@ -159,10 +164,7 @@ def _exit_status(run):
 
 
 if __name__ == "__main__":
-    import common  # first: prepares torchvision for CompressAI
-
-    _modules = [m.name for m in pkgutil.walk_packages(common.__path__, "common.")]
-    for _name in (*LIBRARIES, *_modules):
+    for _name in IMPORTS:
         importlib.import_module(_name)
     gc.freeze()  # so that forks share the pages of what is there
     if _command := _serve():
