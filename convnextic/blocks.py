@@ -94,7 +94,7 @@ class BatchNorm(nn.BatchNorm2d):
         assert self.running_mean is not None and self.running_var is not None  # by default
         mean, variance, weight, bias = (exact.values(t, x).view(-1, 1, 1) for t in (
             self.running_mean, self.running_var, self.weight, self.bias))
-        return (x - mean) / torch.sqrt(variance + self.eps) * weight + bias
+        return (x - mean) / exact.sqrt(variance + self.eps) * weight + bias
 
 
 class Down(nn.Module):

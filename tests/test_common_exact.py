@@ -25,6 +25,12 @@ def hyper_synthesis(n=8, m=12, seed=0):
     )
 
 
+def test_square_roots_are_rounded_as_ieee_754_demands():
+    """Not as MKL rounds them in torch.sqrt, which depends on the CPU's instructions."""
+    x = torch.randint(1, 2**52, (5000,), generator=torch.Generator().manual_seed(0)).double() / 64
+    assert exact.sqrt(x).tolist() == [math.sqrt(value) for value in x.tolist()]
+
+
 def latent(*shape, seed=0, spread=5.0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul(spread).round()
 

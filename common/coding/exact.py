@@ -29,6 +29,7 @@ from common.coding.contract import ExactModule, Layers
 from common.coding.exact_layers import Linear, Settings
 from common.layers import mask_of
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from compressai.layers import GDN
@@ -200,7 +201,15 @@ def scale_indexes(scales: Tensor, scale_table: Tensor) -> Tensor:
 def scale_boundaries(scale_table: Tensor) -> Tensor:
     """Boundaries (float64) between neighbouring entries of `scale_table`, for `scale_indexes`."""
     table = scale_table.double()
-    return torch.sqrt(table[:-1] * table[1:])
+    return sqrt(table[:-1] * table[1:])
+
+
+def sqrt(x: Tensor) -> Tensor:
+    """Square root of float64, rounded as IEEE 754 demands.
+
+    On a CPU, torch.sqrt calls MKL, whose last bit depends on the CPU's instructions.
+    """
+    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else torch.sqrt(x)
 
 
 def round_to_grid(x: Tensor, bits: int = 8) -> Tensor:
@@ -238,7 +247,7 @@ def _normalise(layer: nn.LayerNorm, name: str, x: Tensor) -> Tensor:
     mean = q.sum(dim, keepdim=True) / size
     variance = (q.square().sum(dim, keepdim=True) / size - mean.square()).clamp_min_(0)
     eps = layer.eps * 4.0**NORM_BITS  # in units of the grid of x
-    y = (q - mean) / torch.sqrt(variance + eps)
+    y = (q - mean) / sqrt(variance + eps)
     if layer.elementwise_affine:
         weight, bias = (values(p, x).view((-1, 1, 1) if dim == 1 else (-1,))
                         for p in (layer.weight, layer.bias))
@@ -253,5 +262,5 @@ def _divide(layer: GDN, x: Tensor) -> Tensor:
     if float(gamma.sum(1).max()) >= 2**9:
         raise UserError("GDN cannot be computed exactly: its gamma is too large")
     squares = round_to_grid(x.clamp(-256, 256).square(), 8)
-    norm = torch.sqrt(torch.matmul(gamma, squares.flatten(2)).view_as(squares) + beta)
+    norm = sqrt(torch.matmul(gamma, squares.flatten(2)).view_as(squares) + beta)
     return x * norm if layer.inverse else x / norm
