@@ -32,11 +32,9 @@ CHANGES = [  # in model.py: h_s gives scales and means, and y is coded around it
      "        indexes, means = self._indexes_and_means(z_hat)\n"
      "        y_strings = entropy.encode((y - means).round(), indexes,\n"
      "                                   entropy.Tables.of(self.gaussian_conditional))\n"),
-    ("        y_hat = entropy.decode(y_strings, self._indexes(z_hat),\n"
-     "                               entropy.Tables.of(self.gaussian_conditional)).to(z_hat)\n",
+    ("        y_hat = entropy.decode(y_strings, self._indexes(z_hat), tables).to(z_hat)\n",
      "        indexes, means = self._indexes_and_means(z_hat)\n"
-     "        y_hat = entropy.decode(y_strings, indexes,\n"
-     "                               entropy.Tables.of(self.gaussian_conditional)) + means\n"),
+     "        y_hat = entropy.decode(y_strings, indexes, tables) + means\n"),
     ("    def _indexes(self, z_hat: Tensor) -> Tensor:\n",
      "    def _indexes_and_means(self, z_hat: Tensor) -> tuple[Tensor, Tensor]:\n"),
     ("        scales = exact.run(self.h_s, z_hat.to(self.coding_device or z_hat.device))\n",
