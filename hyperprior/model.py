@@ -15,7 +15,7 @@ from typing import Any
 from common.coding import entropy, exact
 from common.coding.contract import Codec, Coded
 from common.coding.model_file import load_model
-from common.coding.tiles import tiled
+from common.coding.tiles import LIMIT, tiled
 
 import torch
 from compressai.entropy_models import GaussianConditional
@@ -129,10 +129,17 @@ class Hyperprior(Codec):
         return {"x_hat": x_hat.clamp_(0, 1)}
 
     def _indexes(self, z_hat: Tensor) -> Tensor:
-        """Index of the CDF table of each y, (B, M, H/16, W/16); the same on every machine."""
-        scales = exact.run(self.h_s, z_hat.to(self.coding_device or z_hat.device))
+        """Index of the CDF table of each y, (B, M, H/16, W/16); the same on every machine.
+
+        h_s is exact, so tiles give the same bits. A z_hat position sees two others on each side.
+        """
         table = self.gaussian_conditional.scale_table
-        return exact.scale_indexes(scales, table.to(scales.device))
+
+        def indexes(z_hat: Tensor) -> Tensor:
+            scales = exact.run(self.h_s, z_hat.to(self.coding_device or z_hat.device))
+            return exact.scale_indexes(scales, table.to(scales.device))
+
+        return tiled(indexes, z_hat, up=4, tile=256, limit=LIMIT / 16**2)
 
     def scale_outputs(self) -> list[Tensor]:
         """The last convolution of h_s, which only a ReLU follows."""

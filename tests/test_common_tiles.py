@@ -6,6 +6,9 @@ import pytest
 import torch
 from compressai.models import FactorizedPrior
 
+import hyperprior.model
+from hyperprior.model import Hyperprior
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -75,3 +78,23 @@ def test_a_batch_and_one_row_of_latents(model):
     with torch.no_grad():
         y = model.g_a(x)
     assert torch.allclose(run(model.g_a, x, down=16), y, atol=1e-5)
+
+
+def test_exact_layers_in_tiles_give_the_same_bits(monkeypatch):
+    """hyperprior computes h_s of a large image in tiles; the halo of two positions is needed."""
+    torch.manual_seed(0)
+    model = Hyperprior(8, 6)
+    model.update()
+    with torch.no_grad():
+        for weight in model.h_s.parameters():
+            weight.mul_(2).add_(0.05)
+    z_hat = torch.randint(-9, 10, (1, 8, 13, 11)).float()
+    whole = model._indexes(z_hat)
+    assert len(whole.unique()) > 20
+
+    def in_tiles(halo):
+        monkeypatch.setattr(hyperprior.model, "tiled", lambda f, x, **options: tiled(
+            f, x, **(options | {"limit": 0, "tile": 16, "halo": halo})))
+        return model._indexes(z_hat)
+
+    assert torch.equal(in_tiles(2), whole) and not torch.equal(in_tiles(1), whole)
