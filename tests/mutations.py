@@ -178,6 +178,8 @@ def mutate_entry(state: dict[str, Any], generator: random.Random) -> None:
     while True:
         keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
         key = generator.choice(keys)
+        if holder is state and "model" in state and generator.random() < 0.5:
+            key = "model"  # has most of the values
         inner = holder[key]
         if not (isinstance(inner, (dict, list)) and inner) or generator.random() < 0.1:
             break

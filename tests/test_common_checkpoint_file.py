@@ -202,7 +202,8 @@ def broken(model):
     yield weights("entropy_bottleneck._cdf_length", torch.ones(4))
     yield weights("g_s.2.weight", g_s.nan_to_num().to_sparse())
     yield weights("g_s.2.weight", torch.zeros(3, dtype=torch.complex64))
-    for value in (None, [], {"h_s": None}, {}, {"h_s": {}}, {"h_a": good["exact"]["h_s"]}):
+    for value in (None, [], {"h_s": None}, {}, {"h_s": {}}, {"h_s": torch.zeros(0)},
+                  {"h_a": good["exact"]["h_s"]}):
         yield "exact", good | {"exact": value}
     shifts = good["exact"]["h_s"]["shifts"]
     yield fixed("grid_bits", [10**6] * 3)

@@ -103,7 +103,8 @@ def load_model(path: str | Path, kind: type[AnyCodec], device: torch.device | st
                             f"model needs {', '.join(model.exact_parts) or 'none'}")
         for name, spec in saved.items():
             try:
-                exact.restore(model.get_submodule(name), spec or {}, f"exact.{name}")
+                part = model.get_submodule(name)
+                exact.restore(part, {} if spec is None else spec, f"exact.{name}")
             except UserError as e:
                 raise UserError(f"{path}: {e}") from None
     model.provenance = Provenance(config, *(state.get(k) for k in ("step", "epoch", "hardware")))
