@@ -131,6 +131,19 @@ def test_files_name_their_source(path):
         assert any(word in text for word in ('"source"', "not kept", '"seed"', '"random_seed"'))
 
 
+@pytest.mark.parametrize("path", [ROOT / "README.md", *(ROOT / p / "README.md" for p in papers()),
+                                  *(path for p in papers() for path in (ROOT / p).glob("*.yaml"))],
+                         ids=lambda path: "-".join(path.parts[-2:]))
+def test_lines_of_prose_are_wrapped(path):
+    """Paragraphs of a page, without tables, figures and code; comments at the start of a line."""
+    if path.suffix == ".md":
+        text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
+        lines = [line for line in text.splitlines() if not line.startswith(("|", " "))]
+    else:
+        lines = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert [line for line in lines if len(line) > 100] == []
+
+
 def test_a_wrong_number_is_found():
     page = ("x\n\n<!-- results: a -->\n\n| model | steps | bpp | PSNR |\n|---|---:|---:|---:|\n"
             "| small | 7,000 | 0.2954 | 27.90 |\n\n<!-- end of results -->\n")
