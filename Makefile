@@ -64,8 +64,11 @@ lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
+# For targets that change the folder first; DATASET may be a glob, in names of folders, too.
+REALPATH = $(PY) -c 'import os, sys; os.write(1, os.fsencode(os.path.realpath(sys.argv[1])))'
+
 $(ABLATIONS:%=ablate-%): ablate-%: $(STAMP)
-	$(if $(DATASET),data=$$(realpath "$(DATASET)") && )cd $* && ../$(PY) ablate.py --publish \
+	$(if $(DATASET),data=$$($(REALPATH) "$(DATASET)") && )cd $* && ../$(PY) ablate.py --publish \
 	    $(if $(DATASET),--dataset "$$data") $(if $(THREADS),--threads $(THREADS))
 
 torture: $(STAMP)
@@ -84,7 +87,7 @@ compare: $(STAMP)
 # trained and with the bundled ones, prints both beside the published numbers, and ends with what was
 # trained and whether it is as expected.
 $(PAPERS:%=reproduce-%): reproduce-%: $(STAMP)
-	$(if $(DATASET),data=$$(realpath "$(DATASET)") && )cd $* && \
+	$(if $(DATASET),data=$$($(REALPATH) "$(DATASET)") && )cd $* && \
 	    ../$(PY) train.py --config $(CONFIG) --resume auto $(if $(DATASET),--dataset "$$data")
 	cd $* && ../$(PY) eval.py --reproduce --config $(CONFIG)
 

@@ -79,7 +79,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.model_dir is None:
         raise UserError("--model-dir: name the folder of the model, before the command")
     if args.command == "train":
-        train.run(args)
+        training = cli.Parser()
+        train.add_flags(training)
+        train.run(args, cli.summary(training, args))
         return
     device = processes.start(args.device, threads=args.threads)
     model = newest(args.model_dir, device)

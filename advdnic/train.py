@@ -90,7 +90,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                         help="minutes between checkpoints within an epoch")
 
 
-def flags() -> argparse.ArgumentParser:
+def flags() -> cli.Parser:
     parser = cli.Parser(description="Train one of the ten experiments.")
     parser.add_argument("--config", help="YAML file of flags; the command line overrides it")
     parser.add_argument("--model-dir", type=Path, default=Path("experiments/base_model"),
@@ -104,10 +104,13 @@ def flags() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    run(cli.parse(flags(), argv))
+    parser = flags()
+    args = cli.parse(parser, argv)
+    run(args, cli.summary(parser, args))
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, given: str) -> None:
+    """Train; given: the flags that differ from the defaults."""
     settle_params(args)
     quiet = args.log_verbosity in ("ERROR", "FATAL", "WARN")
     device = processes.start(args.device, threads=args.threads)
@@ -148,8 +151,7 @@ def run(args: argparse.Namespace) -> None:
     config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
     decays = args.main_opt_lr_decay_type, args.aux_opt_lr_decay_type
     whole = ("epochs",) if "cosine" in decays else ()  # the whole schedule depends on it
-    checkpoints = Checkpoints(folder, parts, config, (*SAME_RUN, *whole),
-                                   "another --model-dir")
+    checkpoints = Checkpoints(folder, parts, config, (*SAME_RUN, *whole), "another --model-dir")
     state = checkpoints.begin(args.resume, None)
     best = state.get("best", math.inf)
     if not state and processes.rank() == 0:
@@ -157,6 +159,7 @@ def run(args: argparse.Namespace) -> None:
     run = Run(checkpoints, log, found.crops, device, args.epochs, per_epoch, batch,
               args.num_parallel_calls, args.check_time, LATEST, state.get("step", 0))
     if processes.rank() == 0 and not quiet:
+        print(f"{given}  (all flags: {folder / 'config.yaml'})")
         name = f"{args.name}: " if args.name else ""
         print(f"{name}{args.experiment}, {run.describe(bundled=not args.train_data_dir)}, to "
               f"{folder}", flush=True)

@@ -8,11 +8,14 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from common import UserError
 
-TEMPORARY = re.compile(r"\..+\.(\d+|[a-z0-9_]{8})\.tmp")  # names of `write_atomic`, also older ones
+TEMPORARY = re.compile(r"\..+\.lic-[a-z0-9_]{8}\.tmp")  # names of `write_atomic`
+# those of checkpoints, in older versions; other programs may use such names, too
+OLD_TEMPORARY = re.compile(r"\..+\.(pth|pt|tar|ckpt)\.(\d+|[a-z0-9_]{8})\.tmp")
 UMASK = os.umask(0)
 os.umask(UMASK)  # it can only be read by setting it
 _cleaned: set[Path] = set()  # folders without temporary files of killed processes
@@ -38,7 +41,8 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.parent not in _cleaned:
             remove_temporaries(path.parent, 60)
-        descriptor, temporary = tempfile.mkstemp(".tmp", f".{path.name[:40]}.", path.parent)
+        descriptor, temporary = tempfile.mkstemp(".tmp", f".{path.name[:40]}.lic-",
+                                                   path.parent)
         with open(descriptor, "wb") as f:
             with contextlib.suppress(OSError):  # some network file systems have no locks
                 fcntl.flock(f, fcntl.LOCK_EX)
@@ -55,13 +59,15 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         raise UserError(f"cannot write {name}: {e.strerror or e}{kept}") from None
 
 
-def remove_temporaries(folder: Path, seconds: float = 0) -> None:
+def remove_temporaries(folder: Path, seconds: float = 0,
+                       names: Sequence[re.Pattern[str]] = (TEMPORARY,)) -> None:
     """Remove the temporary files that killed processes have left in `folder`.
 
     seconds: the age from which a file counts as left. A file that is being written is locked.
     """
     with contextlib.suppress(OSError):
-        for path in [p for p in folder.iterdir() if TEMPORARY.fullmatch(p.name)]:
+        for path in [p for p in folder.iterdir()
+                     if any(name.fullmatch(p.name) for name in names)]:
             with contextlib.suppress(OSError), open(path, "rb") as f:
                 if time.time() - os.fstat(f.fileno()).st_mtime >= seconds:
                     fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import struct
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +24,32 @@ from tqdm import tqdm
 MANY = 1000  # images from which on a cache is worth its file
 NAMED = 10  # unusable images that a message names; of more, the rest is in a file
 LIST = "unusable_images.txt"
+DECODED = 60_000_000  # pixels of all images that are decoded at the same time, about 1 GB
+
+
+class Limit:
+    """Lets threads work on `total` pixels at the same time, or on one image with more."""
+
+    def __init__(self, total: int):
+        self.total = self.free = total
+        self.changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        """Wait until so many pixels are free, and keep them within a `with` block."""
+        pixels = min(pixels, self.total)
+        with self.changed:
+            self.changed.wait_for(lambda: self.free >= pixels)
+            self.free -= pixels
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.free += pixels
+                self.changed.notify_all()
+
+
+_decoded = Limit(DECODED)
 
 
 def find_unusable(items: Sequence[Item], least: tuple[int, int] = (1, 1), whole: bool = False
@@ -81,21 +109,23 @@ def check_readable(paths: Sequence[Path], what: str = "images") -> None:
 
 def _size(item: Item, least: tuple[int, int], whole: bool) -> list[int]:
     """(height, width) of an image; UserError if it cannot be read."""
-    if not whole:
-        try:
-            source = item.open()
-            with Image.open(source) as image:
-                width, height = image.size
-                check_size(width, height, item.name)
-                sizes = [[height, width], [width, height]]  # EXIF may turn the image
-                fits = {not _too_small(item, size, least) for size in sizes}
-                if len(fits) == 1 and _has_its_end(source, image.format):
-                    return sizes[0]
-        except UserError:
-            raise
-        except Exception:  # whatever Pillow raises: reading tells
-            pass
-    return list(item.read().shape[-2:])
+    pixels = 0
+    try:
+        source = item.open()
+        with Image.open(source) as image:
+            width, height = image.size
+            check_size(width, height, item.name)
+            pixels = width * height
+            sizes = [[height, width], [width, height]]  # EXIF may turn the image
+            fits = {not _too_small(item, size, least) for size in sizes}
+            if not whole and len(fits) == 1 and _has_its_end(source, image.format):
+                return sizes[0]
+    except UserError:
+        raise
+    except Exception:  # whatever Pillow raises: reading tells
+        pass
+    with _decoded.hold(pixels):
+        return list(item.read().shape[-2:])
 
 
 def _too_small(item: Item, size: Sequence[int], least: tuple[int, int]) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common import UserError, processes
-from common.files import remove_temporaries
+from common.files import OLD_TEMPORARY, TEMPORARY, remove_temporaries
 
 NAME = ".lock"
 BEAT, SILENT = 30, 600  # seconds between signs of life; after which those of another host are over
@@ -42,7 +42,7 @@ def lock(folder: str | Path, remedy: str) -> None:
         atexit.register(_release_all)
         threading.Thread(target=_beat, daemon=True).start()
     _held[folder] = descriptor
-    remove_temporaries(folder)
+    remove_temporaries(folder, names=(TEMPORARY, OLD_TEMPORARY))
 
 
 def release(folder: str | Path) -> None:
@@ -89,7 +89,9 @@ def _open(path: Path, folder: Path, remedy: str) -> int:
             os.close(descriptor)
             who = (f"process {owner['process']} on {owner['host']}" if owner else "another process")
             sign = f" (last sign of life {silent:.0f} s ago)" if elsewhere and not busy else ""
-            raise UserError(f"{folder} is in use by {who}{sign}: wait for its end, or {remedy}")
+            gone = f"or, if that process no longer runs, remove {path}, " if sign else ""
+            raise UserError(f"{folder} is in use by {who}{sign}: wait for its end, {gone}or "
+                            f"{remedy}")
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from common import UserError
@@ -22,6 +24,7 @@ PRECISIONS = ("bf16", "fp32")
 NO_MEMORY = re.compile(  # texts of torch's RuntimeErrors
     r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED|bad_alloc|"
     r"out of shared memory|insufficient shared memory|killed by signal: Killed")
+PATIENCE = timedelta(hours=2)  # for which processes wait for one another: images may be many
 TOLD = "LIC_ERROR_TOLD"  # path of a file that the first process to report an error creates
 
 
@@ -98,7 +101,7 @@ def start(device: str = "auto", seed: int | None = None, threads: int = 0) -> to
     has_cuda = torch.cuda.is_available()
     chosen = parse_device(("cuda" if has_cuda else "cpu") if device == "auto" else device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if chosen.index >= (count := torch.cuda.device_count()):
@@ -150,6 +153,20 @@ def broadcast_flag(flag: bool) -> bool:
     answer = [flag]
     dist.broadcast_object_list(answer)
     return answer[0]
+
+
+def first_does(work: Callable[[], None]) -> None:
+    """Let the first process do `work` while the others wait; a UserError is raised in all."""
+    problem: list[str | None] = [None]
+    if rank() == 0:
+        try:
+            work()
+        except UserError as e:
+            problem = [str(e)]
+    if world() > 1:
+        dist.broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise UserError(problem[0])
 
 
 def describe_hardware(device: torch.device) -> str:

@@ -153,11 +153,16 @@ def main(argv: list[str] | None = None) -> None:
     processes.launch(args.gpu_id)
     device = processes.start(args.device, args.seed, args.threads)
     folder = Path("results", args.name, args.quality_level)
+    latest = folder / "snapshots" / LATEST
+    continued = latest if args.resume in ("", "auto") and latest.exists() else None
+    start = args.resume if args.resume not in (None, "", "auto") else None
+    # weights of the run in this folder, which is then renamed
+    own = start and latest.parent.resolve() in Path(start).resolve().parents
 
     # data
     test = Path(args.trainset or "", "test")
-    images = find_images(args.trainset, args.patchsize, args.seed, args.flip, folder / "snapshots",
-                         test if args.trainset and test.is_dir() else None)
+    images = find_images(args.trainset, args.patchsize, args.seed, args.flip, continued,
+                         test if args.trainset and test.is_dir() else None, folder=latest.parent)
     one_pass = max(1, len(images) // args.batchsize)
     args.steps_per_epoch = args.steps_per_epoch or (one_pass if args.trainset else SOURCE_EPOCH)
     args.images, args.validation = images.digest, images.validation  # --resume compares images
@@ -180,24 +185,25 @@ def main(argv: list[str] | None = None) -> None:
     log = Log(folder / "logs", args.epochs * args.steps_per_epoch)
     parts = {"model": model, "optimizer": optimizer, "aux_optimizer": aux_optimizer,
              "scheduler": scheduler, "log": log}
-    checkpoints = Checkpoints(folder / "snapshots", parts, vars(args), SAME_RUN,
-                                   "--resume FILE and another --name")
-    step, best, latest = 0, math.inf, folder / "snapshots" / LATEST
-    start = args.resume if args.resume not in (None, "", "auto") else None
+    checkpoints = Checkpoints(latest.parent, parts, vars(args), SAME_RUN,
+                              "--resume FILE and another --name")
+    step, best = 0, math.inf
     args.steps_before = load_weights(model, start) if start else 0
-    own = start and latest.exists() and latest.parent.resolve() in Path(start).resolve().parents
     if processes.broadcast_flag(bool(own)):
         checkpoints.lock()  # no other process trains there
         checkpoints.release()
         set_aside(folder)
-    elif latest.exists() and args.resume in ("", "auto"):
-        state = checkpoints.resume(latest)
+    elif continued:
+        state = checkpoints.resume(continued)
         step, best = state["step"], state["best"]
-    elif latest.exists():
-        raise UserError(f"{folder} holds a run: continue it with --resume alone, or give this one "
-                        "another --name")
     elif args.resume == "":
         check_resume("newest", folder)
+    elif latest.exists() and args.resume != "auto":
+        raise UserError(f"{folder} holds a run: continue it with --resume alone, or give this one "
+                        "another --name")
+    elif kept := args.resume != "auto" and sorted(latest.parent.glob("*.pt")):
+        raise UserError(f"{folder} holds a run without {LATEST}, which cannot be continued, but "
+                        f"has {kept[0].name}: rename it, or give this one another --name")
     if start:
         step = args.startepoch * args.steps_per_epoch
         args.steps_before = max(0, args.steps_before - step)

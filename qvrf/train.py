@@ -193,19 +193,23 @@ def train(args: argparse.Namespace, device: torch.device, given: str) -> None:
     args.steps_before = 0
     processes.broadcast_flag(True)  # wait until all files are written
 
+    # the run or the weights that it continues; the previous stage in --out had the same images
+    start, resumed = (None, out / NEWEST) if args.resume else starting_point(args, out)
+    history = resumed or (None if args.checkpoint else start)
+
     # data
     crop = (args.patch_size[0], args.patch_size[1])
-    images = find_images(args.dataset, crop, args.seed, args.flip, out, test_folder(args.dataset))
+    images = find_images(args.dataset, crop, args.seed, args.flip, history,
+                         test_folder(args.dataset), folder=out)
     one_pass = max(1, len(images) // args.batch_size)
     args.steps_per_epoch = args.steps_per_epoch or (one_pass if args.dataset else SOURCE_EPOCH)
     args.images, args.validation = images.digest, images.validation  # --resume compares images
     test_images = central_crops(images.test, crop, "--patch-size")
     batch = processes.per_process_batch(args.batch_size)
 
-    # model and its starting point
+    # model and its weights
     model = build(args.model, args.levels, args.N, args.M)
     args.N, args.M = model.N, model.M
-    start, resumed = (None, out / NEWEST) if args.resume else starting_point(args, out)
     if start:
         single = bool(args.loadFromPretrainedSinglemodel)
         args.steps_before, stage_before = load_weights(model, start, single)

@@ -151,8 +151,8 @@ def main(argv: list[str] | None = None) -> None:
     # data
     folder, before = version(args)
     crop = (args.train_patch_size[0], args.train_patch_size[1])
-    images = find_images(args.dataset_directory, crop, args.seed, args.flip,
-                         folder / "checkpoints", test_folder(args.dataset_directory))
+    images = find_images(args.dataset_directory, crop, args.seed, args.flip, before,
+                         test_folder(args.dataset_directory), folder=folder / "checkpoints")
     batch = args.train_batch_size
     per_step = batch * processes.world()
     args.steps_per_epoch = args.steps_per_epoch or max(1, len(images) // per_step)
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     whole = () if args.lr_schedule == "constant" and not args.warmup else ("num_epochs",)
     config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
     checkpoints = LightningCheckpoints(folder / "checkpoints", parts, config, (*SAME_RUN, *whole),
-                              "--init_ckpt")
+                                       "--init_ckpt")
     step, best, kept = 0, math.inf, ""
     if before is not None:
         state = checkpoints.resume(before)

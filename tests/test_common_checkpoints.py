@@ -119,15 +119,17 @@ def test_temporary_names_are_unpredictable_and_do_not_stay(tmp_path, monkeypatch
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (names.append(a), replace(a, b)))
     monkeypatch.setattr(files, "_cleaned", set())
-    old, fresh = tmp_path / ".a.pth.77.tmp", tmp_path / ".a.pth.k3j4h5g6.tmp"
-    for path in (old, fresh, tmp_path / ".own.tmp"):
+    old, fresh = (tmp_path / f".a.pth.lic-k3j4h5g{i}.tmp" for i in range(2))
+    foreign = [tmp_path / name for name in (".own.tmp", ".a.pth.77.tmp", ".a.k3j4h5g6.tmp")]
+    for path in (old, fresh, *foreign):
         path.touch()
-    os.utime(old, (0, 0))
+    for path in (old, *foreign):
+        os.utime(path, (0, 0))
     for content in (b"1", b"2"):
         write_atomic(tmp_path / "a.pth", content)
     assert len(set(names)) == 2 and all(Path(name).parent == tmp_path for name in names)
     assert all(str(os.getpid()) not in Path(name).name for name in names)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([".own.tmp", fresh.name, "a.pth"])
+    assert set(tmp_path.iterdir()) == {*foreign, fresh, tmp_path / "a.pth"}
     assert (tmp_path / "a.pth").stat().st_mode & 0o777 == 0o666 & ~files.UMASK
 
 

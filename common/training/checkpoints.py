@@ -77,6 +77,7 @@ def load_transforms(model: Codec, path: str | Path) -> int:
     return steps_of(whole)
 
 
+RECORD = "unusable_images.jsonl"  # in the folder of a run: number and key of each image
 SAME_RUN = ("metric", "lmbda", "optimizer", "lr", "aux_lr", "lr_schedule", "milestones",
             "batch_size", "patch_size", "flip", "images", "steps_per_epoch", "seed",
             "clip_max_norm")  # flags that --resume must not change
@@ -105,8 +106,16 @@ class Checkpoints:
         """Restore the newest checkpoint (`resume`) or that of `epoch`; {} for a new run.
 
         resume: "newest", or "auto", which begins a new run if there is none. A new run in a folder
-        that holds another one is refused, so that nothing is overwritten.
+        that holds another one is refused, so that nothing is overwritten. All flags are written to
+        config.yaml.
         """
+        state = self._begin(resume, epoch)
+        if processes.rank() == 0:
+            text = yaml.safe_dump(self.config, sort_keys=False)
+            write_atomic(self.folder / "config.yaml", text.encode())
+        return state
+
+    def _begin(self, resume: str | None, epoch: int | None) -> dict[str, Any]:
         found = self.found()
         if epoch is not None:
             state = self.resume(self.folder / f"epoch_{epoch}.pth")
@@ -119,9 +128,6 @@ class Checkpoints:
             return self.resume(path)
         check_resume(resume, self.folder)
         self.lock()
-        if processes.rank() == 0:
-            text = yaml.safe_dump(self.config, sort_keys=False)
-            write_atomic(self.folder / "config.yaml", text.encode())
         return {}
 
     def found(self) -> list[Path]:
@@ -186,8 +192,11 @@ class Checkpoints:
             before, now = state["config"].get(key), self.config.get(key)
             if before != now:
                 flag = "dataset" if key == "images" else key
+                place = self.folder if self.folder.name else path  # the current folder stays
+                here = f"; to begin one here without them: rename {place}"
+                here = here if path.parent == self.folder else ""
                 raise UserError(f"{path}: was trained with --{flag} {before}, not {now} (to start "
-                                f"another run from its weights: {self.anew})")
+                                f"another run from its weights: {self.anew}{here})")
         try:
             for key, part in self.parts.items():
                 saved = mine[key] if key in mine else state[key]
@@ -206,7 +215,17 @@ class Checkpoints:
         self.last = path
         self.branch = state.get("branch", 0)
         self.config["steps_before"] = steps_of(state) - state["step"]
+        if processes.rank() == 0:
+            copy_record(path.parent, self.folder)
         return state
+
+
+def copy_record(source: Path, folder: Path) -> None:
+    """Add the unusable images of the run in `source` to those of the run in `folder`."""
+    old, own = ((path / RECORD).read_text().splitlines() if (path / RECORD).is_file() else []
+                for path in (source, folder))
+    if new := [line for line in old if line not in own]:
+        write_atomic(folder / RECORD, "".join(f"{line}\n" for line in [*own, *new]).encode())
 
 
 def newest(paths: Iterable[Path]) -> Path | None:

@@ -1,9 +1,12 @@
 """The images of a run: checked at the start, held out, removed before a resume."""
 
 import os
+import time
 
 from common import UserError, data, image_check
+from common.data import digest
 from common.training import images
+from common.training.checkpoints import copy_record
 from common.training.images import RECORD, find_images
 
 import pytest
@@ -144,6 +147,50 @@ def test_removed_images_belong_to_their_run_only(folder, tmp_path):
     assert len(find_images(folder, 64, 0, False, run).crops.items) == 17  # no checkpoint: a new run
     (run / "latest.pth").touch()
     assert len(find_images(folder, 64, 0, False, run).crops.items) == 18
+
+
+def test_a_new_run_has_no_history(folder, tmp_path):
+    """A record in its folder is of an earlier run; the flags of a run tell which images it had."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    record = find_images(folder, 64, 0, False, None, folder=run).crops.record
+    record(4)
+    record.items[record.numbers[4]].path.unlink()
+    torch.save({"step": 5, "config": {"lmbda": 1}}, run / "latest.pth")
+    new = find_images(folder, 64, 0, False, None, folder=run)
+    assert len(new) == 17 and new.validation == "2 images held out of the training data"
+    flags = {"images": new.digest, "validation": new.validation}
+    torch.save({"step": 5, "config": flags}, run / "latest.pth")
+    assert find_images(folder, 64, 0, False, run).digest == new.digest
+    flags["images"] = digest(record.items[i] for i in record.numbers)
+    torch.save({"step": 5, "config": flags}, run / "latest.pth")
+    continued = find_images(folder, 64, 0, False, run / "latest.pth", folder=other)
+    assert continued.digest == flags["images"]
+    continued.crops.record(7)  # before the first checkpoint in the other folder
+    assert len((run / RECORD).read_text().splitlines()) == 2
+    copy_record(run, other)
+    assert sorted((run / RECORD).read_text()) == sorted((other / RECORD).read_text())
+
+
+def test_images_are_decoded_within_a_limit(tmp_path, monkeypatch):
+    for i in range(12):
+        data.write_image(torch.zeros(3, 20, 30, dtype=torch.uint8), tmp_path / f"{i}.png")
+    active, most, read = [], [], data.Item.read
+
+    def counted(item):
+        active.append(item)
+        most.append(len(active))
+        time.sleep(0.01)
+        try:
+            return read(item)
+        finally:
+            active.remove(item)
+
+    monkeypatch.setattr(data.Item, "read", counted)
+    for pixels, count in ((1300, 2), (100, 1)):  # two images; less than one
+        monkeypatch.setattr(image_check, "_decoded", image_check.Limit(pixels))
+        most.clear()
+        image_check.check_readable(sorted(tmp_path.iterdir()))
+        assert max(most) == count and len(most) == 12
 
 
 def test_loader_processes_share_one_limit_and_stay(folder, monkeypatch):

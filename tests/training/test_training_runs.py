@@ -160,7 +160,7 @@ def test_another_configuration_cannot_be_resumed(train, images):
                          (["--N", 8], "quantiles"),
                          (["--lr", 0.5], "trained with --lr"),
                          (["--lmbda", 0.5], "trained with --lmbda"),
-                         (["--dataset", images / "test"], "trained with --dataset 2 images"),
+                         (["--dataset", images / "test"], "--dataset 2 images .* rename ckpts"),
                          (["--metric", "ms-ssim"], "161 pixels or more")]:
         with pytest.raises(UserError, match=words):
             train("--epoch", 2, "--resume", *flags)
@@ -170,7 +170,8 @@ def test_another_configuration_cannot_be_resumed(train, images):
 def test_a_finished_run_says_so(train, capsys):
     train("--epoch", 1)
     assert "nothing to do" not in capsys.readouterr().out
-    train("--epoch", 1, "--resume")
+    config = train("--epoch", 1, "--resume", "--save-every", 7) / "ckpts/Hyperprior/0/config.yaml"
+    assert "save_every: 7\n" in config.read_text()
     assert "nothing to do: this run has its 1 epochs already" in capsys.readouterr().out
 
 

@@ -49,8 +49,10 @@ def test_overfits_one_crop(experiment):
     assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
 
 
-def test_files_of_a_run(fit):
+def test_files_of_a_run(fit, capsys):
     folder = fit("--epochs", "7")
+    said = capsys.readouterr().out
+    assert "--epochs 7 " in said and f"  (all flags: {folder / 'config.yaml'})\n" in said
     names = {p.name for p in folder.iterdir()}
     assert {"params.json", "log.txt", "config.yaml"} <= names
     assert len([n for n in names if n.startswith("epoch_")]) == 5

@@ -1,7 +1,10 @@
 """ConvNeXTIC: folders of a run, resume, optimisers, the flags of train.py."""
 
+import shutil
+
 from common import UserError
 from common.training.checkpoints import Checkpoints
+from common.training.images import find_images
 
 import pytest
 import torch
@@ -62,6 +65,30 @@ def test_resume_from_a_file_takes_weights(run):
     assert state["step"] == 6 and (folder / "vr" / "3" / "snapshots" / "001.pt").exists()
     assert torch.allclose(state["model"]["g_a.0.down.0.weight"],
                           read(start)["model"]["g_a.0.down.0.weight"], atol=1e-6)
+
+
+def test_a_run_from_weights_in_its_own_folder(images, run, tmp_path):
+    """The weights are kept, and the new run has the images that it finds, not the old one's."""
+    shutil.copytree(images / "train", tmp_path / "set")
+    for i in range(2, 5):
+        shutil.copy(images / "train" / "0.png", tmp_path / "set" / f"{i}.png")
+    flags = ("--trainset", "set", "--name", "a", "--epochs", 1, "--steps-per-epoch", 1)
+    snapshots = run(*flags) / "a" / "3" / "snapshots"
+    state = read(snapshots / "latest.pt")
+    record = find_images("set", 128, 1, False, snapshots / "latest.pt").crops.record
+    record.add(record.numbers[:1])
+    record.items[record.numbers[0]].path.unlink()
+    run(*flags, "--resume", snapshots / "best.pt")
+    new = read(snapshots / "latest.pt")["config"]
+    assert new["images"].startswith("3 images") and state["config"]["images"].startswith("4 images")
+    run(*flags, "--resume", "auto")
+    old = snapshots.parent.with_name("3_1") / "snapshots" / "best.pt"
+    (snapshots / "latest.pt").unlink()
+    with pytest.raises(UserError, match="holds a run without latest.pt"):
+        run(*flags, "--resume", old)
+    run(*flags, "--resume", snapshots / "best.pt")
+    assert read(snapshots.parent.with_name("3_2") / "snapshots" / "best.pt")["config"] == new
+    assert read(old)["config"] == state["config"]
 
 
 @pytest.mark.parametrize("flags, kind", [

@@ -1,10 +1,12 @@
 """TBTC: every model trains and codes; names of a run, resume, averages, schedules, flags."""
 
 import re
+import shutil
 
 from common import UserError, cli
 from common.coding import image_file
 from common.loss import RateDistortionLoss
+from common.training.images import find_images
 from common.training.network import can_compile
 
 import forks
@@ -165,6 +167,21 @@ def test_defaults_are_the_source_s():
               "gradient_clip_norm": 10.0, "checkpoint_to_resume": None, "log_cadence": 25,
               "strategy": "auto", "float32_matmul_precision": None, "ema_decay": 0.999}
     assert {key: args[key] for key in source} == source
+
+
+def test_a_new_version_has_the_images_of_the_run_that_it_continues(images, run, tmp_path):
+    shutil.copytree(images / "train", tmp_path / "set")
+    for i in range(2, 5):
+        shutil.copy(images / "train" / "0.png", tmp_path / "set" / f"{i}.png")
+    flags = ("--dataset_directory", "set", "--steps-per-epoch", 1, "--lr_schedule", "constant")
+    folder = run(*flags, "--num_epochs", 1)
+    checkpoint = next(folder.glob("version_0/checkpoints/*-last.ckpt"))
+    record = find_images("set", 64, 1, False, checkpoint).crops.record
+    record.add(record.numbers[:1])
+    record.items[record.numbers[0]].path.unlink()
+    run(*flags, "--num_epochs", 2, "--ckpt_path", checkpoint)
+    run(*flags, "--num_epochs", 3, "--resume")
+    assert next(folder.glob("version_1/checkpoints/epoch=2-*-last.ckpt"))
 
 
 def test_the_command_line_chooses_between_lmbda_and_beta(tmp_path):
