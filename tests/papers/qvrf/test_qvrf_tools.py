@@ -96,7 +96,8 @@ def test_the_source_s_sweep(weights, images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     evaluation.main(["--dataset", str(images / "test"), "-p", str(weights), "--factormode", "1",
                      "--factor", "0.1"])
-    results = json.loads((tmp_path / "results" / "QVRF-checkpoint_best_loss.json").read_text())
+    path, = (tmp_path / "results").glob("QVRF-*.json")  # named by the folder of the run
+    results = json.loads(path.read_text())
     assert sorted(results["meta"]["factor"]) == pytest.approx(list(evaluation.SWEEP))
     assert "sweep of 27 factors" in capsys.readouterr().out
 

@@ -36,7 +36,7 @@ def test_several_stages_at_once_and_resumed(when, run, monkeypatch):
         run(*flags, "--out", "killed")
     assert len(saves) >= min(when + 1, 6)
     monkeypatch.setattr(Checkpoints, "save", save)
-    run(*flags, "--out", "killed", "--resume")
+    run(*flags, "--out", "killed", "--resume", "auto")
     straight, killed = (read(folder / name / "checkpoint.pth.tar") for name in
                         ("straight", "killed"))
     assert all(torch.equal(v, killed["model"][k]) for k, v in straight["model"].items())
