@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import math
 
 from common import UserError, data
@@ -80,8 +81,8 @@ def test_bundled_and_published_results_are_of_kodak(paper):
     for path in folder.glob("*.json"):
         if path.name == "published.json":
             curves = load_published(path)
-        else:
-            curves = [load_results(path)] if path.name != "ablation.json" else []
+        else:  # tables of variants have rows of their own
+            curves = [load_results(path)] if "results" in json.loads(path.read_text()) else []
         for curve in curves:
             assert image_sets.title(image_sets.digest_of(curve)) == "Kodak, 24 images", path
 
