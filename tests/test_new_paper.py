@@ -37,11 +37,13 @@ CHANGES = [  # in model.py: h_s gives scales and means, and y is coded around it
      "        y_hat = entropy.decode(y_strings, indexes, tables) + means\n"),
     ("    def _indexes(self, z_hat: Tensor) -> Tensor:\n",
      "    def _indexes_and_means(self, z_hat: Tensor) -> tuple[Tensor, Tensor]:\n"),
-    ("        scales = exact.run(self.h_s, z_hat.to(self.coding_device or z_hat.device))\n",
+    ("        def indexes(z_hat: Tensor) -> Tensor:\n"
+     "            scales = exact.run(self.h_s, z_hat.to(self.coding_device or z_hat.device))\n"
+     "            return exact.scale_indexes(scales, table.to(scales.device))\n\n"
+     "        return tiled(indexes, z_hat, up=4, tile=256, limit=LIMIT / 16**2)\n",
      "        params = exact.run(self.h_s, z_hat.to(self.coding_device or z_hat.device))\n"
      "        scales, means = params.chunk(2, 1)\n"
-     "        means = exact.round_to_grid(means).to(z_hat)\n"),
-    ("        return exact.scale_indexes(scales, table.to(scales.device))\n",
+     "        means = exact.round_to_grid(means).to(z_hat)\n"
      "        return exact.scale_indexes(scales, table.to(scales.device)), means\n"),
 ]
 TINY = ["--N", "8", "--M", "12", "--batch_size", "2", "--patch-size", "64", "--no-compile",

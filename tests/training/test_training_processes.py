@@ -19,7 +19,8 @@ from hyperprior.model import Hyperprior
 
 def test_two_processes_average_to_the_gradient_of_one(tmp_path):
     """torchrun, gloo: half of the batch each; equal gradients, equal quantiles after aux steps."""
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    environment = dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+                       OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                __file__, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
