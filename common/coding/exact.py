@@ -188,10 +188,11 @@ def scale_indexes(scales: Tensor, scale_table: Tensor) -> Tensor:
 
     The boundaries are the geometric means of neighbours; IEEE 754 defines sqrt exactly. For right
     scales they are optimal: with the boundaries at which a Gaussian of that scale costs the same
-    under both tables, the bundled models' files differ by -0.01 to +0.07 %. CompressAI's
-    `build_indexes` picks the next larger entry, as if scales were 6 % larger. That costs 0.1 % for
-    hyperprior and up to 0.5 % for convnextic, but saves as much or more where a model's own scales
-    are too small, as those of context models are; common/recipes/export.py corrects these instead.
+    under both tables, the files of the bundled models are 0.00 to 0.04 % larger. CompressAI's
+    `build_indexes` picks the next larger entry, as if scales were 6 % larger. That costs up to
+    0.2 % where scales are right, and saves up to 1.5 % for context models, whose own scales are too
+    small (common/recipes/export.py corrects these). common/results/index_rule.json has the sizes,
+    from `python -m common.evaluation.index_rule`.
     """
     scales = scales.double().contiguous()
     boundaries = scale_boundaries(scale_table.to(scales.device))
