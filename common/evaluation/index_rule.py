@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{paper}/{weights.stem}: nearest {sizes['nearest']:,} bytes{changes}")
     if len(images) == 24 and not args.papers:
         RESULTS.parent.mkdir(exist_ok=True)
-        content = {"images": len(images), "bytes": rows}
+        content = {"source": "python -m common.evaluation.index_rule", "images": len(images),
+                   "bytes": rows}
         write_atomic(RESULTS, (json.dumps(content, indent=1) + "\n").encode())
 
 
