@@ -27,6 +27,14 @@ def cut_kodak(folder, counts, width, height):
     return folder
 
 
+def factorized_model():
+    """A small codec that can code: random weights with their CDF tables."""
+    torch.manual_seed(0)
+    net = FactorizedPrior(8, 12).eval()
+    net.update()
+    return net
+
+
 def photo(path, height=40, width=48, seed=0):
     """Write a random RGB PNG; returns its pixels (3, H, W)."""
     generator = torch.Generator().manual_seed(seed)

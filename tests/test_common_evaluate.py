@@ -16,15 +16,12 @@ from common.evaluation.results import (
 
 import pytest
 import torch
-from helpers import FactorizedPrior, ScaleHyperprior
+from helpers import FactorizedPrior, ScaleHyperprior, factorized_model
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    net = FactorizedPrior(8, 12).eval()
-    net.update()
-    return net
+    return factorized_model()
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ from common.evaluation import evaluate
 from common.evaluation.results import load_results
 
 import pytest
-import torch
-from helpers import FactorizedPrior, photo
+from helpers import factorized_model, photo
 
 from factorized import eval as factorized_eval
 from factorized.model import build
@@ -21,10 +20,7 @@ from factorized.model import build
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    net = FactorizedPrior(8, 12).eval()
-    net.update()
-    return net
+    return factorized_model()
 
 
 @pytest.fixture

@@ -36,12 +36,12 @@ EPOCHS = 12  # of three steps or so, each of which ends with a checkpoint
 
 def command(paper: str) -> tuple[Stage, list[str]]:
     """A stage of a paper's short form, and its command line, with more epochs."""
-    plan = Plan(Settings(ROOT, "short", None, "", 1, "cpu", None), [])
+    images = str(ROOT / "common" / "images" / "kodak")
+    plan = Plan(Settings(ROOT, "short", None, "", 1, "cpu", images), [paper])
     stages = plan.content(paper)["stages"]
     name = next((name for name in stages if "from" not in stages[name]), next(iter(stages)))
     stage = plan.stage(paper, name)
-    settings = Settings(ROOT, "short", None, "", 1, "cpu", str(ROOT / "common/images/kodak"))
-    flags = {key: Stage.fill(value, settings) for key, value in stage.flags.items()}
+    flags = {key: Stage.fill(value, plan.settings) for key, value in stage.flags.items()}
     phases = len(flags["stage"]) if isinstance(flags.get("stage"), list) else 1  # of one run
     length = next(key for key in ("epoch", "epochs", "num_epochs") if key in flags)
     flags[length] = EPOCHS // phases
