@@ -16,7 +16,7 @@ from pathlib import Path
 from common import UserError, cli, processes
 from common.coding import zoo
 from common.loss import RateDistortionLoss
-from common.training.checkpoints import Checkpoints, load_transforms, load_weights
+from common.training.checkpoints import Checkpoints, load_start
 from common.training.cuda_graph import Recorded
 from common.training.images import find_images
 from common.training.log import Log
@@ -114,14 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.patch_size % model.downsampling_factor:
         raise UserError(f"--patch-size {args.patch_size} is not a multiple of "
                         f"{model.downsampling_factor}")
-    if args.init_ckpt and args.init_transforms:
-        raise UserError("--init_transforms beside a checkpoint of the whole model (--init_ckpt, "
-                        "--pretrained): give one of them")
-    args.steps_before = 0
-    if args.init_ckpt:
-        args.steps_before = load_weights(model, args.init_ckpt)
-    elif args.init_transforms:
-        args.steps_before = load_transforms(model, args.init_transforms)
+    args.steps_before = load_start(model, args.init_ckpt, args.init_transforms)
     net = prepare_network(model, args.compile)
     optimizer, aux_optimizer = make_optimizers(model, args.optimizer, args.lr, args.aux_lr)
     scheduler = make_scheduler(optimizer, args.lr_schedule, args.epoch, args.milestones)

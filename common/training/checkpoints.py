@@ -77,6 +77,19 @@ def load_transforms(model: Codec, path: str | Path) -> int:
     return steps_of(whole)
 
 
+def load_start(model: Codec, checkpoint: str, transforms: str) -> int:
+    """Load what a new run starts from, --init_ckpt or --init_transforms; "" for neither.
+
+    Returns the number of steps that led to it.
+    """
+    if checkpoint and transforms:
+        raise UserError("--init_transforms beside a checkpoint of the whole model (--init_ckpt, "
+                        "--pretrained): give one of them")
+    if checkpoint:
+        return load_weights(model, checkpoint)
+    return load_transforms(model, transforms) if transforms else 0
+
+
 RECORD = "unusable_images.jsonl"  # in the folder of a run: number and key of each image
 SAME_RUN = ("metric", "lmbda", "optimizer", "lr", "aux_lr", "lr_schedule", "milestones",
             "batch_size", "patch_size", "flip", "images", "steps_per_epoch", "seed",
