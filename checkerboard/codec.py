@@ -18,8 +18,7 @@ from checkerboard.model import Checkerboard, load
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, _, _ = codec_cli.flags("Code one image file.")
-    codec_cli.run(parser.parse_args(argv), Checkerboard, load, Path(__file__).parent / "weights")
+    codec_cli.main(argv, Checkerboard, load, Path(__file__).parent / "weights")
 
 
 if __name__ == "__main__":

@@ -12,18 +12,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from common import cli
-from common.coding import codec_cli, zoo
+from common.coding import codec_cli
 
 from factorized.model import ZOO, Factorized, load
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, *commands = codec_cli.flags("Code one image file.")
-    for command in commands:
-        zoo.add_flag(command)
-    args = parser.parse_args(argv)
-    zoo.use(args, ZOO, Factorized)
-    codec_cli.run(args, Factorized, load, Path(__file__).parent / "weights")
+    codec_cli.main(argv, Factorized, load, Path(__file__).parent / "weights", ZOO)
 
 
 if __name__ == "__main__":

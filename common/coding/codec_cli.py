@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, cli, data, processes
-from common.coding import image_file
+from common.coding import image_file, zoo
 from common.coding.contract import Codec
 from common.files import read_file, write_atomic
 
@@ -46,6 +46,21 @@ def flags(description: str, weights: str = "", which: str = "lmbda"
         command.add_argument("--threads", type=cli.threads, default=0,
                              help="number of CPU threads; 0 uses all")
     return parser, encode, decode
+
+
+def main(argv: list[str] | None, kind: type[Codec], load: Callable[..., Codec], weights: Path,
+         architecture: str = "") -> None:
+    """The codec.py of a paper without further options; kind, load and weights: as in `run`.
+
+    architecture: the name of the paper's model in CompressAI's zoo, for --pretrained.
+    """
+    parser, *commands = flags("Code one image file.")
+    for command in commands if architecture else []:
+        zoo.add_flag(command)
+    args = parser.parse_args(argv)
+    if architecture:
+        zoo.use(args, architecture, kind)
+    run(args, kind, load, weights)
 
 
 def run(args: argparse.Namespace, kind: type[Codec], load: Callable[..., Codec], weights: Path,
