@@ -203,11 +203,11 @@ def run(args: argparse.Namespace, given: str) -> None:
             test = run.test(validate, model, images, criterion, device, log, run.step)
             line += f"  eval loss {test['loss']:.4f} bpp {test['bpp']:.4f} psnr {test['psnr']:.2f}"
             best = min(best, test["loss"])
+        log.line(line)
         run.save(f"epoch_{epoch}.pth", best=best, test=test, train=means)
         if processes.rank() == 0:
             for old in [*epoch_checkpoints(folder)[:-KEPT], folder / LATEST]:
                 old.unlink(missing_ok=True)
-        log.line(line)
     log.close()
 
 

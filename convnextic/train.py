@@ -259,9 +259,9 @@ def main(argv: list[str] | None = None) -> None:
                 scores = f"_{test['bpp']:.4f}_{test['mse'] / 255**2:.8f}"
                 scores = "" if args.variable_rate else scores
                 names.insert(0, f"{epoch:03}{scores}.pt")
+        log.line(line)
         for name in names:
             run.save(name, best=best, test=test)
-        log.line(line)
     log.close()
 
 

@@ -159,9 +159,9 @@ def main(argv: list[str] | None = None) -> None:
                             log, run.step)
             best = min(best, test["loss"])
             line += f"  test loss {test['loss']:.4f} bpp {test['bpp']:.4f} psnr {test['psnr']:.2f}"
+        log.line(line)
         if (epoch + 1) % args.save_every == 0 or run.is_last_epoch:
             run.save(f"epoch_{epoch}.pth", best=best)
-        log.line(line)
     log.close()
 
 

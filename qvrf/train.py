@@ -298,10 +298,10 @@ def train(args: argparse.Namespace, device: torch.device, given: str) -> None:
             scheduler.step(test["loss"])
         if args.stage > 1:
             line += "  Gain " + " ".join(f"{g:.3f}" for g in model.Gain.tolist())
+        log.line(line)
         # NEWEST last: a run that is killed in between repeats the epoch when it is resumed
         for name in [BEST, NEWEST] if improved else [NEWEST]:
             run.save(name, best_loss=best, loss=means["loss"])
-        log.line(line)
     log.close()
 
 

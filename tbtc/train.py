@@ -238,6 +238,7 @@ def main(argv: list[str] | None = None) -> None:
             better = test["loss"] < best
             log.scalars("valid", test, run.step)
             line += f"  valid loss {test['loss']:.4f} bpp {test['bpp']:.4f} psnr {test['psnr']:.2f}"
+        log.line(line)
         if better:
             best, old = test["loss"], kept
             kept = f"epoch={epoch}-val_loss={best:.4f}-best.ckpt"
@@ -247,7 +248,6 @@ def main(argv: list[str] | None = None) -> None:
         run.save(name, best=best, kept=kept, test=test)
         checkpoints.discard([p.name for p in checkpoints.folder.glob("*-last.ckpt")
                              if p.name != name] + [LATEST])
-        log.line(line)
     log.close()
 
 

@@ -24,6 +24,8 @@ class Log:
         self.sums: dict[str, float] = {}
         self.on_gpu: dict[tuple[str, ...], Tensor] = {}  # sums not fetched yet, by names
         self.count = 0
+        self.lines = 0  # number of lines in log.txt that belong to the steps done
+        self.after: list[str] = []  # lines that an interrupted run wrote after its checkpoint
 
     def begin(self, first: int = 0) -> None:
         """Open the files and the progress bar; `first` steps have been done before."""
@@ -33,7 +35,11 @@ class Log:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         self.board = SummaryWriter(str(self.folder))
-        self.file = open(self.folder / "log.txt", "a")
+        self.file = open(self.folder / "log.txt", "a+")
+        self.file.seek(0)
+        lines = self.file.read().splitlines()
+        self.after = lines[self.lines:]
+        self.lines = len(lines) - len(self.after)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=self.steps, initial=first, unit="step", dynamic_ncols=True,
                         mininterval=1 if terminal else 60, disable=self.quiet)
@@ -71,12 +77,15 @@ class Log:
         self.on_gpu = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums of an unfinished epoch, so that a resumed run reports the same means."""
+        """The sums of an unfinished epoch and the number of lines in log.txt, so that a resumed run
+        reports the same means, and each line once.
+        """
         self._fetch()
-        return {"sums": self.sums, "count": self.count}
+        return {"sums": self.sums, "count": self.count, "lines": self.lines}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sums, self.count = dict(state["sums"]), state["count"]
+        self.lines = state.get("lines", sys.maxsize)  # older checkpoints do not count them
 
     def means(self) -> dict[str, float]:
         """Means over all steps since the last call, the same on every process."""
@@ -110,12 +119,20 @@ class Log:
                 self.board.add_histogram(f"{tag}/{name}", values.detach().float().cpu(), step)
 
     def line(self, text: str) -> None:
-        """Write a line to log.txt and above the progress bar."""
+        """Write a line to log.txt and above the progress bar.
+
+        A run that was interrupted between a line and its checkpoint finds the line in the file.
+        """
         if self.active:
             if not self.quiet:
                 self.bar.write(text, file=sys.stdout)
-            self.file.write(text + "\n")
-            self.file.flush()
+            if self.after[:1] == [text]:
+                del self.after[0]
+            else:
+                self.lines, self.after = self.lines + len(self.after), []
+                self.file.write(text + "\n")
+                self.file.flush()
+            self.lines += 1
 
     def close(self) -> None:
         if self.active:

@@ -76,8 +76,8 @@ class Run:
                 run.end_step({**values, "lr": ...}, best=best)
             line, means = run.end_epoch()
             ...
+            log.line(line)  # before the checkpoint, which holds how many lines there are
             run.save(f"epoch_{epoch}.pth", best=best)
-            log.line(line)
 
     batch_size: images of this process in a step; check_time: minutes between the checkpoints
     within an epoch, which are called `latest`.

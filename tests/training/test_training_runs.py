@@ -74,6 +74,22 @@ def test_context_models_resume_exactly(module, prefix, train):
     assert_equal(whole, torch.load(path, weights_only=True))
 
 
+def test_a_line_that_was_written_before_the_kill_stands_in_the_log_once(train):
+    folder = train("--epoch", 3)
+    log, run = folder / "logs/Hyperprior/0/log.txt", folder / "ckpts/Hyperprior/0"
+    whole = log.read_text()
+    for epochs in ((2,), (1, 2)):  # killed between a line and its checkpoint; an epoch earlier
+        for epoch in epochs:
+            (run / f"epoch_{epoch}.pth").unlink()
+        train("--epoch", 3, "--resume")
+        assert log.read_text() == whole
+    log.write_text(whole.replace("epoch 2 ", "another 2 "))
+    (run / "epoch_2.pth").unlink()
+    train("--epoch", 3, "--resume")
+    lines = log.read_text().splitlines()
+    assert lines[2].startswith("another 2 ") and lines[3] == whole.splitlines()[2]
+
+
 def test_two_and_two_epochs_equal_four(train):
     train("--epoch", 4, "--lr-schedule", "constant", "--prefix", "four")
     train("--epoch", 2, "--lr-schedule", "constant", "--prefix", "two")
