@@ -19,6 +19,7 @@ from common.files import OLD_TEMPORARY, TEMPORARY, remove_temporaries
 NAME = ".lock"
 BEAT, SILENT = 30, 600  # seconds between signs of life; after which those of another host are over
 _held: dict[Path, int] = {}  # descriptors of the locks of this process
+_beating = threading.Thread()  # touches the files of these locks; not alive in a forked process
 
 
 def lock(folder: str | Path, remedy: str) -> None:
@@ -38,10 +39,8 @@ def lock(folder: str | Path, remedy: str) -> None:
     owner = {"process": os.getpid(), "host": socket.gethostname()}
     os.ftruncate(descriptor, 0)
     os.write(descriptor, json.dumps(owner).encode())
-    if not _held:
-        atexit.register(_release_all)
-        threading.Thread(target=_beat, daemon=True).start()
     _held[folder] = descriptor
+    _begin_to_beat()
     remove_temporaries(folder, names=(TEMPORARY, OLD_TEMPORARY))
 
 
@@ -117,6 +116,15 @@ def _is_alive(owner: dict[str, str | int]) -> bool:
     except PermissionError:
         return True
     return owner["process"] != os.getpid()
+
+
+def _begin_to_beat() -> None:
+    """Start the thread of this process; once."""
+    global _beating
+    if not _beating.is_alive():
+        atexit.register(_release_all)
+        _beating = threading.Thread(target=_beat, daemon=True)
+        _beating.start()
 
 
 def _beat() -> None:

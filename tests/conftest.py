@@ -1,6 +1,8 @@
 """Settings and small images shared by the tests."""
 
+import faulthandler
 import os
+import signal
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per worker, in the processes it starts, too
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +14,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # tensors here are too small for more
+LIMIT = 600  # seconds
 
 
 def pytest_collection_modifyitems(items):
@@ -21,6 +24,21 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol():
+    """A test that takes ten minutes, with a set-up that others share, waits for ever: it fails."""
+    def expired(*_):
+        faulthandler.dump_traceback(all_threads=True)
+        pytest.fail(f"took more than {LIMIT} s")
+
+    signal.signal(signal.SIGALRM, expired)
+    signal.alarm(LIMIT)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
 
 
 @pytest.fixture

@@ -49,7 +49,23 @@ class Process:
     def send_signal(self, number):
         os.kill(self.pid, number)
 
-    def communicate(self, timeout=1800):
+    def first_line(self, timeout=60):
+        """Wait for the first line on stdout and return it."""
+        deadline = time.monotonic() + timeout
+        while True:
+            over = self.poll() is not None or time.monotonic() > deadline
+            file = Path(self._files[0])
+            text = file.read_text() if file.exists() else ""
+            if "\n" in text:
+                return text.splitlines()[0]
+            assert not over, self.communicate()
+            time.sleep(0.01)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+        self.communicate()
+
+    def communicate(self, timeout=600):
         """Wait for the end; return what was written to stdout and stderr."""
         deadline = time.monotonic() + timeout
         while self.poll() is None:
@@ -108,9 +124,17 @@ def run_ranks(count, *words, **options):
     ranks = [start(*words, **options, environment={
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in range(count)]
-    for process in ranks:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors[-2000:]
+    try:
+        while any(process.poll() is None for process in ranks):
+            assert not any(process.poll() for process in ranks)  # one has failed
+            time.sleep(0.01)
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+        said = [process.communicate()[1][-2000:] for process in ranks]
+        print(*said, sep="\n", file=sys.stderr)  # pytest shows it if the test fails
+    assert not any(process.returncode for process in ranks)
 
 
 # --------------------------------------------------------------------------- the parent process

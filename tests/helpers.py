@@ -3,9 +3,23 @@
 from common import data
 from common.coding.contract import Codec
 
+import forks
 import torch
 from compressai import models
+from forks import ROOT
 from PIL import Image
+
+HOLDER = """
+import signal, sys
+from common import UserError, locks
+try:
+    locks.lock(sys.argv[2], "take another folder")
+except UserError as e:
+    print(e, flush=True)
+    sys.exit()
+print("locked", flush=True)
+signal.pause()
+"""
 
 
 class FactorizedPrior(models.FactorizedPrior, Codec):
@@ -25,6 +39,12 @@ def cut_kodak(folder, counts, width, height):
                 box = (200 + 90 * i, 100, 200 + 90 * i + width, 100 + height)
                 kodak.crop(box).save(folder / sub / f"{i}.png")
     return folder
+
+
+def locking_process(folder):
+    """A process that locks a folder until it is killed; and "locked", or why it could not."""
+    process = forks.start("-c", HOLDER, folder, cwd=ROOT)
+    return process, process.first_line()
 
 
 def factorized_model():

@@ -1,42 +1,19 @@
 """Locks of folders: held against other processes and hosts, taken over from dead ones."""
 
 import json
-import multiprocessing
 import os
-import signal
 import socket
 import time
 
 from common import UserError, locks
 
 import pytest
-
-fork = multiprocessing.get_context("fork")
-
-
-def hold(folder, pipe):
-    """Lock in a process of its own and report; then hold the lock until it is killed."""
-    locks._held.clear()  # a forked process has none of its parent's locks
-    try:
-        locks.lock(folder, "take another folder")
-    except UserError as e:
-        pipe.send(str(e))
-        return
-    pipe.send("locked")
-    signal.pause()
-
-
-def other_process(folder):
-    ours, theirs = fork.Pipe()
-    process = fork.Process(target=hold, args=(folder, theirs), daemon=True)
-    process.start()
-    assert ours.poll(30)
-    return process, ours.recv()
+from helpers import locking_process
 
 
 def test_a_folder_is_locked_until_its_process_ends(tmp_path):
     folder = tmp_path / "run"
-    first, answer = other_process(folder)
+    first, answer = locking_process(folder)
     assert answer == "locked"
     with pytest.raises(UserError) as error:
         locks.lock(folder, "take another folder")
@@ -46,23 +23,21 @@ def test_a_folder_is_locked_until_its_process_ends(tmp_path):
     (folder / ".latest.pth.123.tmp").touch()  # of older versions
     (folder / ".latest.pth.ab12cd_9.tmp").touch()
     (folder / ".latest.pth.lic-ab12cd_9.tmp").touch()
-    os.kill(first.pid, signal.SIGKILL)
-    first.join()
+    first.kill()
     assert (folder / ".lock").exists()
     locks.lock(folder, "take another folder")  # stale: taken over
     try:
         assert [path.name for path in folder.iterdir()] == [".lock"]
-        assert f"is in use by process {os.getpid()} on" in other_process(folder)[1]
+        assert f"is in use by process {os.getpid()} on" in locking_process(folder)[1]
         locks.lock(folder, "take another folder")  # a second time by the same process
     finally:
         locks.release(folder)
     assert not list(folder.iterdir())
     with locks.locked(folder, ""):
-        assert "is in use by process" in other_process(folder)[1]
-    second, answer = other_process(folder)
+        assert "is in use by process" in locking_process(folder)[1]
+    second, answer = locking_process(folder)
     assert answer == "locked"
     second.kill()
-    second.join()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"process": "x", "host": 1}'])
@@ -85,4 +60,4 @@ def test_the_lock_of_another_host_ends_with_its_signs_of_life(tmp_path):
     then = time.time() - locks.SILENT - 1
     os.utime(path, (then, then))
     with locks.locked(tmp_path, ""):
-        assert f"is in use by process {os.getpid()} on" in other_process(tmp_path)[1]
+        assert f"is in use by process {os.getpid()} on" in locking_process(tmp_path)[1]

@@ -1,18 +1,16 @@
 """What an evaluation leaves behind: results beside the files, whatever happens, and their names."""
 
 import json
-import os
-import time
 from pathlib import Path
 
-from common import UserError, data, locks
+from common import UserError, data
 from common.coding.contract import Provenance
 from common.coding.model_file import coding_state, save_checkpoint
 from common.evaluation import evaluate
 from common.evaluation.results import load_results
 
 import pytest
-from helpers import factorized_model, photo
+from helpers import factorized_model, locking_process, photo
 
 from factorized import eval as factorized_eval
 from factorized.model import build
@@ -52,19 +50,13 @@ def test_results_of_coded_images_outlive_an_error(model, paths, tmp_path, monkey
 
 
 def test_two_evaluations_do_not_share_a_folder(model, paths, tmp_path):
-    pid = os.fork()
-    if pid == 0:  # holds the lock until it is killed
-        locks.lock(tmp_path / "out", "")
-        (tmp_path / "ready").touch()
-        os.read(os.pipe()[0], 1)
+    other, _ = locking_process(tmp_path / "out")
+    words = f"in use by process {other.pid} .*or give another --outdir"
     try:
-        while not (tmp_path / "ready").exists():
-            time.sleep(0.01)
-        with pytest.raises(UserError, match=f"in use by process {pid} .*or give another --outdir"):
+        with pytest.raises(UserError, match=words):
             evaluate.evaluate(model, paths, "tiny", out_dir=tmp_path / "out")
     finally:
-        os.kill(pid, 9)
-        os.waitpid(pid, 0)
+        other.kill()
     assert not list((tmp_path / "out").glob("*.bin"))
 
 

@@ -1,15 +1,18 @@
 """The short form of `make fuzz`, and that it finds and names faults."""
 
+import json
 import mmap
 import os
 import random
 import signal
 import struct
+import sys
 import time
 
 from common import UserError
 from common.coding import bitstream
 
+import forks
 import fuzz
 import mutations
 import pytest
@@ -21,9 +24,16 @@ CHECKPOINTS = [f"checkpoint/{name}" for name in (
     "advdnic-base-file", "checkerboard-file", "hyperprior-file", "qvrf-balle-level0")]
 
 
-@pytest.mark.parametrize("names, count", [(FILES, 320), (CHECKPOINTS, 40)])
-def test_mutations_end_in_an_error_or_an_image(names, count):
-    ran, faults = fuzz.fuzz(names, count, seed=1, slower=watched.HANGS)
+def run(*arguments):
+    """The function `_main` below, in a process without threads, which can be forked safely."""
+    output, _ = forks.run(__file__, *arguments, cwd=forks.ROOT)
+    lines = output.splitlines()
+    return *json.loads(lines[-1]), lines[:-1]
+
+
+@pytest.mark.parametrize("kind, count", [("files", 320), ("checkpoints", 40)])
+def test_mutations_end_in_an_error_or_an_image(kind, count):
+    ran, faults, _ = run(kind, count)
     assert ran >= count and not faults
 
 
@@ -44,25 +54,14 @@ def test_mutated_files_reach_the_decoder():
 
 
 @pytest.mark.parametrize("fault, text", [
-    (lambda: os.kill(os.getpid(), signal.SIGKILL), "a crash: SIGKILL"),
-    (lambda: [][1], "IndexError"),
-    (lambda: mmap.mmap(-1, 2**28).write(bytes(2**28)), "takes"),  # never reuses freed memory
-    (lambda: time.sleep(60), "takes more than 1 s")])
-def test_faults_are_found_and_named(fault, text, monkeypatch, capsys):
+    ("crash", "a crash: SIGKILL"), ("error", "IndexError"), ("memory", "takes"),
+    ("time", "takes more than 1 s")])
+def test_faults_are_found_and_named(fault, text):
     """Of three cases the second has the fault; all three run."""
-    def check(number):
-        if number == 1:
-            fault()
-
-    case = watched.Case("x", None, None, 0.0)
-    monkeypatch.setattr(watched.Case, "run", lambda self, number, seed: check(number))
-    monkeypatch.setattr(fuzz, "case_of", lambda name: case)
-    monkeypatch.setattr(watched, "HANGS", 1.0)
-    monkeypatch.setattr(watched, "MEMORY", 2**27)
-    ran, faults = fuzz.fuzz(["x"], 3, seed=5)
+    ran, faults, said = run(fault, 3)
     assert ran == 3 and len(faults) == 1
     assert text in faults[0] and "x, seed 5, case 1: " in faults[0]
-    assert "python tests/fuzz.py --seed 5 --repeat x:1" in capsys.readouterr().out
+    assert any("python tests/fuzz.py --seed 5 --repeat x:1" in line for line in said)
 
 
 def test_an_image_of_another_size_is_a_fault():
@@ -81,3 +80,28 @@ def test_without_a_mutation_the_file_is_the_same():
             assert mutations.joined(content, [parts.height, parts.width], parts.parameters, sizes,
                                     parts.sections) == content
     assert mutations.varint(300) == struct.pack("2B", 172, 2)
+
+
+# --------------------------------------------------------------- what runs in a process of its own
+FAULTS = {
+    "crash": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "error": lambda: [][1],
+    "memory": lambda: mmap.mmap(-1, 2**28).write(bytes(2**28)),  # never reuses freed memory
+    "time": lambda: time.sleep(60),
+}
+
+
+def _main(job, count):
+    if job in FAULTS:
+        watched.Case.run = lambda self, number, seed: FAULTS[job]() if number == 1 else None
+        fuzz.case_of = lambda name: watched.Case(name, None, None, 0.0)
+        watched.HANGS, watched.MEMORY = 1.0, 2**27
+        result = fuzz.fuzz(["x"], int(count), seed=5)
+    else:
+        names = {"files": FILES, "checkpoints": CHECKPOINTS}[job]
+        result = fuzz.fuzz(names, int(count), seed=1, slower=watched.HANGS)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

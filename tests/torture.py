@@ -31,11 +31,12 @@ from common.recipes.weights import Plan
 
 import torch
 
-EPOCHS = 12  # of three steps or so, each of which ends with a checkpoint
 
+def command(paper: str, epochs: int) -> tuple[Stage, list[str]]:
+    """A stage of a paper's short form, and its command line, with more epochs.
 
-def command(paper: str) -> tuple[Stage, list[str]]:
-    """A stage of a paper's short form, and its command line, with more epochs."""
+    Each of these has three steps or so and ends with a checkpoint.
+    """
     images = str(ROOT / "common" / "images" / "kodak")
     plan = Plan(Settings(ROOT, "short", None, "", 1, "cpu", images), [paper])
     stages = plan.content(paper)["stages"]
@@ -44,7 +45,7 @@ def command(paper: str) -> tuple[Stage, list[str]]:
     flags = {key: Stage.fill(value, plan.settings) for key, value in stage.flags.items()}
     phases = len(flags["stage"]) if isinstance(flags.get("stage"), list) else 1  # of one run
     length = next(key for key in ("epoch", "epochs", "num_epochs") if key in flags)
-    flags[length] = EPOCHS // phases
+    flags[length] = epochs // phases
     if "config" in flags:
         flags["config"] = str(ROOT / paper / flags["config"])
     resume = as_list(stage.train["resume"])
@@ -85,9 +86,9 @@ def tail(folder: Path) -> str:
     return (folder / "output.txt").read_text(errors="replace")[-500:]
 
 
-def torture(paper: str, kills: int, seed: int) -> int:
+def torture(paper: str, kills: int, seed: int, epochs: int) -> int:
     """Number of kills that met a running training; UserError if the two runs differ."""
-    stage, argv = command(paper)
+    stage, argv = command(paper, epochs)
     generator = random.Random(seed)
     with tempfile.TemporaryDirectory() as temporary:
         whole, killed = Path(temporary, "whole"), Path(temporary, "killed")
@@ -124,10 +125,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kills", type=cli.positive_int, default=20,
                         help="number of kills of each training")
     parser.add_argument("--seed", type=cli.count, default=0, help="seed of the moments")
+    parser.add_argument("--epochs", type=cli.positive_int, default=12,
+                        help="epochs of each training, of about three steps")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     for paper in args.papers or papers():
-        met = torture(paper, args.kills, args.seed)
+        met = torture(paper, args.kills, args.seed, args.epochs)
         print(f"{paper}: {args.kills} kills, {met} of them of a running training: weights and "
               "logs are those of an uninterrupted run", flush=True)
 

@@ -1,35 +1,30 @@
 """make weights, killed at many moments and called again: the same weights files."""
 
 import contextlib
-import io
-import os
 import shutil
-import signal
-import sys
 import time
 from pathlib import Path
 
 from common import data
 from common.recipes import weights
 
+import forks
 import pytest
 import yaml
 from PIL import Image
 from recipes_cases import EVAL, PAGES, ROOT, result
 
+CALL = """
+import sys
+from pathlib import Path
+from common.recipes import weights
+weights.main(["--threads", "1", *sys.argv[3:]], Path(sys.argv[2]))
+"""
 
-def runner(root, *argv, output):
-    """The command in a process of its own, forked from this one, which has imported all."""
-    child = os.fork()
-    if child:
-        return child
-    with contextlib.suppress(BaseException):
-        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-        os.dup2(1, 2)
-        sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(f, "w"), write_through=True)
-                                  for f in (1, 2))
-        os._exit(weights.main(["--threads", "1", *map(str, argv)], root) or 0)
-    os._exit(1)
+
+def runner(root, *argv, **environment):
+    """`make weights` of the repository `root`, in a process of its own."""
+    return forks.start("-c", CALL, root, *argv, cwd=root, environment=environment)
 
 
 def processes_in(folder):
@@ -41,16 +36,15 @@ def processes_in(folder):
     return found
 
 
-def kill_when(child, condition, folder):
+def kill_when(process, condition, folder):
     """SIGKILL, as soon as the condition holds; no process must be left. False: it ended before."""
     deadline = time.monotonic() + 120
     while not condition():
-        if os.waitpid(child, os.WNOHANG)[0]:
+        if process.poll() is not None:
             return False
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    process.kill()
     while processes_in(folder):
         assert time.monotonic() < deadline, "a process was left"
         time.sleep(0.01)
@@ -62,15 +56,13 @@ def after(seconds):
     return lambda: time.monotonic() > end
 
 
-def test_interrupted_at_ten_moments(root, make, tmp_path, monkeypatch):
+def test_interrupted_at_ten_moments(root, make, tmp_path):
     straight = tmp_path / "straight"
     shutil.copytree(root, straight)
     weights.main(["--threads", "1"], straight)
-    monkeypatch.setenv("FAKE_SECONDS", "0.05")
-    killed = sum(kill_when(runner(root, output=tmp_path / "out"), after(0.06 * i), root)
+    killed = sum(kill_when(runner(root, FAKE_SECONDS="0.05"), after(0.06 * i), root)
                  for i in range(1, 11))
     assert killed >= 3
-    monkeypatch.delenv("FAKE_SECONDS")
     make()
     assert result(root) == result(straight) and len(result(root)) == 2
 
@@ -98,18 +90,19 @@ def test_hyperprior_interrupted_at_five_moments(tmp_path):
         shutil.copy(ROOT / "hyperprior" / "small.yaml", home)
         (home / "eval.py").write_text(EVAL)
         (home / "weights.yaml").write_text(yaml.safe_dump(content))
-    argv, out = ["--short", "--images", tmp_path / "images"], tmp_path / "out"
-    whole = runner(tmp_path / "straight", *argv, output=out)
+    argv = ["--short", "--images", tmp_path / "images"]
+    whole = runner(tmp_path / "straight", *argv)
     folder = tmp_path / "killed" / "hyperprior" / "ckpts" / "short"
     moments = [(folder / "13" / "stage.json").exists,
                *((folder / "13" / f"epoch_{i}.pth").exists for i in (0, 3)),
                (folder / "small" / "output.txt").exists,
                (folder / "small" / "small-0.013.pth").exists]
-    killed = [kill_when(runner(tmp_path / "killed", *argv, output=out), moment, tmp_path / "killed")
+    killed = [kill_when(runner(tmp_path / "killed", *argv), moment, tmp_path / "killed")
               for moment in moments]
-    assert all(killed), out.read_text()
-    for child in (whole, runner(tmp_path / "killed", *argv, output=out)):
-        assert os.waitpid(child, 0)[1] == 0, out.read_text()
+    assert all(killed)
+    for process in (whole, runner(tmp_path / "killed", *argv)):
+        said = process.communicate()
+        assert process.returncode == 0, said
     files = [(tmp_path / name / "hyperprior/ckpts/short/small/small-0.013.pth").read_bytes()
              for name in ("straight", "killed")]
     assert files[0] == files[1]

@@ -1,16 +1,16 @@
 """Runs as a user makes them: killed and resumed, refused, started from other weights."""
 
-import os
 import signal
 import time
 
-from common import UserError, locks
+from common import UserError
 from common.coding.model_file import load_checkpoint
 from common.loss import check_size
 from common.training.checkpoints import steps_of
 
 import pytest
 import torch
+from helpers import locking_process
 from training_cases import assert_equal, load, process
 
 from checkerboard import train as checkerboard_train
@@ -209,20 +209,14 @@ def test_weights_of_another_variant_do_not_start_a_training(train):
 
 def test_a_second_training_in_the_same_folder_is_refused(train, tmp_path):
     folder = tmp_path / "ckpts" / "Hyperprior" / "0"
-    pid = os.fork()
-    if pid == 0:  # a training that has not saved anything yet
-        locks.lock(folder, "")
-        (tmp_path / "ready").touch()
-        signal.pause()
+    other, _ = locking_process(folder)  # a training that has not saved anything yet
+    words = f"is in use by process {other.pid} on .*, or start another"
     try:
-        while not (tmp_path / "ready").exists():
-            time.sleep(0.01)
-        with pytest.raises(UserError, match=f"is in use by process {pid} on .*, or start another"):
+        with pytest.raises(UserError, match=words):
             train("--epoch", 1)
         assert [path.name for path in folder.iterdir()] == [".lock"]
     finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        other.kill()
     train("--epoch", 1)
     assert (folder / "epoch_0.pth").exists() and not (folder / ".lock").exists()
 
