@@ -6,6 +6,8 @@ output pixel, four times its work at stride 2, and do not count the products wit
 
 from __future__ import annotations
 
+import functools
+
 from common.complexity import complexity_of_parts
 
 from tbtc.model import ZOO, build
@@ -16,6 +18,7 @@ PUBLISHED = {  # README of the PyTorch code, size M: parameters, GMACs of encode
     "zyc2022-swint-hyperprior": (24.7, 99, 99), "zyc2022-swint-charm": (32.4, 110, 110)}
 
 
+@functools.cache
 def parts(model: str, quality: str = "M") -> dict[str, dict[str, float]]:
     """Parameters in millions, and GMACs, of g_a, h_a, h_s, g_s and the context model."""
     found = complexity_of_parts(build(model, quality), SIZE)

@@ -96,7 +96,8 @@ def _load(job, folder, name):
     else:
         paper, path = NETWORKS[name][0], folder / f"{name}.pth"
         if job == "encode":
-            model = lively(name, _image()[None, :, :128, :128])
+            side = 128 if paper == "convnextic" else 64  # kernels without padding
+            model = lively(name, _image()[None, :, :side, :side])
             torch.save({"model": model.state_dict(), "config": NETWORKS[name][1]}, path)
     return paper, importlib.import_module(f"{paper}.model").load(path)
 
@@ -170,7 +171,7 @@ def _main(job, folder, *settings):
             model.synthesize = synthesis
         else:
             model.g_s.register_forward_pre_hook(lambda _, inputs: synthesis(*inputs))
-        x = _image() if name in BUNDLED else _image()[:, :120, :180]
+        x = _image()[:, :184, :248] if name in BUNDLED else _image()[:, :88, :136]
         for setting in settings:
             model.to(memory_format=_choose(setting))
             for i, rate in enumerate(_rates(paper, model)):

@@ -62,7 +62,8 @@ def test_shapes(name, quality, D, Hd, monkeypatch):
     monkeypatch.setattr("tbtc.swin._masks", {})  # those of other tests have values
     with torch.no_grad(), FakeTensorMode():
         model = build(name, quality)
-        for (height, width), (h, w) in (((256, 256), (16, 16)), ((512, 768), (32, 48))):
+        sizes = [((256, 256), (16, 16)), ((512, 768), (32, 48))]
+        for (height, width), (h, w) in sizes if quality == "M" else sizes[:1]:
             y = model.g_a(torch.empty(1, 3, height, width))
             assert y.shape == (1, D, h, w)
             z = model.h_a(y)
