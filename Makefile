@@ -5,6 +5,8 @@ DATASET ?=
 THREADS ?=
 JOBS ?=
 SHORT ?=
+LMBDAS ?=
+STAGE ?=
 WORKERS ?= 2
 
 VENV := .venv
@@ -17,7 +19,7 @@ ABLATIONS := $(patsubst %/ablate.py,%,$(wildcard */ablate.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint torture fuzz bench compare clean weights $(ABLATIONS:%=ablate-%) \
-    $(PAPERS:%=reproduce-%) $(PAPERS:%=weights-%) $(PAPERS:%=report-%)
+    $(PAPERS:%=reproduce-%) $(PAPERS:%=weights-%) $(PAPERS:%=sweep-%) $(PAPERS:%=report-%)
 
 help:
 	@echo "make setup              make $(VENV) and install the pinned packages (the others do it too)"
@@ -31,6 +33,8 @@ help:
 	@echo "make weights            those of all papers, the one with the least work first"
 	@echo "                        DATASET=/path (a folder, a .tar, or a quoted '/path/*.tar') THREADS=2"
 	@echo "                        JOBS=2 (stages at once); SHORT=1 tries it all in a minute or two"
+	@echo "make sweep-PAPER LMBDAS='0.0035 0.013'    train PAPER at these values of lmbda by its"
+	@echo "                        weights.yaml, and write results/sweep.json and plot (hours; SHORT=1)"
 	@echo "make report-PAPER       evaluate the bundled weights of PAPER; write results/, plot, table rows"
 	@echo "make ablate-PAPER       train the rows of its table of variants at equal steps, write results/"
 	@echo "                        and the table (hours); PAPER is one of: $(ABLATIONS)"
@@ -101,10 +105,16 @@ weights: $(STAMP)
 $(PAPERS:%=weights-%): weights-%: $(STAMP)
 	$(WEIGHTS) $*
 
+$(PAPERS:%=sweep-%): sweep-%: $(STAMP)
+	@[ -n "$(LMBDAS)" ] || { echo 'error: name the points: make $@ LMBDAS="0.0035 0.013"' >&2; exit 2; }
+	$(PY) -m common.recipes.sweep $* $(LMBDAS) $(if $(STAGE),--stage "$(STAGE)") \
+	    $(if $(DATASET),--dataset "$(DATASET)") $(if $(THREADS),--threads $(THREADS)) \
+	    $(if $(JOBS),--jobs $(JOBS)) $(if $(SHORT),--short)
+
 $(PAPERS:%=report-%): report-%: $(STAMP)
 	$(PY) -m common.recipes.report $* $(if $(THREADS),--threads $(THREADS))
 
-reproduce-% weights-% report-%:
+reproduce-% weights-% sweep-% report-%:
 	@echo "error: no paper '$*'; choose from: $(PAPERS)" >&2; exit 2
 
 clean:

@@ -38,7 +38,7 @@ def command(paper: str, epochs: int) -> tuple[Stage, list[str]]:
     Each of these has three steps or so and ends with a checkpoint.
     """
     images = str(ROOT / "common" / "images" / "kodak")
-    plan = Plan(Settings(ROOT, "short", None, "", 1, "cpu", images), [paper])
+    plan = Plan(Settings(ROOT, "short", None, "", 1, "cpu", images, short=True), [paper])
     stages = plan.content(paper)["stages"]
     name = next((name for name in stages if "from" not in stages[name]), next(iter(stages)))
     stage = plan.stage(paper, name)

@@ -32,16 +32,13 @@ class Settings:
     """Settings of all stages and curves of one call."""
 
     root: Path
-    run: str  # "weights"; "short" in the short form
+    run: str  # name of the runs in a paper's folders, such as "weights"
     dataset: str | None
     digest: str  # of the training images
     threads: int
     device: str
     images: str | None  # folder of test and validation images of the short form
-
-    @property
-    def short(self) -> bool:
-        return self.run == "short"
+    short: bool = False  # the short form: a few steps of each stage, nothing is published
 
 
 class Job:

@@ -121,8 +121,11 @@ def chain(stage: Stage) -> list[Stage]:
 
 
 # -------------------------------------------------------------------------------------------- run
-def run(plan: Plan, slots: int) -> None:
-    """Run all jobs, `slots` at a time; those that need a failed job are skipped."""
+def run(jobs: list[Job], slots: int) -> None:
+    """Run jobs, `slots` at a time and each after those that it needs.
+
+    Raises UserError if one fails; those that need it are skipped, and the others are done.
+    """
     failed: dict[Job, str] = {}
 
     def fail(job: Job, why: Exception) -> None:
@@ -130,7 +133,7 @@ def run(plan: Plan, slots: int) -> None:
         failed[job] = str(why)
         say(f"{job.label} failed: {why}")
 
-    for job in plan.jobs:
+    for job in jobs:
         if isinstance(job, Stage):
             job.definition()  # read the files now, so that later changes are detected
         if isinstance(job, Stage) and job.changes():
@@ -140,10 +143,10 @@ def run(plan: Plan, slots: int) -> None:
                 job.end()
             except (UserError, OSError) as e:
                 fail(job, e)
-    waiting = [job for job in plan.jobs if job not in failed and not job.done()]
+    waiting = [job for job in jobs if job not in failed and not job.done()]
     if not waiting and not failed:
         say("nothing to do: " + ", ".join(
-            f"{job.paper}/{job.name} is done" for job in plan.jobs if isinstance(job, Curve)))
+            f"{job.paper}/{job.name} is done" for job in jobs if isinstance(job, Curve)))
     running: list[Job] = []
     bar = Bar() if slots == 1 and sys.stderr.isatty() else None
     try:
@@ -203,7 +206,7 @@ class Bar:
             self.bar.update(job.step() - self.bar.n)
 
 
-def settings_of(args: argparse.Namespace, root: Path) -> Settings:
+def settings_of(args: argparse.Namespace, root: Path, run: str) -> Settings:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     dataset = os.path.abspath(os.path.expanduser(args.dataset)) if args.dataset else None
     if args.images and not args.short:
@@ -216,18 +219,15 @@ def settings_of(args: argparse.Namespace, root: Path) -> Settings:
                 write_atomic(images / path.name, path.read_bytes())
     if images:
         data.list_images(images)
-    return Settings(root, "short" if args.short else "weights", dataset,
+    return Settings(root, "short" if args.short else run, dataset,
                     data.digest(data.find_items(dataset)), args.threads or max(
                         1, (cores or 1) // args.jobs), args.device,
-                    os.path.abspath(images) if images else None)
+                    os.path.abspath(images) if images else None, args.short)
 
 
-def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `settings_of` reads."""
     add = parser.add_argument
-    add("targets", nargs="*", metavar="PAPER[/CURVE]",
-        help="papers or curves to make; if none is given, all papers, the least work first")
-    add("--list", action="store_true", help="print what is done and what is left, then stop")
     add("--dataset",
         help="training images: a folder, a .tar shard or a quoted glob of them; bundled "
         "photographs if not given")
@@ -238,20 +238,37 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
     add("--short", action="store_true", help="train a few steps of each stage, under ckpts/short/")
     add("--images", type=Path,
         help="folder of test images for --short; two Kodak images if not given")
-    args = parser.parse_args(argv)
-    plan = Plan(settings_of(args, root), args.targets)
-    if args.list:
-        plan.list()
-        return
+
+
+def work(jobs: list[Job], args: argparse.Namespace) -> None:
+    """Run jobs at the lowest priority, as they may take days; in the short form at the usual one.
+
+    An interruption by the user ends the program with status 130.
+    """
     if not args.short:
         os.nice(19)
     try:
-        run(plan, args.jobs)
-        if not args.short:
-            plan.strangers()
+        run(jobs, args.jobs)
     except KeyboardInterrupt:
         print("error: interrupted: run the same command again to continue", file=sys.stderr)
         sys.exit(130)
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("targets", nargs="*", metavar="PAPER[/CURVE]",
+        help="papers or curves to make; if none is given, all papers, the least work first")
+    add("--list", action="store_true", help="print what is done and what is left, then stop")
+    add_flags(parser)
+    args = parser.parse_args(argv)
+    plan = Plan(settings_of(args, root, "weights"), args.targets)
+    if args.list:
+        plan.list()
+        return
+    work(plan.jobs, args)
+    if not args.short:
+        plan.strangers()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def test_every_file_of_the_tree(paper, short, monkeypatch):
     """It is accepted, and so are all flags by train.py; configurations exist."""
     monkeypatch.chdir(ROOT / paper)
     settings = jobs.Settings(ROOT, "short" if short else "weights", "tiles.tar", "", 1, "cpu",
-                                str(data.KODAK) if short else None)
+                             str(data.KODAK) if short else None, short)
     module = importlib.import_module(f"{paper}.train")
     for job in weights.Plan(settings, [paper]).jobs:
         if job.paper == paper and isinstance(job, stages.Stage):
