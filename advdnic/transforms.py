@@ -7,7 +7,6 @@ product instead of a sum in DPN) are those of the source.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from common import UserError
@@ -132,7 +131,6 @@ class MBConv(nn.Module):
         self.act = act()
         self.se = ExactSE(inputs, rd_channels=max(1, inputs // 4), act_layer=act)
         self.project = nn.Conv2d(inputs, outputs, 1, bias=False)
-        init_by_fan_out(self.spatial, self.se.fc1, self.se.fc2, self.project)
         self.skip = stride == scale == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,20 +141,6 @@ class MBConv(nn.Module):
         for layer in (self.spatial, self.norm1, self.act, self.se, self.project, self.norm2):
             y = run(layer, y)
         return x + y if self.skip else y
-
-
-def init_by_fan_out(*layers: nn.Module) -> None:
-    """Draw weights from N(0, 2 / fan_out), as EfficientNet and the source do; biases are zero.
-
-    Other layers than ordinary convolutions are left as they are. PyTorch's own initialisation gives
-    a sixth of this variance to a 1x1 convolution that keeps the width.
-    """
-    for layer in layers:
-        if type(layer) is nn.Conv2d:
-            fan_out = layer.weight[0, 0].numel() * layer.out_channels // layer.groups
-            nn.init.normal_(layer.weight, 0, math.sqrt(2 / fan_out))
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
 
 
 class ExactSE(SqueezeExcite):
@@ -196,7 +180,6 @@ class MBSignal(nn.Module):
                                 GDN(reduced, inverse=decoder), nn.Conv2d(reduced, inputs, 1),
                                 nn.Sigmoid())
         self.project = nn.Conv2d(inputs, outputs, 1, bias=False)
-        init_by_fan_out(self.spatial, *self.se, self.project)
         self.skip = stride == scale == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -300,8 +283,6 @@ class NonLocal(nn.Module):
         half = channels // 2
         self.theta, self.phi, self.g = (nn.Conv2d(channels, half, 1, bias=False) for _ in range(3))
         self.out = nn.Conv2d(half, channels, 1, bias=False)
-        for layer in (self.theta, self.phi, self.g, self.out):
-            nn.init.kaiming_normal_(layer.weight)  # as the source does (he_normal)
 
     def forward(self, x: Tensor) -> Tensor:
         theta = self.theta(x).flatten(2).transpose(1, 2)  # (B, h * w, C / 2)

@@ -180,19 +180,3 @@ def test_dual_path_multiplies():
     a, b = block.project(x), block.main(x)
     expected = (a[:, :128] + b[:, :128]) * torch.cat([a[:, 128:], b[:, 128:]], 1)
     assert torch.equal(block(x), expected)
-
-
-def test_mb_blocks_start_as_the_source_s():
-    """N(0, 2 / fan_out) in MB blocks, but ICNR where they upsample; he_normal in non-local ones."""
-    def deviation(layer):
-        return float(layer.weight.std())
-
-    torch.manual_seed(0)
-    block, signal, attention = t.MBConv(96, 96), t.MBSignal(96, 64), t.NonLocal(96)
-    assert deviation(block.project) == pytest.approx((2 / 96) ** 0.5, rel=0.05)
-    assert deviation(block.spatial) == pytest.approx((2 / 9) ** 0.5, rel=0.1)
-    assert not block.se.fc1.bias.any()
-    four = t.MBConv(8, 8, scale=2).spatial.conv.weight.view(8, 4, 8)
-    assert torch.equal(four, four[:, :1].expand_as(four))
-    assert deviation(signal.project) == pytest.approx((2 / 64) ** 0.5, rel=0.05)
-    assert deviation(attention.out) == pytest.approx((2 / 48) ** 0.5, rel=0.05)
