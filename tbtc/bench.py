@@ -30,7 +30,7 @@ from compressai.latent_codecs import ChannelGroupsLatentCodec, GaussianCondition
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
-from tbtc import coder
+from tbtc import slices
 from tbtc.model import SLICE, ZOO, ZYC2022, build, load
 from tbtc.swin import SwinAnalysis, SwinSynthesis, WindowAttention
 
@@ -112,13 +112,13 @@ def stopwatch(model: ZYC2022, device: str) -> Iterator[dict[str, float]]:
     def run_part(layers: Any, x: Tensor) -> Tensor:
         return watched("h_s" if layers is model.h_s else "ChARM", run_exact)(layers, x)
 
-    coder.exact = type("exact", (), {**vars(exact), "run": staticmethod(run_part)})
-    coder.entropy.Decoders.decode = watched("entropy decoding", decode)
+    slices.exact = type("exact", (), {**vars(exact), "run": staticmethod(run_part)})
+    slices.entropy.Decoders.decode = watched("entropy decoding", decode)
     model.g_s.forward = watched("g_s", synthesis)
     try:
         yield spent
     finally:
-        coder.exact, coder.entropy.Decoders.decode = exact, decode
+        slices.exact, slices.entropy.Decoders.decode = exact, decode
         model.g_s.forward = synthesis
 
 

@@ -63,6 +63,14 @@ def coded(paper, images, tmp_path_factory):
     return path
 
 
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_module_can_be_imported(name):
+    """Also those that no other test uses: of a bench.py, the imports may be out of date."""
+    for path in sorted((ROOT / name).glob("*.py")):
+        if path.stem != "common":  # the link to the package `common`, for scripts in the folder
+            importlib.import_module(f"{name}.{path.stem}")
+
+
 def test_it_is_a_codec(paper, model):
     assert isinstance(model, Codec) and len(model.tag) == 4
     parts = dict(model.named_modules())
