@@ -61,5 +61,7 @@ def test_wrong_weights_are_named(model, tmp_path):
     other = "balle" if model.model != "balle" else "minnen"
     with pytest.raises(UserError, match=f"not weights of --model {other}"):
         train.load_weights(build(other, N=8, M=12), tmp_path / "a.pth", single=False)
+    with pytest.raises(UserError, match=r"--M 16: size mismatch for \S+ .*\[8[],]"):
+        train.load_weights(build(model.model, N=16, M=16), tmp_path / "a.pth", single=False)
     with pytest.raises(UserError, match="has a Gain already"):
         train.load_weights(build(model.model, N=8, M=12), tmp_path / "a.pth", single=True)
