@@ -117,6 +117,9 @@ $(PAPERS:%=report-%): report-%: $(STAMP)
 reproduce-% weights-% sweep-% report-%:
 	@echo "error: no paper '$*'; choose from: $(PAPERS)" >&2; exit 2
 
+ablate-%:
+	@echo "error: no ablate.py in '$*'; choose from: $(ABLATIONS)" >&2; exit 2
+
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -79,9 +79,15 @@ class Found:
     skipped: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
-        skipped = ", ".join(f"{count} {what}" for what, count in self.skipped.items())
+        skipped = ", ".join(f"{count} {_plural(what) if count > 1 else what}"
+                            for what, count in self.skipped.items())
         return (f"{len(self.items)} image{'s' * (len(self.items) != 1)}, {self.layout}"
                 + (f"; skipped: {skipped}" if skipped else ""))
+
+
+def _plural(what: str) -> str:
+    """Of a kind of entry that is skipped: "files without an extension"."""
+    return re.sub(r"\b(archive|file|folder|shard)\b", r"\1s", what, count=1)
 
 
 def centre(x: Tensor, height: int, width: int) -> Tensor:
@@ -178,7 +184,7 @@ def find(root: str | Path | None, split: str = "train") -> Found:
 
 def _with(found: Found, what: str, count: int) -> Found:
     if count:
-        found.skipped[what + "s" * (count > 1)] += count
+        found.skipped[what] += count
     return found
 
 

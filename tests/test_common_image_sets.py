@@ -102,7 +102,7 @@ def test_published_curves_stand_beside_the_same_images_only(kodak, tmp_path, cap
     assert "CompressAI" not in part and "BD-rate" not in part
     assert "dB above JPEG" in part and "dB above ref." not in part  # JPEG is not named twice
     note = ("Published curves are left out: they were measured on Kodak, 24 images, mean over "
-            "images, these on 3 images.")
+            "images, but these results on 3 images.")
     assert part.count(note) == 1
     for path in KODAK[:3]:
         data.write_image(data.read_image(path), tmp_path / "three" / path.name)
@@ -126,9 +126,9 @@ def test_other_published_sets(kodak, tmp_path):
     digest = image_sets.digest_of(ours)
     assert others(dataset="two", images_digest=digest) == (["a"], "")
     names, note = others(dataset="two", images_digest="2 images 0")
-    assert not names and "measured on two, these on 2 images with other pixels." in note
+    assert not names and "measured on two, but these results on 2 images with other pixels." in note
     names, note = others(dataset="CLIC, 41 images")
-    assert not names and "CLIC, 41 images (it states no images_digest), these on 2 images." in note
+    assert not names and "(it states no images_digest), but these results on 2 images." in note
 
 
 def test_results_that_do_not_state_their_images(kodak, tmp_path):

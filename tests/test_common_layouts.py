@@ -1,6 +1,7 @@
 """What counts as an image of a data set: hidden files, links, archives, frames, odd names."""
 
 import os
+import shutil
 import tarfile
 
 from common import UserError, data
@@ -24,15 +25,18 @@ def test_hidden_files_and_folders_are_no_images(tmp_path):
     for name in ("a.avif", "b.jp2", "c.jfif"):
         (tmp_path / name).touch()
     (tmp_path / "note.txt").touch()
+    (tmp_path / "LICENSE").touch()
+    (tmp_path / "SHA256SUMS").touch()
     found = data.find(tmp_path)
     assert names(found, tmp_path) == ["a.avif", "album.png/x.png", "b.jp2", "c/0.png", "c.jfif",
                                       "d.JFIF.png"]
-    assert str(found) == (f"6 images, files in {tmp_path}; skipped: 2 hidden, 1 .txt file")
+    assert str(found) == (f"6 images, files in {tmp_path}; skipped: 2 hidden, "
+                          "2 files without an extension, 1 .txt file")
     told = []
     paths = data.list_images(tmp_path, told.append)
     assert [path.name for path in paths] == ["a.avif", "b.jp2", "c.jfif", "d.JFIF.png"]
-    assert told == [f"{tmp_path}: 4 images, in one folder; skipped: 1 hidden, 1 folder named like "
-                    "an image, 1 .txt file"]
+    assert told == [f"{tmp_path}: 4 images, in one folder; skipped: 1 hidden, 2 files without an "
+                    "extension, 1 folder named like an image, 1 .txt file"]
 
 
 def test_linked_folders_are_followed_once(tmp_path):
@@ -55,6 +59,9 @@ def test_a_folder_wins_over_archives_beside_it(tmp_path):
     found = data.find(tmp_path)
     assert names(found, tmp_path) == ["train/c/0.png", "train/c/1.png"]
     assert str(found).endswith("; skipped: 1 archive beside train/")
+    shutil.copy(tmp_path / "val.tar", tmp_path / "test.tar")
+    assert str(data.find(tmp_path)).endswith("; skipped: 2 archives beside train/")
+    (tmp_path / "test.tar").unlink()
     (tmp_path / "train").rename(tmp_path / "photos")
     with pytest.raises(UserError, match=r"holds images \(2.png, 3 in all\) and shards \(val.tar, "):
         data.find(tmp_path)

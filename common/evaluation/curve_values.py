@@ -63,8 +63,8 @@ def difference(a: float | None, b: float | None) -> float | None:
 
 
 def number(value: float | None, form: str) -> str:
-    """The value in this format; "-" if there is none."""
-    return "-" if value is None else format(value, form)
+    """The value in this format; "-" if there is none, as for the MS-SSIM of small images (NaN)."""
+    return "-" if value is None or math.isnan(value) else format(value, form)
 
 
 def markdown(lines: list[list[str]]) -> str:

@@ -95,7 +95,7 @@ def find_checkpoints(args: argparse.Namespace, bundled: Path, prefix: str,
 def test_images(path: str | Path | None) -> list[Path]:
     """The images to code, Kodak if `path` is None; UserError names all that cannot be decoded."""
     first = processes.rank() == 0
-    paths = data.list_images(path or data.KODAK, print if first else lambda _: None)
+    paths = data.list_images(path or data.KODAK, print if path and first else lambda _: None)
     if path and first:
         image_check.check_readable(paths)
     return paths

@@ -59,4 +59,5 @@ def why_not(published: list[dict[str, Any]], ours: dict[str, Any]) -> str:
     unknown = "" if there else " (it states no images_digest)"
     same_number = here and there and here.split()[0] == there.split()[0]
     return (f"Published curves are left out: they were measured on {published[0].get('dataset')}"
-            f"{unknown}, these on {title(here)}{' with other pixels' * bool(same_number)}.")
+            f"{unknown}, but these results on {title(here)}"
+            f"{' with other pixels' * bool(same_number)}.")
