@@ -20,6 +20,7 @@ from common.coding.context import CausalConv, Context, wavefront
 from common.coding.contract import Codec, Coded
 from common.coding.model_file import load_model
 from common.coding.tiles import LIMIT, tiled
+from common.compiling import not_compiled
 
 import torch
 from compressai.entropy_models import GaussianConditional
@@ -211,7 +212,7 @@ class Experiment(Codec):
         return {"x_hat": self.decoded(y_hat)}
 
     @torch.no_grad()
-    @torch.compiler.disable
+    @not_compiled
     def _encode(self, y: Tensor, z_hat: Tensor
                 ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
         """y_hat, scales, means (B, C, h, w); [(symbols, CDF indexes), ...] in coding order."""

@@ -1,7 +1,7 @@
 """Code shared by all papers: data, losses, metrics, entropy coding, training and evaluation.
 
-Scripts import `common` before anything else: the two settings below must be in place before the
-first large tensor is allocated and before anything imports torchvision.
+Scripts import `common` before anything else: the settings below must be in place before the first
+large tensor is allocated and before anything imports CompressAI, timm or torchvision.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import os
 import platform
 import sys
 from importlib.machinery import PathFinder
+
+from common import lazy_packages
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # <malloc.h>
 
@@ -38,21 +40,21 @@ def _keep_freed_memory() -> None:
     mallopt(_M_TOP_PAD, 1 << 28)
 
 
-def _allow_torchvision() -> object:
+def _declare_torchvision_operators() -> None:
     """Make `import torchvision` work where its compiled operators cannot load.
 
     On Linux, the torchvision of PyPI is built for CUDA. With a CPU-only torch its library does not
-    load, and the import fails with "operator torchvision::nms does not exist". CompressAI imports
-    torchvision for image reading only, so it is enough to declare the two operators without an
-    implementation. A torchvision that matches its torch keeps its real operators.
+    load, and the import fails with "operator torchvision::nms does not exist". CompressAI and timm
+    use it for image transforms and layers only, so it is enough to declare the two operators
+    without an implementation. A torchvision that matches its torch keeps its real operators.
     """
-    if sys.platform != "linux" or "torchvision" in sys.modules:
-        return None
+    if sys.platform != "linux":
+        return
     import torch
 
     package = PathFinder.find_spec("torchvision")
     if torch.version.cuda or torch.version.hip or package is None:
-        return None
+        return
     extension = PathFinder.find_spec("_C", package.submodule_search_locations)
     try:  # torchvision does this first, too; loading a library twice is harmless
         if extension is not None:
@@ -60,12 +62,13 @@ def _allow_torchvision() -> object:
     except (ImportError, OSError):
         pass
     if hasattr(torch.ops.torchvision, "nms"):
-        return None
+        return
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
+    _declarations.append(library)
 
 
+_declarations: list[object] = []  # kept alive: with a library, its operators would go
 _keep_freed_memory()
-_torchvision_operators = _allow_torchvision()  # keeps the declarations alive
+lazy_packages.install(prepare={"torchvision": _declare_torchvision_operators})

@@ -9,8 +9,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-NEEDED = ("torch", "torchvision", "numpy", "scipy", "compressai", "timm", "pytorch_msssim",
-          "bjontegaard", "einops", "yaml", "tensorboard", "PIL", "matplotlib", "tqdm")
+NEEDED = ("torch", "numpy", "scipy", "compressai", "timm", "pytorch_msssim", "bjontegaard",
+          "einops", "yaml", "tensorboard", "PIL", "matplotlib", "tqdm")
 
 ROOT = Path(__file__).resolve().parents[1]
 if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import bjontegaard
 import numpy as np
 import torch
 from pytorch_msssim import ms_ssim as _ms_ssim
-from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 MS_SSIM_SIDE = 161  # five scales of an 11-tap window need more than 160 pixels
@@ -55,6 +53,8 @@ def interpolate(bpp: Sequence[float], psnr: Sequence[float], at_bpp: float) -> f
 
     None outside the rates of the curve, which is not extrapolated.
     """
+    from scipy.interpolate import PchipInterpolator
+
     rates, order = np.unique(bpp, return_index=True)
     if len(rates) < 2 or not rates[0] <= at_bpp <= rates[-1]:
         return None
@@ -70,6 +70,8 @@ def bd_rate(rate_a: Sequence[float], psnr_a: Sequence[float], rate_b: Sequence[f
     The log-rate is interpolated by PCHIP, which allows any number of points. None if there is no
     common range, or if a curve has fewer than two points or does not rise.
     """
+    import bjontegaard  # loads matplotlib, too
+
     curves = []
     for rate, quality in ((rate_a, psnr_a), (rate_b, psnr_b)):
         order = np.argsort(quality)

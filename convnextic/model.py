@@ -20,6 +20,7 @@ from common.coding import entropy, exact
 from common.coding.contract import Codec, Coded
 from common.coding.model_file import load_model
 from common.coding.tiles import LIMIT, tiled
+from common.compiling import not_compiled
 
 import torch
 from compressai.entropy_models import GaussianConditional
@@ -233,7 +234,7 @@ class ConvNeXTIC(Codec):
         return self.gaussian_conditional.scale_table
 
     @torch.no_grad()
-    @torch.compiler.disable
+    @not_compiled
     def _encode(self, y: Tensor, params: Tensor
                 ) -> tuple[Tensor, list[list[tuple[Tensor, Tensor]]]]:
         """Return y_hat (B, M, h, w), and [(symbols, CDF indexes), ...] for each string of y."""

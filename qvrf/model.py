@@ -22,6 +22,7 @@ from common.coding.context import CausalConv, Context, wavefront
 from common.coding.contract import Codec, Coded
 from common.coding.model_file import load_model
 from common.coding.tiles import tiled
+from common.compiling import not_compiled
 from common.layers import replace_shortcuts
 
 import torch
@@ -266,7 +267,7 @@ class QVRF(Codec):
         return (symbols * (1 / float(a)) + means).float()
 
     @torch.no_grad()
-    @torch.compiler.disable
+    @not_compiled
     def _quantize(self, y: Tensor, params: Tensor, a: Tensor
                   ) -> tuple[Tensor, Tensor, Tensor]:
         """Symbols, CDF indexes and means, each (B, M, h, w); the means of balle are 0.

@@ -18,6 +18,7 @@ from typing import Any
 from common.coding import entropy, exact
 from common.coding.contract import Codec, Coded, Run, in_floats
 from common.coding.tiles import tiled
+from common.compiling import not_compiled
 
 import torch
 from compressai.entropy_models import GaussianConditional
@@ -120,7 +121,7 @@ class SliceCoder(Codec):
         return {"x_hat": x_hat.clamp_(0, 1)}
 
     @torch.no_grad()
-    @torch.compiler.disable
+    @not_compiled
     def encode(self, y: Tensor, z_hat: Tensor
                ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
         """Return y_hat, scales, means (B, D, h, w), and (symbols, CDF indexes) of each slice."""

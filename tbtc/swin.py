@@ -18,8 +18,7 @@ from common.coding.contract import Run, in_floats
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import Mlp
-from timm.models.swin_transformer import get_relative_position_index
+from timm.layers import Mlp, gen_relative_position_index
 from torch import Tensor, nn
 
 HEAD = 32  # channels per head
@@ -48,7 +47,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.relative_position_bias_table = nn.Parameter(
             torch.zeros((2 * window - 1) ** 2, self.heads))
-        index = get_relative_position_index(window, window)  # (w * w, w * w)
+        index = gen_relative_position_index((window, window))  # (w * w, w * w)
         self.register_buffer("relative_position_index", index, persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:

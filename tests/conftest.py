@@ -8,7 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per worker, in the process
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads of the tests with two sleep
 
-import common  # noqa: E402, F401  (first: prepares torchvision for CompressAI)
+import common  # noqa: E402, F401  (first: CompressAI and timm load what is used)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -1,8 +1,8 @@
 """Python processes that start in milliseconds.
 
-Importing torch and CompressAI takes several seconds. A parent process does so once, and each
-command runs in a fork of it, as if it had been started by `python SCRIPT ...`. The parent has a
-single thread and does nothing but these imports.
+Importing torch, its compiler and matplotlib takes several seconds. A parent process does so once,
+and each command runs in a fork of it, as if it had been started by `python SCRIPT ...`. The parent
+has a single thread and does nothing but these imports.
 """
 
 import atexit
@@ -23,10 +23,11 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-IMPORTS = (  # common first: it prepares torchvision for CompressAI
-    "common", "compressai.zoo", "timm.layers", "timm.optim", "torch.utils.tensorboard",
-    "matplotlib.pyplot", "pytorch_msssim", "bjontegaard", "PIL.Image", "common.training.run",
-    "common.coding.codec_cli", "common.evaluation.evaluate", "common.recipes.report")
+IMPORTS = (  # common first: it makes CompressAI and timm load what is used, and torchvision work
+    "common", "common.coding.codec_cli", "common.training.run", "common.evaluation.evaluate",
+    "common.recipes.report", "torch._dynamo", "torch.utils.tensorboard", "matplotlib.pyplot",
+    "bjontegaard", "scipy.stats.distributions")
+FEW_IMPORTS = "common", "common.coding.codec_cli"  # of a parent that runs few commands
 
 
 class Process:
@@ -79,11 +80,13 @@ class Process:
 
 
 class Parent:
-    """The process that has imported everything, with `environment` from its start."""
+    """The process that has imported IMPORTS; FEW_IMPORTS if it has an `environment` of its own."""
 
     def __init__(self, root, environment):
+        imports = FEW_IMPORTS if environment else IMPORTS
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, __file__, *imports], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
                               "PYTHONPATH": str(root)} | environment)
         atexit.register(self._process.communicate)  # at the end of its input, it ends
@@ -189,7 +192,7 @@ def _exit_status(run):
 
 
 if __name__ == "__main__":
-    for _name in IMPORTS:
+    for _name in sys.argv[1:]:
         importlib.import_module(_name)
     gc.freeze()  # so that forks share the pages of what is there
     if _command := _serve():

@@ -24,6 +24,7 @@ from common.coding.cdf_tables import (
     TOO_SHORT,
     Tables,
 )
+from common.compiling import not_compiled
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class EntropyBottleneck(entropy_models.EntropyBottleneck):
 
     # Not compiled: on CPUs with AVX-512 and AMX, the code of torch 2.13 gives NaN likelihoods for z
     # of 64 channels and 2x2 positions in bfloat16. The forward takes 1 % of the time of a step.
-    @torch.compiler.disable
+    @not_compiled
     def forward(self, x: Tensor, training: bool | None = None) -> tuple[Tensor, Tensor]:
         """x (B, C, ...) -> z_hat and its likelihoods, of the same shape."""
         training = self.training if training is None else training

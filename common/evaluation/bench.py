@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -108,6 +109,32 @@ def show(name: str, times: list[tuple[float, float]]) -> None:
     theirs, mine = (statistics.median(column) for column in zip(*times, strict=True))
     ratio = statistics.median(a / b for a, b in times)
     print(f"{name:58s} {1e3 * theirs:9.1f} ms {1e3 * mine:9.1f} ms   {ratio:5.2f}x", flush=True)
+
+
+# ------------------------------------------------------------------------------------ start-up
+def cpu_seconds(*words: str) -> float:
+    """CPU time of `python WORDS...`, which prints what nobody reads."""
+
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = spent()
+    subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+    return spent() - before
+
+
+def start_up(papers: list[str], rounds: int) -> None:
+    """CPU time until codec.py has loaded its libraries, relative to `import torch`, in turns."""
+    scripts = [str(ROOT / paper / "codec.py") for paper in papers]
+    cpu_seconds("-c", "import torch")  # from disk, for the first time
+    times = [(cpu_seconds("-c", "import torch"), *(cpu_seconds(s, "--help") for s in scripts))
+             for _ in range(rounds)]
+    for i, paper in enumerate(papers, 1):
+        median = statistics.median(row[i] for row in times)
+        ratio = statistics.median(row[i] / row[0] for row in times)
+        print(f"{paper + ': codec.py --help, CPU time':58s} {'':12s} {1e3 * median:9.1f} ms"
+              f"   {ratio:5.2f} times import torch", flush=True)
 
 
 # -------------------------------------------------------------------------------------- coding
@@ -306,6 +333,7 @@ def main() -> None:
     hardware = processes.describe_hardware(torch.device("cpu"))
     print(f"{hardware}, torch {torch.__version__}; the papers' widths")
     print(f"{'':58s} {'CompressAI':>12s} {'ours':>12s}   ratio")
+    start_up([p for p in args.papers if (ROOT / p / "codec.py").exists()], 3 * args.rounds)
     own = [paper for paper in args.papers if (ROOT / paper / "bench.py").exists()]
     for paper in own:
         importlib.import_module(f"{paper}.bench").run(args.rounds)
