@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from common import UserError, cli, data, processes
@@ -76,7 +77,7 @@ def pair(paper: str, N: int | None = None, M: int | None = None) -> tuple[Codec,
     """Our network and CompressAI's, with the same weights, at the width of the paper."""
     module = importlib.import_module(f"{paper}.model")
     default = module.build()
-    small = module.load(sorted((ROOT / paper / "weights").glob("*.pth"))[-1])
+    small = module.load(weights(paper)[-1])
     ours = widen(small, type(small)(N or default.N, M or default.M))
     has_own = (ROOT / paper / "baseline.py").exists()
     kind = (importlib.import_module(f"{paper}.baseline") if has_own else module).BASELINE
@@ -168,7 +169,11 @@ def lacks(paper: str) -> str:
     module = importlib.import_module(f"{paper}.model")
     if not (ROOT / paper / "baseline.py").exists() and "BASELINE" not in vars(module):
         return "neither a baseline.py nor a BASELINE in its model.py"
-    return "" if list((ROOT / paper / "weights").glob("*.pth")) else "no bundled weights"
+    return "" if weights(paper) else "no bundled weights"
+
+
+def weights(paper: str) -> list[Path]:
+    return sorted((ROOT / paper / "weights").glob("*.pth"))
 
 
 def among_papers(papers: list[str], rounds: int) -> None:
@@ -333,7 +338,8 @@ def main() -> None:
     hardware = processes.describe_hardware(torch.device("cpu"))
     print(f"{hardware}, torch {torch.__version__}; the papers' widths")
     print(f"{'':58s} {'CompressAI':>12s} {'ours':>12s}   ratio")
-    start_up([p for p in args.papers if (ROOT / p / "codec.py").exists()], 3 * args.rounds)
+    if codecs := [paper for paper in args.papers if weights(paper)]:
+        start_up(codecs, args.rounds)
     own = [paper for paper in args.papers if (ROOT / paper / "bench.py").exists()]
     for paper in own:
         importlib.import_module(f"{paper}.bench").run(args.rounds)
