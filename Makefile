@@ -1,4 +1,4 @@
-# Every target sets itself up: `make test` on a fresh clone is enough. Needs Python 3.10-3.12 and pip.
+# Every target sets itself up: `make test` on a fresh clone is enough. Needs Python 3.10-3.14 with pip.
 PYTHON ?= python3
 CONFIG ?= quick.yaml
 DATASET ?=
@@ -8,9 +8,12 @@ SHORT ?=
 LMBDAS ?=
 STAGE ?=
 WORKERS ?= 2
+TORCH ?=
+UV ?=
 
 VENV := .venv
 STAMP := $(VENV)/.stamp
+DEV := $(VENV)/.stamp-dev
 PY := $(VENV)/bin/python
 # Every folder with a model.py and a train.py is a paper (common/papers.py).
 PAPERS := $(patsubst %/model.py,%,$(wildcard $(patsubst %/train.py,%/model.py,$(wildcard */train.py))))
@@ -23,8 +26,9 @@ ABLATIONS := $(patsubst %/ablate.py,%,$(wildcard */ablate.py))
 
 help:
 	@echo "make setup              make $(VENV) and install the pinned packages (the others do it too)"
+	@echo "                        TORCH=cpu takes PyTorch's CPU build (0.2 GB, not 2.9 GB); UV=1 uses uv"
 	@echo "make test               run every test, in WORKERS=2 processes of one thread each"
-	@echo "make lint               ruff (style) and mypy (types)"
+	@echo "make lint               ruff (style) and mypy (types); both install their tools first"
 	@echo "make reproduce-PAPER    train, code the 24 Kodak images, table and plot; PAPER is one of:"
 	@echo "                            $(PAPERS)"
 	@echo "                        CONFIG=config.yaml DATASET=/path runs the paper's own recipe"
@@ -44,27 +48,28 @@ help:
 	@echo "                        each must end in an error of one line, or in an image"
 	@echo "make bench              measure training and coding speed"
 	@echo "make clean              remove $(VENV) and caches"
-	@echo "PYTHON=python3.11 chooses the interpreter that $(VENV) is made with."
+	@echo "PYTHON=python3.12 chooses the interpreter that $(VENV) is made with."
 
 setup: $(STAMP)
 
-# The stamp is written last, so an interrupted installation is taken up by the next `make`. After an
-# upgrade of Python or a move of this folder: `make clean`. Without --no-compile, pip spends most of
-# its time on byte code; Python writes that of the modules in use when it imports them.
-$(STAMP): requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null || \
-	    { echo "error: '$(PYTHON)' is not Python 3.10, 3.11 or 3.12; name one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
-	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
-	    { echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@echo "Installing the pinned packages into $(VENV); this takes a minute or two ..."
-	@$(PY) -m pip install -qq --no-compile --disable-pip-version-check -r requirements.txt
-	@$(PY) -m pip install -qq --no-compile --disable-pip-version-check --no-deps --no-build-isolation -e .
+# The stamps are written last, so an interrupted installation is taken up by the next `make`. After
+# an upgrade of Python or a move of this folder: `make clean`. Any Python can run the first line.
+INSTALL = $(PYTHON) common/install.py $(if $(filter-out 0,$(UV)),--uv)
+
+$(STAMP): requirements.txt requirements-nodeps.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null || \
+	    { echo "error: '$(PYTHON)' is not Python 3.10 to 3.14; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(INSTALL) $(if $(TORCH),--torch '$(TORCH)')
 	@touch $@
 
-test: $(STAMP)
+$(DEV): $(STAMP) requirements-dev.txt
+	@$(INSTALL) --dev
+	@touch $@
+
+test: $(DEV)
 	$(PY) -m pytest tests -q --durations=10 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
@@ -75,10 +80,10 @@ $(ABLATIONS:%=ablate-%): ablate-%: $(STAMP)
 	$(if $(DATASET),data=$$($(REALPATH) "$(DATASET)") && )cd $* && ../$(PY) ablate.py --publish \
 	    $(if $(DATASET),--dataset "$$data") $(if $(THREADS),--threads $(THREADS))
 
-torture: $(STAMP)
+torture: $(DEV)
 	$(PY) tests/torture.py $(PAPERS)
 
-fuzz: $(STAMP)
+fuzz: $(DEV)
 	$(PY) tests/fuzz.py --jobs $(WORKERS)
 
 bench: $(STAMP)

@@ -13,6 +13,7 @@ import sys
 from importlib.machinery import PathFinder
 
 from common import lazy_packages
+from common.installed import NotInstalled, fault
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # <malloc.h>
 
@@ -69,6 +70,11 @@ def _declare_torchvision_operators() -> None:
     _declarations.append(library)
 
 
+if text := fault():
+    if sys.argv[:1] == ["-m"]:  # python -m common...: nobody can catch the exception
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)
+    raise NotInstalled(text)
 _declarations: list[object] = []  # kept alive: with a library, its operators would go
 _keep_freed_memory()
 lazy_packages.install(prepare={"torchvision": _declare_torchvision_operators})
