@@ -15,11 +15,10 @@ from pathlib import Path, PurePosixPath
 
 from common import UserError
 from common.files import shown
-from common.image_io import read_image
+from common.image_io import BUNDLED, NOT_BUNDLED, read_image
 
 from torch import Tensor
 
-BUNDLED = Path(__file__).parent / "images"
 KODAK = BUNDLED / "kodak"  # 24 test photographs, 768x512; never trained on
 TRAIN = BUNDLED / "train"  # CC0 training tiles
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".ppm",
@@ -113,6 +112,8 @@ def list_images(path: str | Path, notice: Callable[[str], None] = lambda _: None
     path = Path(path)
     if path.is_file():
         return [path]
+    if not path.is_dir() and BUNDLED in path.parents:
+        raise UserError(NOT_BUNDLED)
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder of images")
     skipped: Counter[str] = Counter()

@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from torch import Tensor
 
+BUNDLED = Path(__file__).parent / "images"
+NOT_BUNDLED = ("the Kodak images and the training photographs are only in a checkout of the "
+               "repository, not in an installed package: name a folder of images, or clone it")
 MAX_SIDE, MAX_PIXELS = 65535, 2**28  # of an image that can be coded
 UPRIGHT: dict[int | None, Image.Transpose] = {  # by the value of the EXIF tag
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -55,6 +58,8 @@ def read_image(path: str | Path | io.BytesIO, notice: Callable[[str], None] = pr
             if (frames := _frames(image)) > 1:  # last, because it may move to another frame
                 lost.insert(0, f"first of {frames} frames")
     except FileNotFoundError:
+        if not isinstance(path, io.BytesIO) and BUNDLED in Path(path).parents:
+            raise UserError(NOT_BUNDLED) from None
         raise UserError(f"{name}: no such image file") from None
     except MemoryError:
         raise UserError(f"{name}: needs more memory than there is; close other programs, scale the "
