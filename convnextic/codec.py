@@ -78,6 +78,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         add(name, type=side, help=f"{sides} of the patches in pixels (the source: "
             f"{PATCH[name == '-pw']}); that of the image if not given or larger")
     args = parser.parse_args(words)
+    if args.command == "encode" and args.lmbda is not None:  # of other papers: names weights
+        if args.lamb is not None:
+            raise UserError("--lmbda, -lb: give one of them")
+        args.lamb, args.lmbda = round(args.lmbda * LMBDA_UNIT), None
     if args.command == "encode" and args.metric == "ms-ssim" and not args.checkpoint:
         raise UserError(f"-m {args.metric}: the bundled weights are for mse; give --checkpoint")
     return args

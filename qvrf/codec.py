@@ -24,6 +24,7 @@ from torch import Tensor
 from qvrf.eval import add_pretrained, factor
 from qvrf.model import QVRF, SMALLEST_GAIN, ZOO, check_factor, load, with_gain
 
+BUNDLED = "balle"
 LEVEL = 2  # the source's
 SPREAD = 8  # factor by which the search range exceeds the gains
 CLOSE = {"bpp": 1e-3, "psnr": 1e-4}  # relative tolerance of the search
@@ -31,7 +32,7 @@ STEPS = 20
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, encode, decode = codec_cli.flags("Code one image file at any rate.", "balle",
+    parser, encode, decode = codec_cli.flags("Code one image file at any rate.", BUNDLED,
                                              "base codec")
     for command in (encode, decode):
         add_pretrained(command)

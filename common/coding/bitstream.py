@@ -87,15 +87,7 @@ def unpack(data: bytes, tag: bytes, fingerprint: bytes | None = None) -> File:
     Raises UserError for a file that is empty, damaged, truncated, of another format, of a newer
     version, of another paper or of other weights, or that states impossible sizes.
     """
-    if not data:
-        raise UserError("the file is empty: encode the image again")
-    if data[:3] != MAGIC:
-        raise UserError("not one of our compressed files: give one that codec.py encode has made")
-    if len(data) < FIXED + 4 or zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
-        raise UserError("the file is damaged or cut short (checksum): copy it again")
-    if data[3] > VERSION:
-        raise UserError(f"the file has format version {data[3]}, this program reads up to "
-                        f"{VERSION}: update the program")
+    _check_intact(data)
     if data[4:8] != tag:
         raise UserError(f"the file was written by the codec {_text(data[4:8])}, this one is "
                         f"{_text(tag)}: decode it with the other folder's codec.py")
@@ -113,6 +105,24 @@ def unpack(data: bytes, tag: bytes, fingerprint: bytes | None = None) -> File:
     sections = [reader.take(n) for n in lengths]
     return File(data[4:8], data[8:16], height, width, parameters,
                 [*sections, reader.take(reader.left())])
+
+
+def tag_of(data: bytes) -> bytes:
+    """The tag of the codec that wrote a file; UserError as in `unpack` if it is not intact."""
+    _check_intact(data)
+    return data[4:8]
+
+
+def _check_intact(data: bytes) -> None:
+    if not data:
+        raise UserError("the file is empty: encode the image again")
+    if data[:3] != MAGIC:
+        raise UserError("not one of our compressed files: give one that codec.py encode has made")
+    if len(data) < FIXED + 4 or zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+        raise UserError("the file is damaged or cut short (checksum): copy it again")
+    if data[3] > VERSION:
+        raise UserError(f"the file has format version {data[3]}, this program reads up to "
+                        f"{VERSION}: update the program")
 
 
 class _Reader:

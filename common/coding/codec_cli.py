@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, cli, data, processes
-from common.coding import image_file, zoo
+from common.coding import codecs, image_file, zoo
 from common.coding.contract import Codec
 from common.files import read_file, write_atomic
 
@@ -33,6 +33,8 @@ def flags(description: str, weights: str = "", which: str = "lmbda"
     encode.add_argument("input", type=Path, help="image file in any format that Pillow reads")
     encode.add_argument("--weights", help=f"{which} of the bundled small weights; those of the "
                         "highest rate if not given")
+    encode.add_argument("--lmbda", type=cli.positive_float,
+                        help="lmbda that the bundled weights were trained with")
     encode.set_defaults(default_weights=weights)
     decode = commands.add_parser("decode", help="decode a .bin file to an image")
     decode.add_argument("input", type=Path, help=".bin file written by encode")
@@ -74,10 +76,10 @@ def run(args: argparse.Namespace, kind: type[Codec], load: Callable[..., Codec],
     and returns the file and a note to print; decode(model, file) replaces `decode_image`.
     """
     device = processes.start(args.device, threads=args.threads)
-    bundled = sorted(weights.glob("small-*.pth"))
     if args.command == "decode":
         file = read_file(args.input)
-        checkpoints = [args.checkpoint] if args.checkpoint else bundled
+        checkpoints = ([args.checkpoint] if args.checkpoint
+                       else codecs.bundled(weights).values())
         model = image_file.find_model(file, kind, checkpoints, load, device)
         output = args.output or default_output(args.input, DECODED)
         refuse_same(args.input, output)
@@ -85,14 +87,12 @@ def run(args: argparse.Namespace, kind: type[Codec], load: Callable[..., Codec],
         data.write_image(x_hat, output)
         print(f"{output}: decoded from {args.input}")
         return
-    names = {path.stem.removeprefix("small-"): path for path in bundled}
-    wanted = args.weights or next(
-        (name for name in reversed(names) if name.startswith(args.default_weights)), "")
-    if not args.checkpoint and not wanted:
-        raise UserError(f"{weights}: holds no bundled weights: name others with --checkpoint")
-    if not args.checkpoint and wanted not in names:
-        raise UserError(f"--weights {wanted}: choose from {', '.join(names)}")
-    checkpoint = args.checkpoint or names[wanted]
+    given = [f"--{name}" for name in ("weights", "lmbda", "checkpoint")
+             if getattr(args, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"{', '.join(given)}: give one of them")
+    checkpoint = args.checkpoint or codecs.choose(weights, args.weights, args.lmbda,
+                                                  args.default_weights)
     output = args.output or default_output(args.input, ".bin")
     refuse_same(args.input, output)
     image = data.read_image(args.input)
