@@ -4,14 +4,19 @@ import ast
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+from common import install, installed
 from common.papers import papers
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from PIL import Image
 from setuptools import find_packages
 
@@ -26,13 +31,15 @@ TRAIN = ROOT / "common/images/train"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PAPERS = papers()
 SOURCES = sorted(p for name in ("common", *PAPERS) for p in (ROOT / name).rglob("*.py"))
+PINS = ("requirements.txt", "requirements-nodeps.txt", "requirements-dev.txt")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml", "pytorch_msssim": "pytorch-msssim"}
 
 
-def pins():
-    """The Requirement on each line of requirements.txt, by name."""
-    lines = (line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").open())
-    return {r.name: r for r in map(Requirement, filter(None, lines))}
+def pins(*files):
+    """The Requirement on each line of these files."""
+    lines = (line.partition("#")[0].strip() for name in files for line in (ROOT / name).open())
+    return [*map(Requirement, filter(None, lines))]
 
 
 def imports(path, everywhere=True):
@@ -90,17 +97,42 @@ def test_each_training_tile_has_its_licence():
 
 
 # ----------------------------------------------------------------------------------- packages
-def test_pins_are_exact_and_within_the_ranges():
+@pytest.mark.parametrize("python", PYTHONS)
+def test_pins_are_exact_and_within_the_ranges(python):
+    """Each Python gets exactly one version of each package."""
     project = PROJECT["project"]
     declared = project["dependencies"] + project["optional-dependencies"]["dev"]
-    pinned = pins()
-    for requirement in pinned.values():
+    here = {"python_version": python}
+    pinned = [r for r in pins(*PINS) if r.marker is None or r.marker.evaluate(here)]
+    by_name = {r.name: r for r in pinned}
+    assert len(by_name) == len(pinned), "a package is pinned twice"
+    for requirement in pinned:
         assert [s.operator for s in requirement.specifier] == ["=="], requirement
         assert requirement.url is None, requirement
     for text in declared + PROJECT["build-system"]["requires"]:
         requirement = Requirement(text)
-        (pin,) = pinned[requirement.name].specifier
+        (pin,) = by_name[requirement.name].specifier
         assert requirement.specifier.contains(pin.version), f"{requirement}: pinned {pin}"
+
+
+def test_supported_pythons_are_the_same_everywhere():
+    named = {f"Programming Language :: Python :: {python}" for python in PYTHONS}
+    assert named == {c for c in PROJECT["project"]["classifiers"] if re.search(r":: 3\.\d", c)}
+    specifier = SpecifierSet(PROJECT["project"]["requires-python"])
+    assert [f"3.{minor}" for minor in range(30) if f"3.{minor}" in specifier] == [*PYTHONS]
+    assert [".".join(map(str, end)) for end in install.SUPPORTED] == [PYTHONS[0], PYTHONS[-1]]
+    assert "(3, 10) <= sys.version_info < (3, 15)" in (ROOT / "Makefile").read_text()
+    workflow = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())
+    assert workflow["jobs"]["test"]["strategy"]["matrix"]["python"] == [*PYTHONS]
+
+
+def test_what_is_said_to_be_missing_is_what_is_declared():
+    assert [installed.COMPRESSAI] == [str(r) for r in pins("requirements-nodeps.txt")]
+    declared = {r.name: r for r in map(Requirement, PROJECT["project"]["dependencies"])}
+    names = {installed.DISTRIBUTION.get(name, name).replace("_", "-") for name in installed.NEEDED}
+    assert names == set(declared) - {"torchvision"}  # which nothing here imports
+    oldest = ".".join(map(str, installed.OLDEST_TORCH))
+    assert f">={oldest}" in str(declared["torch"].specifier)
 
 
 def test_imported_packages_are_declared():
@@ -119,6 +151,63 @@ def test_packages_are_installed_by_setup():
     assert {"common.training", "common.coding", "common.evaluation", "common.recipes"} <= found
 
 
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel of the files under version control, and their names."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    files, folder = listed.stdout.splitlines(), tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # setuptools leaves a folder `build` beside what it builds
+    for name in files:
+        if not name.startswith("tests/"):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    (source / "hyperprior/logs").mkdir()
+    (source / "hyperprior/logs/run.yaml").write_text("a: 1")
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-index",
+                    "--no-build-isolation", "--disable-pip-version-check", "-w", folder, source],
+                   check=True, capture_output=True, text=True)
+    (path,) = folder.glob("licodecs-*.whl")
+    return path, files
+
+
+def test_a_wheel_holds_what_coding_needs(wheel):
+    """Code, weights, recipes and results are inside; images, tests and logs are not."""
+    path, files = wheel
+    with zipfile.ZipFile(path) as content:
+        inside = {name for name in content.namelist() if ".dist-info/" not in name}
+        (metadata,) = [name for name in content.namelist() if name.endswith("/METADATA")]
+        described = content.read(metadata).decode()
+        entries = content.read(metadata.replace("METADATA", "entry_points.txt")).decode()
+    assert inside == {name for name in files
+                      if name.split("/")[0] in {"licodecs.py", "common", *PAPERS}
+                      and name.endswith((".py", ".yaml", ".pth", ".json"))}
+    for paper in PAPERS:
+        assert {f"{paper}/results/published.json", f"{paper}/quick.yaml"} <= inside
+        assert any(name.startswith(f"{paper}/weights/small-") for name in inside)
+    assert "licodecs = licodecs:main" in entries
+    for field in ("Author: ", "License-Expression: MIT", "Requires-Python: ", "Keywords: ",
+                  "Description-Content-Type: text/markdown"):
+        assert f"\n{field}" in described, field
+
+
+def test_a_wheel_works_where_there_is_no_checkout(wheel, tmp_path):
+    with zipfile.ZipFile(wheel[0]) as content:
+        content.extractall(tmp_path / "site")
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
+    shutil.copy(KODAK / "kodim23.png", tmp_path)
+    for words, status, said in (
+            (("encode", "kodim23.png", "-o", "a.bin", "--paper", "factorized"), 0, "a.bin: "),
+            (("decode", "a.bin"), 0, "decoded from a.bin"),
+            (("eval", "--paper", "factorized"), 2, "error: the Kodak images and the")):
+        done = subprocess.run([sys.executable, "-c", "import licodecs; licodecs.main()", *words],
+                              cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        assert said in done.stdout + done.stderr
+        assert done.stderr.count("\n") == (status != 0), done.stderr
+
+
 # -------------------------------------------------------------------------------------- types
 def test_types_of_common_and_of_the_models():
     """As in `make lint`; it covers every paper, and its exceptions are few and explained."""
@@ -127,7 +216,8 @@ def test_types_of_common_and_of_the_models():
     assert checked.returncode == 0, checked.stdout + checked.stderr
     files = PROJECT["tool"]["mypy"]["files"]
     found = {path for pattern in files for path in ROOT.glob(pattern)}
-    assert found == {ROOT / "common", *(ROOT / paper / "model.py" for paper in PAPERS)}
+    assert found == {ROOT / "common", ROOT / "licodecs.py",
+                     *(ROOT / paper / "model.py" for paper in PAPERS)}
     ignored = [line for path in SOURCES for line in path.read_text().splitlines()
                if "# type: ignore" in line]
     assert len(ignored) <= 15

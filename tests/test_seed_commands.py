@@ -221,4 +221,4 @@ def test_a_script_without_its_packages_says_what_to_install(type_in):
         done = subprocess.run([sys.executable, "-S", "-E", ROOT / folder / "train.py"],
                               capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
-        assert "torch" in done.stderr and "pip install -e ." in done.stderr
+        assert "torch" in done.stderr and "requirements-nodeps.txt -e ." in done.stderr
