@@ -205,4 +205,4 @@ def test_reading_an_image_imports_no_library_of_codecs():
         names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names} | {
             n.module for n in nodes if isinstance(n, ast.ImportFrom)}
         assert {name for name in names if name.split(".")[0] not in sys.stdlib_module_names} <= {
-            "common", "common.files", "numpy", "numpy.typing", "PIL", "torch"}
+            "common", "common.files", "common.installed", "numpy", "numpy.typing", "PIL", "torch"}
