@@ -93,7 +93,7 @@ def test_compiler_is_tried_with_the_headers_of_python(monkeypatch, tmp_path):
     fake.chmod(0o755)
     monkeypatch.setenv("CXX", str(fake))
     assert install.compiler_fault() == ""
-    fake.write_text("#!/bin/sh\necho 'x.cc:1:10: fatal error: Python.h: No such file' >&2\nexit 1\n")
+    fake.write_text("#!/bin/sh\necho 'a.cc:1: fatal error: Python.h: No such file' >&2\nexit 1\n")
     assert "Python.h: No such file" in install.compiler_fault()
 
 

@@ -74,6 +74,14 @@ def test_lmbda_of_a_variable_rate_is_its_rate(photo, tmp_path, capsys):
     assert "give one" in refused(capsys, *words, tmp_path / "c.bin", "--lmbda", "1", "-lb", "80")
 
 
+def test_files_in_patches_decode_from_python(photo, tmp_path, capsys):
+    say(capsys, "encode", photo, "-o", tmp_path / "a.bin", "--paper", "convnextic", "-ph", 64,
+        "-pw", 64)
+    say(capsys, "decode", tmp_path / "a.bin", "-o", tmp_path / "a.png")
+    decoded = data.to_uint8(licodecs.decode(tmp_path / "a.bin"))
+    assert (data.read_image(tmp_path / "a.png").int() - decoded.int()).abs().max() <= 1
+
+
 def test_mistakes_are_one_line(photo, tmp_path, capsys):
     (tmp_path / "text.bin").write_text("nothing")
     foreign = bitstream.pack(b"????", bytes(8), 64, 64, [b"abc"])

@@ -128,4 +128,8 @@ def decode(file: bytes | str | Path, codec: Codec | None, device: str) -> Tensor
         codec = image_file.find_model(content, codec_class(paper),
                                       bundled(weights_folder(paper)).values(), loader(paper),
                                       torch.device(device))
+    package = type(codec).__module__.partition(".")[0]
+    if package in papers():  # a paper's codec.py may know more files, such as those in patches
+        own = importlib.import_module(f"{package}.codec")
+        return getattr(own, "decode", image_file.decode_image)(codec, content)
     return image_file.decode_image(codec, content)
