@@ -55,8 +55,11 @@ def main(argv: list[str] | None = None) -> None:
         install_compressai(install)
         announce(args.torch)
         if args.torch:
-            pins = requirements("torch", "torchvision")
-            install.packages("--index-url", PYTORCH + args.torch, *pins)
+            # That index has all packages of its own builds, but few versions of numpy and Pillow,
+            # which are all that torchvision for CPUs needs besides torch: they come next.
+            alone = ["--no-deps"] if args.torch == "cpu" else []
+            install.packages(*alone, "--index-url", PYTORCH + args.torch,
+                             *requirements("torch", "torchvision"))
         install.packages("-r", "requirements.txt")
         install.packages("--no-deps", "--no-build-isolation", "-e", ".")
         try_imports()

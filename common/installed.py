@@ -35,23 +35,28 @@ def fault() -> str:
     if missing:
         names = [DISTRIBUTION.get(name, name) for name in missing]
         return f"{sys.executable} has no {', '.join(missing)}: {remedy(*names)}"
-    try:
-        torch = metadata.version("torch")
-    except metadata.PackageNotFoundError:  # imported from a source tree: its owner knows
+    torch, torchvision = _metadata("torch"), _metadata("torchvision")
+    found = re.search(r"^Version: (([0-9.]+)\S*)", torch, re.MULTILINE)
+    if not found:  # imported from a source tree: its owner knows
         return ""
-    if tuple(map(int, re.findall(r"\d+", torch)[:2])) < OLDEST_TORCH:
-        return (f"{sys.executable} has torch {torch}, but {'.'.join(map(str, OLDEST_TORCH))} or "
-                f"newer is needed: {remedy('--upgrade', 'torch', 'torchvision')}")
-    try:
-        torchvision = metadata.distribution("torchvision")
-    except metadata.PackageNotFoundError:  # not needed, but timm and CompressAI may import it
-        return ""
-    wanted = [found[1] for line in torchvision.requires or ()
-              if (found := re.match(r"torch\s*\(?==([\d.]+)", line))]
-    if wanted and torch.partition("+")[0] != wanted[0]:
-        return (f"torchvision {torchvision.version} is for torch {wanted[0]}, but {sys.executable} "
-                f"has torch {torch}: {remedy('--upgrade', 'torch', 'torchvision')}")
+    upgrade = remedy("--upgrade", "torch", "torchvision")
+    if tuple(map(int, re.findall(r"\d+", found[2])[:2])) < OLDEST_TORCH:
+        return (f"{sys.executable} has torch {found[1]}, but {'.'.join(map(str, OLDEST_TORCH))} or "
+                f"newer is needed: {upgrade}")
+    # torchvision is not needed, but timm and CompressAI may import it.
+    wanted = re.search(r"^Requires-Dist: torch\s*\(?==([0-9.]+)", torchvision, re.MULTILINE)
+    if wanted and found[2] != wanted[1]:
+        return (f"torchvision is for torch {wanted[1]}, but {sys.executable} has torch {found[1]}: "
+                f"{upgrade}")
     return ""
+
+
+def _metadata(name: str) -> str:
+    """The METADATA of a distribution, as text."""
+    try:
+        return metadata.distribution(name).read_text("METADATA") or ""
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def remedy(*words: str) -> str:
