@@ -68,10 +68,10 @@ class Waves:
 
         self.u_nets = nets("u", gated(net.u_up, net.u_down))
         self.ul_nets = nets("ul", gated(net.ul_up, net.ul_down))
+        parts = torch.arange(4 * net.N, device=device).view(2, 2, net.N)
         for _, _, aux in self.ul_nets[net.resnets :]:  # u, ul, -u, -ul: to u, -u, ul, -ul
             assert aux is not None  # only nets of u_up have no other input
-            parts = aux.weight.unflatten(1, (2, 2, net.N))
-            aux.weight = parts.transpose(1, 2).flatten(1)
+            aux.reorder(parts.transpose(0, 1).flatten())
         self.stem = exact.Rows(net.u_stem.conv, "stem", device)
         self.row = exact.Rows(net.ul_row.conv, "row", device)
         self.column = exact.Rows(net.ul_column.conv, "column", device)

@@ -1,6 +1,6 @@
 """Context models: what a latent may see, the order of coding, and exact equality of its ways."""
 
-from common.coding import context, entropy, exact
+from common.coding import context, entropy, exact, exact_int8
 
 import pytest
 import torch
@@ -239,3 +239,52 @@ def test_gain(gain, bits):
     means = [c.predict(torch.arange(12))[1] for c in built]
     assert torch.equal(means[1] * 2**bits, (means[1] * 2**bits).round())
     assert (means[1] - means[0]).abs().max() <= 2**-8
+
+
+# ------------------------------------------------------------------------------------ int8 digits
+@pytest.mark.parametrize("size, used", [(3, slice(1, 3)), (200, slice(1, 4)), (3000, slice(1, 4))])
+@pytest.mark.parametrize("negated", [False, True])
+def test_contexts_by_int8_digits_equal_float64(size, used, negated, monkeypatch):
+    """Latents of one, two and three bytes, stored twice; a weight of 2^15 negates its channel."""
+    monkeypatch.setattr(exact_int8, "TAPS_WORK", 0)
+    torch.manual_seed(0)
+    layer = context.CausalConv(8, 24, kernel_size=5, padding=2).requires_grad_(False)
+    if negated:
+        layer.weight[3, 2, 0, 0] = 0.9999999
+    rows = exact.Rows(layer, "layer", torch.device("cpu"))
+    if rows.digits is None:
+        pytest.skip("this CPU has no exact products of int8")
+    assert (rows.digits.signs is not None) == negated
+    latents, digits = torch.zeros(30, 8, dtype=torch.float64), exact_int8.LatentDigits(30, 8)
+    for scale in (size, 1):
+        places = torch.randperm(30)[:20]
+        values = torch.randint(-2**8 * scale, 2**8 * scale, (20, 8)) * 2.0**-8
+        latents[places] = values.double()
+        digits.put(places, rows.quantise(values.double()))
+        taps = torch.randint(0, 30, (6, 12))
+        expected = rows(latents[taps.view(-1)].view(6, -1))
+        found = digits.sums(rows.digits, taps).add_(rows.bias).mul_(rows.scale)
+        assert torch.equal(found, expected)
+    assert digits.used == used
+
+
+def test_latents_off_the_grid_of_means_use_the_lowest_digit():
+    digits = exact_int8.LatentDigits(2, 1)
+    digits.put(torch.tensor([1]), torch.tensor([[-2.0**24]]))
+    assert digits.used == slice(1, 4)
+    digits.put(torch.tensor([0]), torch.tensor([[5.0]]))
+    assert digits.used == slice(0, 4)
+    values = (digits.digits.view(4, 2, 1) * digits.units.view(4, 1, 1)).sum(0)
+    assert values.flatten().tolist() == [5.0, -2.0**24]
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_models_code_alike_with_and_without_int8(paper, monkeypatch):
+    x, files, whole = torch.rand(2, 3, 64, 128), [], []
+    for work in (0, 2**62):
+        monkeypatch.setattr(exact_int8, "TAPS_WORK", work)
+        model = build(paper)
+        files.append(model.compress(x)["strings"])
+        whole.append(model._context(torch.zeros(1, 2 * model.M, 2, 2).double()).digits)
+    assert files[0] == files[1]
+    assert whole[1] is None and (whole[0] is not None or not exact_int8._int8_is_exact())

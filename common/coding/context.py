@@ -13,7 +13,7 @@ checkerboard. Both must obtain the same bits, so all arithmetic here is exact (e
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from common.coding import exact
+from common.coding import exact, exact_int8
 
 import torch
 from compressai.layers import MaskedConv2d
@@ -99,9 +99,17 @@ class Context:
         self.border, self.stride = k // 2, width + 2 * (k // 2)
         self.plane = (height + 2 * self.border) * self.stride
         self.rows = params.new_zeros(batch * self.plane, channels)
+        self.digits: exact_int8.LatentDigits | None = None
+        if (all(rows.digits for rows in self.neighbours)
+                and len({(rows.grid_bits, rows.clamp_bits) for rows in self.neighbours}) == 1):
+            self.digits = exact_int8.LatentDigits(batch * self.plane, channels)
         self.taps = [torch.tensor(
             [(t // k - k // 2) * self.stride + t % k - k // 2 for t in rows.taps], device=device)
             for rows in self.neighbours]
+        places = torch.arange(batch * height * width, device=device)
+        lines, x = places // width, places % width
+        above = lines // height * 2 * self.border + self.border  # lines of the borders above
+        self.row_of = (lines + above) * self.stride + x + self.border
         known = [(params, 0)] + ([] if extra is None else [(extra, self.places_in_first[-1])])
         self.known = [(t.flatten(2).transpose(1, 2).reshape(batch * height * width, -1), place)
                       for t, place in known]
@@ -139,9 +147,8 @@ class Context:
              else self.hyper.index_select(0, places))
         if context:
             which = int(context) - 1
-            taps = self._rows(places)[:, None] + self.taps[which]
-            patches = self.rows.index_select(0, taps.view(-1))
-            seen = self.neighbours[which](patches.view(len(x), -1))
+            taps = self.row_of.index_select(0, places)[:, None] + self.taps[which]
+            seen = self._seen(self.neighbours[which], taps)
             x = self.first(seen, self.places_in_first[which], x)
         else:
             x = x * self.first.scale
@@ -149,6 +156,12 @@ class Context:
             x = layer(x)
         scales, means = x[:n].view(batch, len(positions), -1).chunk(2, dim=2)
         return scales, means
+
+    def _seen(self, layer: exact.Rows, taps: Tensor) -> Tensor:
+        """The context of positions whose neighbours are in the rows `taps` (n, t)."""
+        if self.digits is None or layer.digits is None:
+            return layer(self.rows.index_select(0, taps.view(-1)).view(len(taps), -1))
+        return self.digits.sums(layer.digits, taps).add_(layer.bias).mul_(layer.scale)
 
     def walk(self, groups: Iterable[Tensor], symbols: Symbols, context: int | bool = True) -> None:
         """Code one group of positions after the other, as encoder or as decoder.
@@ -164,7 +177,10 @@ class Context:
     def put(self, positions: Tensor, y_hat: Tensor) -> None:
         """Store the decoded latents y_hat (B, n, M) of positions (n,)."""
         places = self._images(positions, self.shape[2] * self.shape[3])
-        self.rows.index_copy_(0, self._rows(places), y_hat.flatten(0, 1))
+        rows, y_hat = self.row_of.index_select(0, places), y_hat.flatten(0, 1)
+        self.rows.index_copy_(0, rows, y_hat)
+        if self.digits is not None:
+            self.digits.put(rows, self.neighbours[0].quantise(y_hat))
 
     def y_hat(self) -> Tensor:
         """All latents (B, M, H, W), float32."""
@@ -176,12 +192,7 @@ class Context:
 
     def _images(self, positions: Tensor, plane: int) -> Tensor:
         """Indexes of the positions in all images, image by image: (B * n,)."""
+        if self.shape[0] == 1:
+            return positions
         images = torch.arange(0, self.shape[0] * plane, plane, device=positions.device)
         return (images[:, None] + positions).view(-1)
-
-    def _rows(self, places: Tensor) -> Tensor:
-        """Indexes of rows in `self.rows` for places (image * H + y) * W + x."""
-        _, _, height, width = self.shape
-        lines, x = places // width, places % width
-        return (lines + lines // height * 2 * self.border + self.border) * self.stride + (
-            x + self.border)

@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any
 
 from common import UserError
-from common.coding import exact_layers, exact_tables, schema
+from common.coding import exact_int8, exact_layers, exact_tables, schema
 from common.coding.contract import ExactModule, Layers
 from common.coding.exact_layers import Linear, Settings
 from common.layers import mask_of
@@ -93,7 +93,9 @@ class Rows:
 
     layer: a Linear layer, a 1x1 convolution, or a convolution with a `mask`; the rows of the latter
     hold, tap by tap, the C inputs of its unmasked taps (`taps`, row-major positions in the kernel).
-    A layer can be summed in parts: `sums` of some inputs may be computed beforehand.
+    A layer can be summed in parts: `sums` of some inputs may be computed beforehand. The weight is
+    stored as (inputs, outputs): with few rows, MKL multiplies by a transposed matrix several times
+    slower.
     """
 
     @torch.no_grad()
@@ -107,20 +109,35 @@ class Rows:
             live = torch.ones(kh * kw) if mask is None else mask.flatten(2).amax(dim=(0, 1))
             taps = live.nonzero().flatten().tolist()
             kernel = prepared.weight.reshape(out, inputs, kh * kw)[:, :, taps]
-            prepared.rows = kernel.transpose(1, 2).reshape(out, -1).contiguous(), taps
-        self.weight, self.taps = prepared.rows
+            weight = kernel.transpose(1, 2).reshape(out, -1)
+            # with few inputs, float64 is faster than splitting them
+            bits = prepared.grid_bits + prepared.clamp_bits
+            small = len(taps) == 1 or bits > exact_int8.INPUT_BITS
+            digits = None if small else exact_int8.TapDigits.of(weight)
+            prepared.rows = weight.t().contiguous(), digits, taps
+        self.weight, self.digits, self.taps = prepared.rows
         self.bias = prepared.bias.view(-1)
         self.scale = prepared.scale.view(-1)
         self.grid_bits, self.clamp_bits = prepared.grid_bits, prepared.clamp_bits
+
+    def reorder(self, order: Tensor) -> None:
+        """Let input k be what was input order[k]; order: a permutation of the inputs of a 1x1
+        convolution.
+        """
+        self.weight = self.weight[order]
+
+    def quantise(self, x: Tensor) -> Tensor:
+        """Inputs as integers, in float64."""
+        return exact_tables.quantise(x, self.grid_bits, self.clamp_bits)
 
     def sums(self, x: Tensor, first: int = 0, begun: Tensor | None = None) -> Tensor:
         """Partial sums over the inputs from `first` on, added to `begun` (by default the bias).
 
         They are integers, so parts can be summed in any order.
         """
-        x = exact_tables.quantise(x, self.grid_bits, self.clamp_bits)
-        weight = self.weight[:, first : first + x.shape[1]]
-        return torch.mm(x, weight.t()).add_(self.bias if begun is None else begun)
+        x = self.quantise(x)
+        products = torch.mm(x, self.weight[first : first + x.shape[1]])
+        return products.add_(self.bias if begun is None else begun)
 
     def __call__(self, x: Tensor, first: int = 0, begun: Tensor | None = None) -> Tensor:
         """x: (n, inputs), float64; or the inputs from `first` on, with the `sums` of all others."""

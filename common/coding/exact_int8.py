@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # it imports this module
 
 DIGITS_MAX = 127 * 257  # two digits of base 256 cover -128 * 257 to this
 DIGITS_WORK = 2**24  # number of multiplications from which int8 digits pay off
+TAPS_WORK = 2**15  # the same for `TapDigits`, per position
+INPUT_BITS = 24  # of the integers that `LatentDigits` accepts, without the sign
 
 
 def digits_of(layer: PreparedLayer, x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -29,16 +31,22 @@ def digits_of(layer: PreparedLayer, x: Tensor) -> tuple[Tensor, Tensor] | None:
             or inputs * kh * kw * 2**14 >= 2**31 or not _int8_is_exact()):
         return None
     if layer.digits is None:
-        flat = layer.weight.reshape(out, -1)
-        # 2^15 does not fit two int8 digits, but -2^15 does: negate the channels that contain it
-        signs = torch.where(flat.amax(1) > DIGITS_MAX, -1.0, 1.0)
-        flat = flat * signs[:, None]
-        if flat.amax() > DIGITS_MAX or flat.amin() < -(2**15):
-            layer.digits = ()
-        else:
+        layer.digits = ()
+        if (signed := _signed(layer.weight.reshape(out, -1))) is not None:
+            flat, signs = signed
             lines = flat.view(out, inputs, kh, kw).permute(2, 3, 1, 0).reshape(kh, -1, out)
             layer.digits = torch.cat(_digits(lines.int(), 2), 2), signs.view(-1, 1, 1)
     return layer.digits or None
+
+
+def _signed(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The weight (out, inputs) with signs (out,) such that it fits two int8 digits; or None.
+
+    2^15 does not fit two digits, but -2^15 does: channels that contain it are negated.
+    """
+    signs = torch.where(weight.amax(1) > DIGITS_MAX, -1.0, 1.0)
+    weight = weight * signs[:, None]
+    return None if weight.amax() > DIGITS_MAX or weight.amin() < -(2**15) else (weight, signs)
 
 
 def _digits(q: Tensor, count: int) -> list[Tensor]:
@@ -71,6 +79,69 @@ def sums_by_digits(digits: tuple[Tensor, Tensor], x: Tensor, top: int, n: int, c
         for j, part_of_sum in enumerate(product.chunk(2, 1)):
             sums.add_(part_of_sum, alpha=256 ** (i + j))
     return sums.view(batch, n, columns, -1).permute(0, 3, 1, 2) * signs
+
+
+class TapDigits:
+    """The weights of a convolution as int8 digits, for a few positions at a time."""
+
+    @classmethod
+    def of(cls, weight: Tensor) -> TapDigits | None:
+        """weight: integers (out, inputs), float64; None where float64 is faster or needed."""
+        out, inputs = weight.shape
+        if (out * inputs < TAPS_WORK or weight.device.type != "cpu" or inputs == 1
+                or inputs * 2**14 >= 2**31 or not _int8_is_exact()):
+            return None
+        signed = _signed(weight)
+        return None if signed is None else cls(*signed)
+
+    def __init__(self, weight: Tensor, signs: Tensor):
+        self.digits = torch.cat(_digits(weight.t().int(), 2), 1)  # (inputs, 2 * out)
+        self.signs = None if bool((signs == 1).all()) else signs
+
+    def sums(self, digits: Tensor, units: Tensor) -> Tensor:
+        """Sums (n, out) over rows that consist of `digits`, int8 (len(units) * n, inputs), the
+        digits below each other; units (float64) are their weights.
+        """
+        parts = torch._int_mm(digits, self.digits).double()
+        low, high = torch.mm(units[None], parts.view(len(units), -1)).view(
+            len(digits) // len(units), 2, -1).unbind(1)
+        sums = torch.add(low, high, alpha=256)
+        return sums if self.signs is None else sums.mul_(self.signs)
+
+
+class LatentDigits:
+    """Decoded latents as int8 digits, so that a context need not split its inputs each time.
+
+    Latents are multiples of 2^-12. For a gain of 1 they are multiples of 2^-8, so the lowest digit,
+    which has LOW_BITS = 4 bits, is zero everywhere; the highest one is zero unless latents exceed
+    128. Digits that are zero everywhere are left out of the products.
+    """
+
+    LOW_BITS = 4
+    UNITS = (1, 2**4, 2**12, 2**20)
+
+    def __init__(self, count: int, channels: int):
+        self.count, self.starts = count, torch.arange(len(self.UNITS))[:, None] * count
+        self.units = torch.tensor(self.UNITS, dtype=torch.float64)
+        self.digits = torch.zeros(len(self.UNITS) * count, channels, dtype=torch.int8)
+        self.used = slice(1, 2)
+
+    def put(self, rows: Tensor, q: Tensor) -> None:
+        """Store latents q (n, channels) as these rows; integers in float64 up to 2^INPUT_BITS."""
+        low = q.int()
+        higher = _digits(low >> self.LOW_BITS, 3)
+        digits = torch.cat([(low & (2**self.LOW_BITS - 1)).to(torch.int8), *higher])
+        found = digits.view(len(self.UNITS), -1).any(1).nonzero().flatten().tolist()
+        if found:
+            self.used = slice(min(found[0], self.used.start), max(found[-1] + 1, self.used.stop))
+        self.digits.index_copy_(0, (self.starts + rows).view(-1), digits)
+
+    def sums(self, weight: TapDigits, taps: Tensor) -> Tensor:
+        """taps (n, t): rows whose latents, one after the other, are multiplied with the weight."""
+        units = self.units[self.used]
+        places = (self.starts[self.used] + taps.view(-1)).view(-1)
+        digits = self.digits.index_select(0, places)
+        return weight.sums(digits.view(len(units) * len(taps), -1), units)
 
 
 @functools.cache

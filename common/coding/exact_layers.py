@@ -49,7 +49,8 @@ class PreparedLayer:
     groups: int
     grid_bits: int
     clamp_bits: int
-    rows: tuple[Tensor, list[int]] | None = None  # weight and used taps, for `Rows`
+    # weight (inputs, out), the same as int8, and used taps, for `Rows`
+    rows: tuple[Tensor, exact_int8.TapDigits | None, list[int]] | None = None
     # weight as int8 and signs, for exact_int8.py; empty: does not fit
     digits: tuple[Tensor, Tensor] | tuple[()] | None = None
 
