@@ -46,7 +46,7 @@ help:
 	@echo "make torture            kill a training of each paper 20 times; it must end as if nothing happened"
 	@echo "make fuzz               decode 100,000 mutated files, load 500 malformed checkpoints (ten minutes);"
 	@echo "                        each must end in an error of one line, or in an image"
-	@echo "make bench              measure training and coding speed"
+	@echo "make bench              measure training and coding speed, write the ratios to bench.json"
 	@echo "make clean              remove $(VENV) and caches"
 	@echo "PYTHON=python3.12 chooses the interpreter that $(VENV) is made with."
 
@@ -87,7 +87,7 @@ fuzz: $(DEV)
 	$(PY) tests/fuzz.py --jobs $(WORKERS)
 
 bench: $(STAMP)
-	$(PY) -m common.evaluation.bench $(PAPERS)
+	$(PY) -m common.evaluation.bench $(PAPERS) --results bench.json
 
 compare: $(STAMP)
 	$(PY) -m common.evaluation.compare --results $(wildcard */results/small.json) --plot rd.png

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 from common import UserError
 
@@ -40,8 +41,7 @@ def launch(gpu_ids: str) -> None:
         raise UserError(f"--gpu_id '{gpu_ids}': give GPU numbers separated by spaces, as '0 1 2'")
     if "RANK" in os.environ:
         return
-    interactive = not hasattr(sys.modules["__main__"], "__file__") or "ipykernel" in sys.modules
-    if len(ids) > 1 and interactive:  # the workers would run the command line of the notebook
+    if len(ids) > 1 and interactive():  # the workers would run the command line of the notebook
         raise UserError(f"--gpu_id '{gpu_ids}': a notebook or an interactive session cannot start "
                         "several processes; run the script in a terminal (in a notebook: !python "
                         "train.py ...), or name one GPU")
@@ -90,12 +90,16 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or bool(NO_MEMORY.search(str(error)))
 
 
-def start(device: str = "auto", seed: int | None = None, threads: int = 0) -> torch.device:
+def start(device: str = "auto", seed: int | None = None, threads: int = 0, jobs: int = 1
+          ) -> torch.device:
     """Join the process group if torchrun started this process, choose the device and set the seed.
 
+    jobs: number of processes that run this command on the CPU; the function returns in them only.
     Each process draws its own noise (seed + rank); the order of the data is common to all
     (`common.data`).
     """
+    if jobs > 1 and "RANK" not in os.environ:
+        _start_jobs(device, threads, jobs)
     if threads:
         torch.set_num_threads(threads)
     has_cuda = torch.cuda.is_available()
@@ -112,6 +116,24 @@ def start(device: str = "auto", seed: int | None = None, threads: int = 0) -> to
     if seed is not None:
         torch.manual_seed(seed + rank())
     return chosen
+
+
+def _start_jobs(device: str, threads: int, jobs: int) -> NoReturn:
+    """Run this command in `jobs` processes on the CPU, and exit with their status."""
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        raise UserError(f"--jobs {jobs}: its processes share the CPU; add --device cpu, or start "
+                        "one process per GPU with torchrun")
+    if interactive():
+        raise UserError(f"--jobs {jobs}: a notebook or an interactive session cannot start "
+                        "several processes; run the script in a terminal")
+    share = threads or max(1, (os.cpu_count() or 1) // jobs)
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+    sys.exit(_run_processes(jobs))
+
+
+def interactive() -> bool:
+    """Whether this is a notebook or an interactive session."""
+    return not hasattr(sys.modules["__main__"], "__file__") or "ipykernel" in sys.modules
 
 
 def cuda_or_cpu(cuda: bool, device: str) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, cli, processes
+from common.coding.precision import use_precision
 from common.complexity import complexity
 from common.evaluation import compare, evaluate, reproduction
 
@@ -45,7 +46,7 @@ def flags() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
-    device = processes.start(args.device, threads=args.threads)
+    device = processes.start(args.device, threads=args.threads, jobs=args.jobs)
     coding_device = processes.parse_device(args.entropy_device)
     if args.complexity:
         print_complexity()
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     def measure(name: str, checkpoint: Path) -> list[dict[str, Any]]:
         model = load(checkpoint, device)
         model.coding_device = coding_device
+        use_precision(model, args.precision)
         out = evaluate.output_folder(args.outdir, model, checkpoint)
         points = []
         for rate in rates(model, args):

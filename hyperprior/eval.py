@@ -43,7 +43,7 @@ def flags() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
     zoo.use(args, ZOO, Hyperprior)
-    device = processes.start(args.device, threads=args.threads)
+    device = processes.start(args.device, threads=args.threads, jobs=args.jobs)
     coding_device = processes.parse_device(args.entropy_device)
     if args.complexity:
         print_complexity()

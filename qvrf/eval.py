@@ -21,6 +21,7 @@ from typing import Any
 
 from common import UserError, cli, data, metrics, processes
 from common.coding import bitstream, zoo
+from common.coding.precision import use_precision
 from common.complexity import complexity
 from common.evaluation import compare, evaluate, reproduction
 from common.evaluation.image_sets import digest_of, title
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     check(args)
     zoo.use(args, ZOO[args.model], QVRF, with_gain)
     device = processes.start(processes.cuda_or_cpu(args.cuda, args.device),
-                             threads=args.threads)
+                             threads=args.threads, jobs=args.jobs)
     coding_device = processes.parse_device(args.entropy_device)
     if args.complexity:
         print_complexity()
@@ -101,6 +102,9 @@ def main(argv: list[str] | None = None) -> None:
     def measure(name: str, checkpoint: Path) -> list[dict[str, Any]]:
         model = load(checkpoint, device)
         model.coding_device = coding_device
+        if args.half and args.precision != "fp32":
+            raise UserError(f"--half, --precision {args.precision}: give one of them")
+        use_precision(model, args.precision)
         if args.half:
             for part in (model.g_a, model.g_s):
                 evaluate.in_half(part, device)

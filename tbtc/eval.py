@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, cli, processes
+from common.coding.precision import use_precision
 from common.evaluation import compare, evaluate, reproduction
 from common.files import write_atomic
 
@@ -59,7 +60,7 @@ def flags() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
     device = processes.start(processes.cuda_or_cpu(args.cuda, args.device),
-                             threads=args.threads)
+                             threads=args.threads, jobs=args.jobs)
     coding_device = processes.parse_device(args.entropy_device)
     if args.complexity:
         print(report([args.architecture] if args.architecture else list(MODELS)))
@@ -72,6 +73,9 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{checkpoint}: holds weights of {model.name}, not of "
                             f"-a {args.architecture}")
         model.coding_device = coding_device
+        if args.half and args.precision != "fp32":
+            raise UserError(f"--half, --precision {args.precision}: give one of them")
+        use_precision(model, args.precision)
         if args.half:
             for part in (model.g_a, model.g_s):
                 evaluate.in_half(part, device)

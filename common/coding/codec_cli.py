@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, cli, data, processes
-from common.coding import codecs, image_file, zoo
+from common.coding import codecs, image_file, precision, zoo
 from common.coding.contract import Codec
 from common.files import read_file, write_atomic
 
@@ -47,6 +47,7 @@ def flags(description: str, weights: str = "", which: str = "lmbda"
                              help="device that runs the codec: auto, cpu or cuda")
         command.add_argument("--threads", type=cli.threads, default=0,
                              help="number of CPU threads; 0 uses all")
+        precision.add_flag(command)
     return parser, encode, decode
 
 
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace, kind: type[Codec], load: Callable[..., Codec],
         model = image_file.find_model(file, kind, checkpoints, load, device)
         output = args.output or default_output(args.input, DECODED)
         refuse_same(args.input, output)
+        precision.use_precision(model, args.precision)
         x_hat = decode(model, file) if decode else image_file.decode_image(model, file)
         data.write_image(x_hat, output)
         print(f"{output}: decoded from {args.input}")
@@ -98,6 +100,7 @@ def run(args: argparse.Namespace, kind: type[Codec], load: Callable[..., Codec],
     image = data.read_image(args.input)
     height, width = image.shape[-2:]
     model, x = load(checkpoint, device), data.to_float(image.to(device))
+    precision.use_precision(model, args.precision)
     file, note = encode(model, x) if encode else (image_file.encode_image(model, x), "")
     write_atomic(output, file)
     print(f"{output}: {len(file)} bytes, {8 * len(file) / (height * width):.4f} bpp{note}")

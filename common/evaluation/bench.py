@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -25,11 +26,13 @@ from typing import Any, TypeVar
 from common import UserError, cli, data, processes
 from common.coding import entropy
 from common.coding.contract import Codec, Coded
+from common.evaluation.results import save_results
 from common.loss import RateDistortionLoss
 from common.papers import ROOT, papers
 from common.training.network import autocast, prepare_network
 from common.training.optimizers import make_optimizers
 
+import compressai
 import torch
 from compressai.layers import GDN
 from compressai.models import CompressionModel
@@ -38,6 +41,7 @@ from torch import nn
 Step = Callable[[], object]
 Model = Codec | Any  # ours, or one of CompressAI with the same parts
 AnyModel = TypeVar("AnyModel", bound=CompressionModel)
+measured: dict[str, dict[str, float]] = {}  # medians by the name of the comparison
 
 
 @torch.no_grad()
@@ -109,6 +113,7 @@ def compare(name: str, ours: Step, baseline: Step, rounds: int) -> None:
 def show(name: str, times: list[tuple[float, float]]) -> None:
     theirs, mine = (statistics.median(column) for column in zip(*times, strict=True))
     ratio = statistics.median(a / b for a, b in times)
+    measured[name] = {"compressai_ms": 1e3 * theirs, "ours_ms": 1e3 * mine, "ratio": ratio}
     print(f"{name:58s} {1e3 * theirs:9.1f} ms {1e3 * mine:9.1f} ms   {ratio:5.2f}x", flush=True)
 
 
@@ -327,6 +332,7 @@ def main() -> None:
     parser.add_argument("papers", nargs="*",
                         help=f"papers to time, from {', '.join(known)}; all if not given")
     parser.add_argument("--rounds", type=int, default=3, help="number of turns per comparison")
+    parser.add_argument("--results", type=Path, help="JSON file of the ratios to write")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if unknown := set(args.papers) - set(known):
@@ -357,6 +363,17 @@ def main() -> None:
                 separate_processes("train", paper, side, args.rounds)
     if len(args.papers) > 1:
         among_papers(args.papers, 3 * args.rounds)
+    if args.results:
+        save_measured(args.results, hardware, args.rounds)
+
+
+def save_measured(path: Path, hardware: str, rounds: int) -> None:
+    """Write all that `show` has printed, with the machine and the versions."""
+    facts = {"source": "python -m common.evaluation.bench --results", "hardware": hardware,
+             "rounds": rounds, "python": platform.python_version(), "torch": torch.__version__,
+             "compressai": compressai.__version__, "rows": measured}
+    save_results(path, facts)
+    print(f"{path}: written")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common import UserError, cli, data, image_check, locks, processes
-from common.coding import bitstream
+from common.coding import bitstream, precision
 from common.coding.contract import Codec
 from common.coding.image_file import crop, decode_images, encode_images, pad
 from common.coding.model_file import load_checkpoint
@@ -55,6 +55,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--complexity", action="store_true", help="print parameters and MACs without coding")
     add("--device", default="auto", help="device that runs the codec: auto, cpu or cuda")
     add("--threads", type=cli.threads, default=0, help="number of CPU threads; 0 uses all")
+    add("--jobs", type=cli.positive_int, default=1,
+        help="number of processes that share the images and the CPU; times per image are longer")
+    precision.add_flag(parser)
 
 
 def find_checkpoints(args: argparse.Namespace, bundled: Path, prefix: str,
@@ -158,6 +161,7 @@ def fixed_rate_curves(args: argparse.Namespace, checkpoints: dict[str, list[Path
     def measure(name: str, checkpoint: Path) -> list[dict[str, Any]]:
         model = load(checkpoint, device)
         model.coding_device = coding_device
+        precision.use_precision(model, args.precision)
         out = output_folder(args.outdir, model, checkpoint)
         return [evaluate(model, images, name, str(checkpoint.name), out, args.test_batch_size,
                          meta(model))]
@@ -260,7 +264,7 @@ def _facts(model: Codec, fingerprint: bytes) -> dict[str, Any]:
         "N": model.N, "M": model.M, "lmbda": provenance.config.get("lmbda"),
         "steps": provenance.total_steps, "validation": validation_of(model),
         "trained_on": provenance.hardware,
-        "fingerprint": fingerprint.hex(), "device": device.type,
+        "precision": precision.of(model), "fingerprint": fingerprint.hex(), "device": device.type,
         "hardware": processes.describe_hardware(device), "torch": torch.__version__,
         "compressai": compressai.__version__}
     return {key: value for key, value in facts.items() if value is not None}
