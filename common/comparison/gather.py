@@ -130,7 +130,7 @@ def published(root: Path, digest: str, problems: list[str]) -> list[Curve]:
         for curve in curves:
             rates = tuple(round(rate, 3) for rate in curve["results"]["bpp"])
             quality = tuple(round(p, 1) for p in curve["results"]["psnr-rgb"] if p is not None)
-            if rates + quality in seen:
+            if paper and rates + quality in seen:
                 continue  # a paper repeats the curves that it is compared with
             seen.add(rates + quality)
             name = curve["name"] if curve["name"] not in names else f"{curve['name']}, {paper}"
