@@ -5,11 +5,12 @@ import json
 from common import UserError, data
 from common.coding import bitstream, image_file
 from common.comparison import __main__ as comparison
-from common.comparison import deltas, gather, own, style, table, viewer
+from common.comparison import deltas, front_page, gather, own, style, table, viewer
 from common.comparison.gather import Curve
 from common.evaluation import image_sets
 from common.evaluation.results import load_published, save_results
 from common.papers import ROOT, papers
+from common.recipes.tables import table_of
 
 import comparison_cases
 import pytest
@@ -206,6 +207,30 @@ def test_anchor_and_images_can_be_chosen(compared):
     comparison.main([*flags, "--anchor", "WebP (measured)", "--images", "kodim21"], root)
     assert "Anchor: WebP (measured)" in (out / "compare.md").read_text()
     for words, message in ((["--anchor", "VTM"], "--anchor VTM: there is no such curve"),
-                           (["--images", "kodim99"], "--images kodim99: there is no such image")):
+                           (["--images", "kodim99"], "--images kodim99: there is no such image"),
+                           (["--publish"], "--publish: 2 images do not belong on the front page")):
         with pytest.raises(UserError, match=message):
             comparison.main([*flags, *words], root)
+
+
+# --------------------------------------------------------------------------------- the front page
+def test_the_front_page_is_up_to_date():
+    """If not: python -m common.comparison --front-page"""
+    curves = front_page.curves_of(ROOT, [])
+    assert table_of((ROOT / "README.md").read_text(), front_page.NAME) == front_page.text_of(curves)
+
+
+def test_the_front_page_is_written_from_files(tmp_path):
+    root = comparison_cases.tree(tmp_path)
+    (root / "common" / "results").mkdir(parents=True)
+    page = root / "README.md"
+    page.write_text("a\n<!-- results: compare -->\n| old |\n\n<!-- end of results -->\nb\n")
+    jpeg = curve([0.3, 0.6, 1.2], [26.0, 29.0, 32.0], "JPEG", "classical")
+    front_page.save_classical(root, [jpeg])
+    comparison.main(["--front-page"], root)
+    text = page.read_text()
+    assert "| old |" not in text and text.endswith("<!-- end of results -->\nb\n")
+    row = next(line for line in text.splitlines() if line.startswith("| JPEG (measured)"))
+    vtm = gather.find(gather.published(ROOT, KODAK, []), "VTM")
+    assert f"{deltas.delta(vtm, jpeg).rate:+.1f} |" in row
+    assert (root / "common/results/compare.png").read_bytes().startswith(b"\x89PNG")

@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 
 from common import UserError, cli, data
-from common.comparison import gather, measured, own, page, plot, style, table, viewer
+from common.comparison import front_page, gather, measured, own, page, plot, style, table, viewer
 from common.comparison.gather import Curve
 from common.datasets import Item
 from common.evaluation import image_sets
@@ -45,6 +45,10 @@ def flags() -> argparse.ArgumentParser:
         "not given")
     add("--no-viewer", action="store_true",
         help="leave out the images of the page, and on Kodak the costs of the bundled weights")
+    add("--publish", action="store_true",
+        help="keep the results of the classical codecs, and write table and plot of the front page")
+    add("--front-page", action="store_true",
+        help="only write table and plot of the front page, from the results that are kept")
     add("--jobs", type=cli.positive_int, default=os.cpu_count() or 1,
         help="number of processes that code with classical codecs")
     add("--threads", type=cli.threads, default=0, help="number of CPU threads; 0 uses all")
@@ -75,10 +79,17 @@ def viewed(images: dict[Path, str], names: list[str] | None) -> list[Path]:
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
     args = flags().parse_args(argv)
+    if args.front_page:
+        for problem in front_page.write(root):
+            print(f"note: {problem}")
+        return
     problems: list[str] = []
     images = usable_images(args.dataset, problems)
     digest = image_sets.set_digest(list(images.values()))
+    title = image_sets.title(digest)
     official = digest in image_sets.KNOWN.values()
+    if args.publish and not official:
+        raise UserError(f"--publish: {title} do not belong on the front page")
     cache = args.into / "cache"
     shown_images = viewed(images, args.images)
 
@@ -101,7 +112,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
     codecs = [c for c in CODECS if c not in OPTIONAL] if args.codecs is None else (
         list(CODECS) if "all" in args.codecs else args.codecs)
     found = measured.measure_all(images, cache, codecs, problems, args.jobs)
-    classical = [Curve(f"{curve['name']} (measured)", "classical", curve)
+    classical = [Curve(table.classical_name(curve["name"]), "classical", curve)
                  for curve in found.values()]
     published = gather.published(root, digest, problems)
     curves = [*ours, *classical, *published]
@@ -109,7 +120,6 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
         raise UserError("there is no curve to compare: " + "; ".join(problems))
     anchor = gather.find(curves, args.anchor) if args.anchor else default_anchor(curves)
 
-    title = image_sets.title(digest)
     if not published:
         problems.append(f"published curves are left out: they are not of these images ({title})")
     styles = style.styles(curves)
@@ -126,6 +136,9 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
         "## Left out", "\n".join(f"- {problem}" for problem in problems) or "Nothing.",
         ""]).encode())
     print(summary, *checks, sep="\n\n")
+    if args.publish:
+        front_page.save_classical(root, classical)
+        front_page.write(root)
     written = ["compare.md", "compare.png"]
     if importlib.util.find_spec("plotly"):
         pictures = (None if args.no_viewer else

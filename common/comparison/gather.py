@@ -77,7 +77,7 @@ def own_results(root: Path, digest: str, problems: list[str]) -> list[Curve]:
                 problems.append(_named(path, root, e))
                 continue
             if take_if_of(digest, curve, _shown(path, root), problems):
-                found.append(Curve(f"{paper}, {curve['name']}", "ours", curve, paper))
+                found.append(Curve(f"{paper}, {path.stem}", "ours", curve, paper))
     return found
 
 
@@ -92,8 +92,8 @@ def named_results(paths: Sequence[Path], digest: str, problems: list[str]) -> li
             continue
         if take_if_of(digest, curve, str(path), problems):
             parts = path.resolve().parts
-            paper = parts[-3] if parts[-2:-1] == ("results",) else path.stem
-            found.append(Curve(f"{paper}, {curve['name']}", "ours", curve, paper))
+            paper = parts[-3] if parts[-2:-1] == ("results",) else curve["name"]
+            found.append(Curve(f"{paper}, {path.stem}", "ours", curve, paper))
     return found
 
 

@@ -16,6 +16,11 @@ MACS = ("GMAC: multiply-accumulates of a forward pass over one 768x512 image, wi
         "counts as that tool does, per output pixel and without GDN and masked convolutions.")
 
 
+def classical_name(name: str) -> str:
+    """Name of the measured curve of a classical codec; published ones have its bare name."""
+    return f"{name} (measured)"
+
+
 def macs(curve: Curve) -> tuple[float | None, float | None]:
     """Multiply-accumulates in 10^9: all of them, and as the tool thop counts."""
     if not curve.cost:
@@ -107,7 +112,7 @@ def checks(curves: Sequence[Curve]) -> list[str]:
     lines = []
     by_name = {(curve.kind, curve.name): curve for curve in curves}
     for ours, theirs in gather.same_codecs().items():
-        a, b = by_name.get(("published", theirs)), by_name.get(("classical", f"{ours} (measured)"))
+        a, b = by_name.get(("published", theirs)), by_name.get(("classical", classical_name(ours)))
         if a and b and (found := deltas.delta(a, b)):
             version = next((v for v in a.meta("version") if v), theirs)
             lines.append(f"{ours} measured here against the published {theirs} ({version}): "

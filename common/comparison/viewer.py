@@ -16,7 +16,7 @@ from common.coding.contract import Codec
 from common.coding.image_file import pad
 from common.comparison import own
 from common.comparison.own import Bundled
-from common.comparison.table import point_name
+from common.comparison.table import classical_name, point_name
 from common.evaluation.classical import CODECS
 from common.files import write_atomic
 
@@ -49,7 +49,7 @@ def pictures(root: Path, paths: Sequence[Path], bundled: Sequence[Bundled],
     for codec, results in tqdm(classical.items(), desc="viewer", unit="codec", disable=None):
         points = [_classical_point(codec, results, i, paths, cache / "viewer")
                   for i in near(results["results"]["bpp"], TARGETS)]
-        found.append({"name": f"{results['name']} (measured)", "points": points})
+        found.append({"name": classical_name(results["name"]), "points": points})
     images = []
     for path in paths:
         x = data.read_image(path, lambda _: None)
