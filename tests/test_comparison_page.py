@@ -1,7 +1,7 @@
 """The page of the comparison in a headless Chromium, from disk: what a reader clicks, works."""
 
 from common.comparison import __main__ as comparison
-from common.comparison import own, page
+from common.comparison import gather, own, page, style
 
 import browser
 import comparison_cases
@@ -73,6 +73,20 @@ def test_the_page_is_small_and_whole(html, opened):
     assert len(text) < page.LIMIT and not any(f"/*{n}*/" in text for n in ("DATA", "SCRIPT"))
     assert opened.run("document.title") == "2 images: comparison of image codecs"
     assert "broken.png" in opened.run("document.getElementById('remarks').textContent")
+
+
+def test_images_are_left_out_of_a_page_that_would_be_too_large(tmp_path, monkeypatch):
+    pytest.importorskip("plotly", reason="needs plotly (pip install plotly)")
+    x = {"name": "x", "results": {"bpp": [0.1, 0.2], "psnr-rgb": [25.0, 28.0]}}
+    curves = [gather.Curve("x", "ours", x)]
+    monkeypatch.setattr(page, "LIMIT", 6_000_000)
+    pictures = {"images": [{"name": name, "src": "s" * 10**6} for name in "abc"],
+                "codecs": [{"name": "x", "points": [{"views": ["va", "vb", "vc"]}]}]}
+    page.write(tmp_path / "a.html", "t", curves, style.styles(curves), curves[0], pictures, [])
+    assert [image["name"] for image in pictures["images"]] == ["a"]
+    assert pictures["codecs"][0]["points"][0]["views"] == ["va"]
+    text = (tmp_path / "a.html").read_text()
+    assert len(text) < 6_000_000 and "b is left out, as the page would exceed 6 MB" in text
 
 
 def test_curves_are_switched_on_and_off(opened):

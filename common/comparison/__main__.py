@@ -33,7 +33,7 @@ def flags() -> argparse.ArgumentParser:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--dataset", type=Path, default=data.KODAK, help="folder of test images")
-    add("--into", type=Path, default=ROOT / "output" / "compare",
+    add("--into", type=Path, default=Path("output", "compare"),
         help="folder of table, plot, page and of what was measured")
     add("--results", type=Path, nargs="+", help="results JSONs of eval.py; if not given, those of "
         "the papers' folders, or on other images than Kodak those of the bundled weights")

@@ -22,7 +22,7 @@ QUALITIES = {"psnr-rgb": "PSNR (dB)", "ms-ssim-rgb": "MS-SSIM (dB)"}
 def write(path: Path, title: str, curves: Sequence[Curve], styles: Sequence[Style], anchor: Curve,
           pictures: dict[str, Any] | None, notes: Sequence[str]) -> None:
     """Write the page; pictures: of `viewer`, or None; notes: lines below the tables."""
-    content = {
+    content: dict[str, Any] = {
         "title": title, "anchor": anchor.name, "kinds": dict(KINDS), "notes": list(notes),
         "method": deltas.METHOD, "macs": table.MACS, "head": table.HEAD, "qualities": QUALITIES,
         "curves": [_curve(curve, style, anchor)
@@ -30,7 +30,9 @@ def write(path: Path, title: str, curves: Sequence[Curve], styles: Sequence[Styl
         "matrices": _matrices(curves), "viewer": pictures}
     html = _html(content)
     while pictures and len(pictures["images"]) > 1 and len(html) > LIMIT:
-        _drop_last(pictures)
+        name = _drop_last(pictures)
+        content["notes"].append(f"{name} is left out, as the page would exceed "
+                                f"{LIMIT / 1e6:g} MB")
         html = _html(content)
     write_atomic(path, html)
 
@@ -53,11 +55,13 @@ def _matrices(curves: Sequence[Curve]) -> dict[str, Any]:
             "values": {key: deltas.matrix(shown, key) for key in QUALITIES}}
 
 
-def _drop_last(pictures: dict[str, Any]) -> None:
-    pictures["images"].pop()
+def _drop_last(pictures: dict[str, Any]) -> str:
+    """Remove the last image and return its name."""
+    name: str = pictures["images"].pop()["name"]
     for codec in pictures["codecs"]:
         for point in codec["points"]:
             point["views"].pop()
+    return name
 
 
 def _html(content: dict[str, Any]) -> bytes:
