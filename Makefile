@@ -5,6 +5,7 @@ DATASET ?=
 THREADS ?=
 JOBS ?=
 SHORT ?=
+CODECS ?=
 LMBDAS ?=
 STAGE ?=
 WORKERS ?= 2
@@ -42,7 +43,8 @@ help:
 	@echo "make report-PAPER       evaluate the bundled weights of PAPER; write results/, plot, table rows"
 	@echo "make ablate-PAPER       train the rows of its table of variants at equal steps, write results/"
 	@echo "                        and the table (hours); PAPER is one of: $(ABLATIONS)"
-	@echo "make compare            all papers' bundled results in one table and one plot, rd.png"
+	@echo "make compare            all papers, classical codecs and published curves: table, plot and page;"
+	@echo "                        DATASET=/path compares on other images, CODECS=all also HEVC and VVC"
 	@echo "make torture            kill a training of each paper 20 times; it must end as if nothing happened"
 	@echo "make fuzz               decode 100,000 mutated files, load 500 malformed checkpoints (ten minutes);"
 	@echo "                        each must end in an error of one line, or in an image"
@@ -90,7 +92,8 @@ bench: $(STAMP)
 	$(PY) -m common.evaluation.bench $(PAPERS) --results bench.json
 
 compare: $(STAMP)
-	$(PY) -m common.evaluation.compare --results $(wildcard */results/small.json) --plot rd.png
+	$(PY) -m common.comparison $(if $(DATASET),--dataset "$(DATASET)") \
+	    $(if $(CODECS),--codecs $(CODECS)) $(if $(THREADS),--threads $(THREADS))
 
 # --resume auto takes up a run that was interrupted; --reproduce codes Kodak with the weights just
 # trained and with the bundled ones, prints both beside the published numbers, and ends with what was

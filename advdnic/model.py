@@ -16,7 +16,7 @@ from typing import Any
 
 from common import UserError
 from common.coding import entropy, exact
-from common.coding.context import CausalConv, Context, wavefront
+from common.coding.context import CausalConv, Context, wave_numbers, wavefront
 from common.coding.contract import Codec, Coded
 from common.coding.model_file import load_model
 from common.coding.tiles import LIMIT, tiled
@@ -291,6 +291,16 @@ class Experiment(Codec):
                 x = layer(x)
             scales, means = x.unflatten(0, (batch, -1)).chunk(2, 2)
             decoded.put(code(positions, scales, means))
+
+    def coding_steps(self, shape: tuple[int, int, int]) -> tuple[str, Tensor]:
+        """Wavefronts of the experiments with a context; with strides, single positions."""
+        if self.prior != "context":
+            return super().coding_steps(shape)
+        net = self.context_model
+        if not isinstance(net, PixelCNN):
+            return "wave", wave_numbers(shape)
+        # a raster scan is a wavefront whose rows follow one another
+        return "wave", wave_numbers(shape, shape[2] if net.stages else 4 * net.resnets + 2)
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Tensor], **options: Any) -> Experiment:

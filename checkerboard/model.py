@@ -235,6 +235,11 @@ class Checkerboard(Codec):
         return [(use_context, list(mask.nonzero().flatten().split(BLOCK)))
                 for use_context, mask in ((False, is_anchor), (True, ~is_anchor))]
 
+    def coding_steps(self, shape: tuple[int, int, int]) -> tuple[str, Tensor]:
+        """Pass 0 codes the anchors, pass 1 the other latents."""
+        is_anchor = anchors(shape[1], shape[2], self.anchor_parity)
+        return "pass", (~is_anchor).long().expand(shape)
+
     def scale_outputs(self) -> list[Tensor]:
         """The rows of the last layer of entropy_parameters that give the scales."""
         last = self.entropy_parameters[-1]

@@ -84,6 +84,11 @@ class MCM(nn.Module):
         yield 0, context, [(k, block) for k, mask in enumerate(masks)
                            for block in mask.nonzero().flatten().split(BLOCK)]
 
+    def coding_steps(self, shape: tuple[int, int, int]) -> tuple[str, Tensor]:
+        """As in `Codec`: the number of the lattice of each latent (M, h, w)."""
+        masks = torch.stack(lattices(shape[1], shape[2])).int()
+        return "lattice", masks.argmax(0).expand(shape)
+
 
 class SCCTX(nn.Module):
     """Space-channel context model: five groups of channels, each coded in two checkerboard passes.
@@ -153,6 +158,12 @@ class SCCTX(nn.Module):
                               extra=channel)
             yield k, context, order
             done.append(context.y_hat().double())
+
+    def coding_steps(self, shape: tuple[int, int, int]) -> tuple[str, Tensor]:
+        """As in `Codec`: twice the number of the group, and one more in its second pass."""
+        groups = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
+        second = (~anchors(shape[1], shape[2])).long()
+        return "pass", 2 * groups[:, None, None] + second
 
 
 def anchors(height: int, width: int) -> Tensor:

@@ -227,6 +227,10 @@ class ConvNeXTIC(Codec):
                             f"{1 / SMALLEST_LMBDA:g} is possible: encode the image again")
         return {"lmbda": lmbda}
 
+    def coding_steps(self, shape: tuple[int, int, int]) -> tuple[str, Tensor]:
+        """The lattices of MCM, or both passes over each group of channels of SCCTX."""
+        return self.context_model.coding_steps(shape)
+
     def _params(self, z_hat: Tensor) -> Tensor:
         return exact.run(self.h_s, z_hat.to(self.coding_device or z_hat.device))
 

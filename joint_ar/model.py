@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.coding import entropy, exact
-from common.coding.context import CausalConv, Context, wavefront
+from common.coding.context import CausalConv, Context, wave_numbers, wavefront
 from common.coding.contract import Codec, Coded
 from common.coding.model_file import load_model
 from common.coding.tiles import tiled
@@ -192,6 +192,10 @@ class JointAutoregressive(Codec):
                      lambda _, indexes, means: decoder.decode(indexes).to(means))
         decoder.finish()
         return context.y_hat()
+
+    def coding_steps(self, shape: tuple[int, int, int]) -> tuple[str, Tensor]:
+        """The wavefronts of latents that are coded at once."""
+        return "wave", wave_numbers(shape)
 
     def scale_outputs(self) -> list[Tensor]:
         """The rows of the last layer of entropy_parameters that give the scales."""

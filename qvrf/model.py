@@ -18,7 +18,7 @@ from typing import Any
 
 from common import UserError
 from common.coding import entropy, exact
-from common.coding.context import CausalConv, Context, wavefront
+from common.coding.context import CausalConv, Context, wave_numbers, wavefront
 from common.coding.contract import Codec, Coded
 from common.coding.model_file import load_model
 from common.coding.tiles import tiled
@@ -238,6 +238,11 @@ class QVRF(Codec):
         if len(parameters) == 4:
             return {"factor": struct.unpack("<f", parameters)[0]}
         raise UserError("the file's header holds no rate: encode the image again")
+
+    def coding_steps(self, shape: tuple[int, int, int]) -> tuple[str, Tensor]:
+        """Wavefronts, where the base codec has a context model."""
+        return super().coding_steps(shape) if self.model == "balle" else (
+            "wave", wave_numbers(shape))
 
     def _round(self, latents: Latents, s: int, factor: float | None) -> Tensor:
         """y_hat (B, M, H/16, W/16) of the encoder, on the device of y."""

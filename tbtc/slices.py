@@ -54,6 +54,11 @@ class SliceCoder(Codec):
         """Improve y_hat of slice i (latent residual prediction in TCM)."""
         return y_hat
 
+    def coding_steps(self, shape: tuple[int, int, int]) -> tuple[str, Tensor]:
+        """The slices of channels."""
+        numbers = torch.arange(len(self.slices)).repeat_interleave(torch.tensor(self.slices))
+        return "slice", numbers[:, None, None].expand(shape)
+
     # ---------------------------------------------------------------------------------- training
     def forward(self, x: Tensor) -> dict[str, Any]:
         """x (B, 3, H, W) in [0, 1], H and W multiples of 64 -> x_hat and likelihoods of y, z.

@@ -182,7 +182,7 @@ def test_a_wheel_holds_what_coding_needs(wheel):
         entries = content.read(metadata.replace("METADATA", "entry_points.txt")).decode()
     assert inside == {name for name in files
                       if name.split("/")[0] in {"licodecs.py", "common", *PAPERS}
-                      and name.endswith((".py", ".yaml", ".pth", ".json"))}
+                      and name.endswith((".py", ".yaml", ".pth", ".json", ".html", ".css", ".js"))}
     for paper in PAPERS:
         assert {f"{paper}/results/published.json", f"{paper}/quick.yaml"} <= inside
         assert any(name.startswith(f"{paper}/weights/small-") for name in inside)

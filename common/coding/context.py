@@ -63,6 +63,14 @@ def wavefront(height: int, width: int, device: torch.device | str = "cpu") -> li
     return [wave for wave in order.split(torch.bincount(t).tolist()) if len(wave)]
 
 
+def wave_numbers(shape: tuple[int, int, int], lag: int = 3) -> Tensor:
+    """The t = x + lag * y at which each latent of y (M, h, w) is coded, as in `wavefront`; int64.
+    """
+    _, height, width = shape
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return (x + lag * y).expand(shape)
+
+
 class Context:
     """The latents decoded so far, and the means and scales that they predict for other positions.
 

@@ -103,6 +103,12 @@ class Codec(CompressionModel):
         """Return the `rate` arguments of `decompress` from the parameters of `compress`."""
         return {}
 
+    def coding_steps(self, shape: tuple[int, int, int]) -> tuple[str, Tensor]:
+        """What the steps are called in which y of the shape (M, h, w) is coded, and the number of
+        the step, from 0 on, of each latent: int64, (M, h, w).
+        """
+        return "pass", torch.zeros(shape, dtype=torch.int64)
+
     def scale_outputs(self) -> list[Tensor]:
         """The weights and biases, or views of them, in which all predicted scales are linear, so
         that multiplying them by a factor multiplies the scales; [] if there are none.

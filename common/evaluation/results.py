@@ -73,7 +73,7 @@ def merge_points(points: list[dict[str, Any]]) -> dict[str, Any]:
 
 def save_results(path: str | Path, results: dict[str, Any]) -> None:
     """Write results as JSON, with one line per image and eight significant digits."""
-    write_atomic(path, (_format(results, "") + "\n").encode())
+    write_atomic(path, (format_json(results) + "\n").encode())
 
 
 def load_results(path: str | Path) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(numbers) / len(numbers) if len(numbers) == len(values) else None
 
 
-def _format(value: Any, indent: str) -> str:
+def format_json(value: Any, indent: str = "") -> str:
     """Format as JSON; only lists and dicts that contain others are spread over several lines."""
     if isinstance(value, float):
         return f"{value:.8g}" if math.isfinite(value) else "null"
@@ -138,7 +138,7 @@ def _format(value: Any, indent: str) -> str:
     items = list(value.values()) if isinstance(value, dict) else value
     nested = any(isinstance(item, (dict, list, tuple)) for item in items)
     inner = indent + " " if nested else ""
-    texts = [_format(item, inner) for item in items]
+    texts = [format_json(item, inner) for item in items]
     if isinstance(value, dict):
         texts = [f"{json.dumps(k)}: {t}" for k, t in zip(value, texts, strict=True)]
     joint = f",\n{inner}" if nested else ", "

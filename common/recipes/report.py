@@ -73,11 +73,12 @@ def report(root: Path, args: argparse.Namespace) -> None:
         print(f"{args.paper}: {(args.into or home / 'results') / name}.json and .png are written")
 
 
-def run(command: list[Any], home: Path, root: Path, curve: str) -> None:
+def run(command: list[Any], home: Path, root: Path, curve: str, quiet: bool = False) -> None:
     """Run a command in the paper's folder; UserError with its last line if it fails."""
     sys.stdout.flush()
     done = subprocess.run([sys.executable, *map(str, command)], cwd=home, stderr=subprocess.PIPE,
-                          text=True, env=environment(root))
+                          stdout=subprocess.DEVNULL if quiet else None, text=True,
+                          env=environment(root))
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise UserError(f"{home.name}: eval.py did not evaluate {curve}: "

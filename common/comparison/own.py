@@ -1,0 +1,149 @@
+"""The bundled weights of every paper, coded on a folder of images by the paper's own eval.py.
+
+What it writes is kept: compressed files, decoded images and results of every operating point. The
+page shows them, and reads from them how many bits each part of a file takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import UserError
+from common.coding import bitstream
+from common.coding.contract import Codec
+from common.comparison.gather import Curve
+from common.complexity import complexity
+from common.evaluation.image_sets import set_digest
+from common.evaluation.results import load_results
+from common.files import write_atomic
+from common.papers import papers
+from common.recipes.recipe_file import as_list, read_recipe
+from common.recipes.report import bundled_curves, run
+
+from tqdm import tqdm
+
+SIZE = (512, 768)  # height and width of the image that multiply-accumulates are counted for
+
+
+@dataclass
+class Bundled:
+    """A curve of bundled weights, coded on some images.
+
+    results: as of eval.py; points: the folder of files and decoded images of each operating point,
+    in the same order; weights: the files.
+    """
+
+    paper: str
+    curve: str
+    weights: list[Path]
+    results: dict[str, Any]
+    points: list[Path]
+
+
+def code_all(root: Path, images: dict[Path, str], cache: Path, problems: list[str], threads: int
+             ) -> list[Bundled]:
+    """Code the images, whose digests are the values, with the bundled weights of all papers.
+
+    A paper that fails is left out; `problems` gets a line that names it.
+    """
+    folder = cache / "own" / set_digest(list(images.values())).split()[-1]
+    linked = folder / "images"
+    shutil.rmtree(linked, ignore_errors=True)
+    linked.mkdir(parents=True)
+    for path in images:
+        (linked / path.name).symlink_to(path.resolve())
+    todo = []
+    for paper in papers(root):
+        try:
+            recipe = read_recipe(root / paper / "weights.yaml")
+            curves = bundled_curves(root / paper, recipe["curves"])
+            dataset = [*as_list(recipe["eval"]["dataset"]), linked.resolve()]
+            todo += [(paper, name, files, [*dataset, *flags])
+                     for name, (files, flags) in curves.items()]
+        except UserError as e:
+            problems.append(f"{paper}: its bundled weights are left out: {e}")
+    found = []
+    with tqdm(todo, desc="bundled weights", unit="curve", disable=None) as bar:
+        for paper, name, files, flags in bar:
+            bar.set_postfix_str(f"{paper}, {name}")
+            try:
+                found.append(_code(root, paper, name, files, flags, folder / paper, threads))
+            except UserError as e:
+                problems.append(f"{paper}, {name}: its bundled weights are left out: {e}")
+    return found
+
+
+def as_curve(bundled: Bundled) -> Curve:
+    """The curve of bundled weights on the images that were coded."""
+    return Curve(f"{bundled.paper}, {bundled.curve}", "ours", bundled.results, bundled.paper)
+
+
+def _code(root: Path, paper: str, curve: str, files: list[Path], flags: list[Any], folder: Path,
+          threads: int) -> Bundled:
+    """Code the images with the weights of one curve, or take what an earlier call has left."""
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
+    folder = folder / f"{curve}-{digest}"
+    found = sorted((folder / "results").glob("*.json"))
+    if len(found) != 1:
+        shutil.rmtree(folder, ignore_errors=True)
+        run(["eval.py", *flags, "--checkpoint", *files, "--resultdir",
+             (folder / "results").resolve(), "--outdir", (folder / "output").resolve(),
+             "--threads", threads], root / paper, root, curve, quiet=True)
+        found = sorted((folder / "results").glob("*.json"))
+        if len(found) != 1:
+            raise UserError(f"eval.py wrote {len(found)} results files, one is expected")
+    results = load_results(found[0])
+    parts = {_key(load_results(file)): file.parent for file in folder.rglob("results.json")}
+    points = [parts[_key(results, i)] for i in range(len(results["results"]["bpp"]))]
+    return Bundled(paper, curve, files, results, points)
+
+
+def _key(results: dict[str, Any], i: int = 0) -> str:
+    """What identifies an operating point among those of a curve: its sizes of files."""
+    return json.dumps([row["bytes"] for row in results["per_image"][i]])
+
+
+def load(root: Path, paper: str, path: Path) -> Codec:
+    """A paper's codec with these weights, ready to code."""
+    return importlib.import_module(f"{paper}.model").load(path)
+
+
+def rate_of(model: Codec, file: bytes) -> dict[str, Any]:
+    """The `rate` arguments of a model's forward that a file was coded with."""
+    part = bitstream.unpack(file, model.tag, bitstream.fingerprint(model))
+    return model.read_parameters(part.parameters)
+
+
+def costs(root: Path, bundled: list[Bundled], cache: Path, problems: list[str]
+          ) -> dict[str, dict[str, int]]:
+    """Complexity (`common.complexity`) of all bundled weights, by fingerprint in hexadecimal."""
+    found: dict[str, dict[str, int]] = {}
+    for curve in bundled:
+        for weights in curve.weights:
+            digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+            kept = cache / "complexity" / f"{digest}.json"
+            try:
+                if not kept.exists():
+                    write_atomic(kept, json.dumps(_cost(root, curve, weights)).encode())
+                found |= json.loads(kept.read_text())
+            except (UserError, OSError, ValueError, RuntimeError) as e:
+                problems.append(f"{os.path.relpath(weights, root)}: its complexity is not known: "
+                                f"{e}")
+    return found
+
+
+def _cost(root: Path, curve: Bundled, weights: Path) -> dict[str, dict[str, int]]:
+    model = load(root, curve.paper, weights)
+    fingerprint = bitstream.fingerprint(model)
+    for folder in curve.points:
+        file = next(iter(sorted(folder.glob("*.bin")))).read_bytes()
+        if bitstream.unpack(file, model.tag).fingerprint == fingerprint:
+            return {fingerprint.hex(): complexity(model, SIZE, **rate_of(model, file))}
+    raise UserError("no file was coded with these weights")

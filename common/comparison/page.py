@@ -1,0 +1,78 @@
+"""The comparison as one HTML file that needs no network: data, scripts, styles and pictures."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.comparison import deltas, table
+from common.comparison.gather import KINDS, Curve
+from common.comparison.style import Style
+from common.files import write_atomic
+
+PARTS = Path(__file__).parent / "page"
+SCRIPTS = ("plots.js", "tables.js", "viewer.js", "page.js")
+LIMIT = 15_000_000  # bytes of the page; the last images are left out beyond
+QUALITIES = {"psnr-rgb": "PSNR (dB)", "ms-ssim-rgb": "MS-SSIM (dB)"}
+
+
+def write(path: Path, title: str, curves: Sequence[Curve], styles: Sequence[Style], anchor: Curve,
+          pictures: dict[str, Any] | None, notes: Sequence[str]) -> None:
+    """Write the page; pictures: of `viewer`, or None; notes: lines below the tables."""
+    content: dict[str, Any] = {
+        "title": title, "anchor": anchor.name, "kinds": dict(KINDS), "notes": list(notes),
+        "method": deltas.METHOD, "macs": table.MACS, "head": table.HEAD, "qualities": QUALITIES,
+        "curves": [_curve(curve, style, anchor)
+                   for curve, style in zip(curves, styles, strict=True)],
+        "matrices": _matrices(curves), "viewer": pictures}
+    html = _html(content)
+    while pictures and len(pictures["images"]) > 1 and len(html) > LIMIT:
+        name = _drop_last(pictures)
+        content["notes"].append(f"{name} is left out, as the page would exceed "
+                                f"{LIMIT / 1e6:g} MB")
+        html = _html(content)
+    write_atomic(path, html)
+
+
+def _curve(curve: Curve, style: Style, anchor: Curve) -> dict[str, Any]:
+    points = range(len(curve.values("bpp")))
+    return {"name": curve.name, "kind": curve.kind, "shown": curve.shown,
+            "color": style.color, "symbol": style.symbol, "glyph": style.glyph, "dash": style.dash,
+            "width": style.width, "source": next((s for s in curve.meta("source") if s), ""),
+            "description": curve.results.get("description", ""),
+            "labels": [table.point_name(curve, i) for i in points],
+            "qualities": {key: curve.points(key) for key in QUALITIES},
+            "row": table.curve_row(curve, anchor)}
+
+
+def _matrices(curves: Sequence[Curve]) -> dict[str, Any]:
+    """BD-rates between all curves that are shown and have several points."""
+    shown = [c for c in curves if c.shown and len(c.points()[0]) > 1]
+    return {"names": [c.name for c in shown],
+            "values": {key: deltas.matrix(shown, key) for key in QUALITIES}}
+
+
+def _drop_last(pictures: dict[str, Any]) -> str:
+    """Remove the last image and return its name."""
+    name: str = pictures["images"].pop()["name"]
+    for codec in pictures["codecs"]:
+        for point in codec["points"]:
+            point["views"].pop()
+    return name
+
+
+def _html(content: dict[str, Any]) -> bytes:
+    """The template with everything that it names put in; "</" must not end a script early."""
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
+    library = importlib.resources.files("plotly").joinpath("package_data/plotly.min.js")
+    parts = {"STYLE": (PARTS / "page.css").read_text(), "DATA": text,
+             "PLOTLY": library.read_text(encoding="utf-8"),
+             "SCRIPT": "\n".join((PARTS / name).read_text() for name in SCRIPTS)}
+    html = (PARTS / "page.html").read_text()
+    for name, value in parts.items():
+        before, _, after = html.partition(f"/*{name}*/")
+        html = before + value + after
+    return html.encode()
