@@ -85,7 +85,7 @@ class Parent:
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
-                              "PYTHONPATH": str(root)} | environment)
+                              "MPLBACKEND": "agg", "PYTHONPATH": str(root)} | environment)
         atexit.register(self._process.communicate)  # at the end of its input, it ends
 
     def ask(self, **request):
