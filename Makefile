@@ -6,6 +6,7 @@ THREADS ?=
 JOBS ?=
 SHORT ?=
 CODECS ?=
+LESSONS ?=
 LMBDAS ?=
 STAGE ?=
 WORKERS ?= 2
@@ -15,6 +16,7 @@ UV ?=
 VENV := .venv
 STAMP := $(VENV)/.stamp
 DEV := $(VENV)/.stamp-dev
+JUPYTER := $(VENV)/.notebooks
 PY := $(VENV)/bin/python
 # Every folder with a model.py and a train.py is a paper (common/papers.py).
 PAPERS := $(patsubst %/model.py,%,$(wildcard $(patsubst %/train.py,%/model.py,$(wildcard */train.py))))
@@ -22,7 +24,7 @@ PAPERS := $(patsubst %/model.py,%,$(wildcard $(patsubst %/train.py,%/model.py,$(
 ABLATIONS := $(patsubst %/ablate.py,%,$(wildcard */ablate.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint torture fuzz bench compare clean weights $(ABLATIONS:%=ablate-%) \
+.PHONY: help setup test lint torture fuzz bench compare notebooks clean weights $(ABLATIONS:%=ablate-%) \
     $(PAPERS:%=reproduce-%) $(PAPERS:%=weights-%) $(PAPERS:%=sweep-%) $(PAPERS:%=report-%)
 
 help:
@@ -45,6 +47,8 @@ help:
 	@echo "                        and the table (hours); PAPER is one of: $(ABLATIONS)"
 	@echo "make compare            all papers, classical codecs and published curves: table, plot and page;"
 	@echo "                        DATASET=/path compares on other images, CODECS=all also HEVC and VVC"
+	@echo "make notebooks          install Jupyter into $(VENV); execute the lessons in lessons/, as notebooks"
+	@echo "                        and HTML pages; LESSONS='3 6' chooses some; SHORT=1 tries it all"
 	@echo "make torture            kill a training of each paper 20 times; it must end as if nothing happened"
 	@echo "make fuzz               decode 100,000 mutated files, load 500 malformed checkpoints (ten minutes);"
 	@echo "                        each must end in an error of one line, or in an image"
@@ -90,6 +94,17 @@ fuzz: $(DEV)
 
 bench: $(STAMP)
 	$(PY) -m common.evaluation.bench $(PAPERS) --results bench.json
+
+# pip's own words are in the log; they are many
+$(JUPYTER): $(STAMP)
+	@echo "Installing Jupyter into $(VENV) ..."
+	@$(PY) -m pip install -qq --no-compile --disable-pip-version-check --no-build-isolation \
+	    -c requirements.txt -e '.[notebooks]' >$(JUPYTER).log 2>&1 || \
+	    { echo "error: the packages of the lessons cannot be installed (no network?); pip's reason is in $(JUPYTER).log" >&2; exit 2; }
+	@touch $@
+
+notebooks: $(JUPYTER)
+	@SHORT=$(SHORT) $(PY) lessons/build.py $(LESSONS)
 
 compare: $(STAMP)
 	$(PY) -m common.comparison $(if $(DATASET),--dataset "$(DATASET)") \

@@ -88,7 +88,7 @@ class Parent:
             [sys.executable, __file__, *imports], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
-                              "PYTHONPATH": str(root)} | environment)
+                              "MPLBACKEND": "agg", "PYTHONPATH": str(root)} | environment)
         atexit.register(self._process.communicate)  # at the end of its input, it ends
 
     def ask(self, **request):
