@@ -74,7 +74,7 @@ def viewed(images: dict[Path, str], names: list[str] | None) -> list[Path]:
             raise UserError(f"--images {unknown[0]}: there is no such image")
         return list(dict.fromkeys(by_name[name] for name in names))
     paths, number = list(images), min(VIEWED, len(images))
-    return [paths[(2 * i + 1) * len(paths) // (2 * number)] for i in range(number)]
+    return [paths[(4 * i + 3) * len(paths) // (4 * number)] for i in range(number)]
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> None:

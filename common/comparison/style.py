@@ -44,13 +44,14 @@ class Style:
 
 
 def styles(curves: Sequence[Curve]) -> list[Style]:
-    """The style of each curve."""
+    """The style of each curve; those that are shown at first take the first of their kind."""
     hues = {paper: i for i, paper in enumerate(dict.fromkeys(
         curve.paper for curve in curves if curve.kind == "ours"))}
     numbers: dict[str, int] = {}  # curves so far of a paper, or of a kind
     used: set[str] = set()
-    found = []
-    for curve in curves:
+    found: dict[int, Style] = {}
+    for i in sorted(range(len(curves)), key=lambda i: not curves[i].shown):
+        curve = curves[i]
         group = f"ours {curve.paper}" if curve.kind == "ours" else curve.kind
         number = numbers[group] = numbers.get(group, -1) + 1
         total = numbers[curve.kind + "s"] = numbers.get(curve.kind + "s", -1) + 1
@@ -64,8 +65,8 @@ def styles(curves: Sequence[Curve]) -> list[Style]:
             hue += 0.013
         used.add(color)
         marker, symbol, glyph = MARKERS[curve.kind][total % len(MARKERS[curve.kind])]
-        found.append(Style(color, marker, symbol, glyph, *LINES[curve.kind]))
-    return found
+        found[i] = Style(color, marker, symbol, glyph, *LINES[curve.kind])
+    return [found[i] for i in range(len(curves))]
 
 
 def _hex(hue: float, light: float, saturation: float) -> str:

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 TARGETS = (0.12, 0.25, 0.4, 0.65, 1.0)  # bpp at which classical codecs are shown
-MOST = 6  # operating points of one codec
+MOST = 4  # operating points of one codec
 QUALITY = 90  # of WebP, for decoded images and originals
 MIME = {".jpg": "image/jpeg", ".webp": "image/webp", ".avif": "image/avif"}
 
@@ -159,7 +159,7 @@ def where_bits_go(model: Codec, x: Tensor, file: bytes) -> dict[str, Any]:
 
 def _webp(x: Tensor) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(x.permute(1, 2, 0).contiguous().numpy()).save(buffer, "WEBP", quality=QUALITY)
+    Image.fromarray(x.permute(1, 2, 0).contiguous().numpy()).save(buffer, "WEBP", quality=QUALITY, method=6)
     return buffer.getvalue()
 
 
