@@ -159,7 +159,8 @@ def where_bits_go(model: Codec, x: Tensor, file: bytes) -> dict[str, Any]:
 
 def _webp(x: Tensor) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(x.permute(1, 2, 0).contiguous().numpy()).save(buffer, "WEBP", quality=QUALITY, method=6)
+    image = Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())
+    image.save(buffer, "WEBP", quality=QUALITY, method=6)
     return buffer.getvalue()
 
 
