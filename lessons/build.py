@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = sources(args.lessons)
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise UserError(f"{sys.executable} has no {', '.join(missing)}: run `make notebooks`, or "
-                        "`pip install -e '.[notebooks]'`")
+                        "`pip install -r requirements-notebooks.txt`")
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a warning of ipykernel's
     for source in chosen:
         print(f"{source.stem} ...", end=" ", flush=True)
