@@ -16,7 +16,7 @@ UV ?=
 VENV := .venv
 STAMP := $(VENV)/.stamp
 DEV := $(VENV)/.stamp-dev
-JUPYTER := $(VENV)/.notebooks
+JUPYTER := $(VENV)/.stamp-notebooks
 PY := $(VENV)/bin/python
 # Every folder with a model.py and a train.py is a paper (common/papers.py).
 PAPERS := $(patsubst %/model.py,%,$(wildcard $(patsubst %/train.py,%/model.py,$(wildcard */train.py))))
@@ -95,12 +95,8 @@ fuzz: $(DEV)
 bench: $(STAMP)
 	$(PY) -m common.evaluation.bench $(PAPERS) --results bench.json
 
-# pip's own words are in the log; they are many
-$(JUPYTER): $(STAMP)
-	@echo "Installing Jupyter into $(VENV) ..."
-	@$(PY) -m pip install -qq --no-compile --disable-pip-version-check --no-build-isolation \
-	    -c requirements.txt -e '.[notebooks]' >$(JUPYTER).log 2>&1 || \
-	    { echo "error: the packages of the lessons cannot be installed (no network?); pip's reason is in $(JUPYTER).log" >&2; exit 2; }
+$(JUPYTER): $(STAMP) requirements-notebooks.txt
+	@$(INSTALL) --notebooks
 	@touch $@
 
 notebooks: $(JUPYTER)

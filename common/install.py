@@ -1,6 +1,6 @@
 """Make the environment .venv with the pinned packages; `make setup` runs this file.
 
-    python3 common/install.py [--torch cpu] [--uv] [--dev]
+    python3 common/install.py [--torch cpu] [--uv] [--dev] [--notebooks]
 
 It needs Python 3.10 or newer and nothing else, as no package is installed yet. What is there
 already is kept, so that an interrupted installation goes on where it was.
@@ -44,12 +44,14 @@ def main(argv: list[str] | None = None) -> None:
                         "or cu126 for example; the one of pip's index if not given")
     parser.add_argument("--uv", action="store_true", help="install with uv in place of pip")
     parser.add_argument("--dev", action="store_true", help="only add what tests and lint need")
+    parser.add_argument("--notebooks", action="store_true", help="only add Jupyter")
     args = parser.parse_args(argv)
     try:
         check(args.torch, args.uv)
         install = Installer(args.uv)
-        if args.dev:
-            install.packages("-r", "requirements-dev.txt")
+        if args.dev or args.notebooks:
+            for name in ["dev"] * args.dev + ["notebooks"] * args.notebooks:
+                install.packages("-r", f"requirements-{name}.txt")
             return
         make_environment()
         install_compressai(install)

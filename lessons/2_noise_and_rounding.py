@@ -191,14 +191,15 @@ print(f"standard deviation of a channel: median {deviation.median():.2f}, "
 
 # %%
 crop = data.to_float(pictures[0][:, :128, :128])[None]
-per_unit = 16  # values of t per unit
+half = 8  # values of t per half a unit
+per_unit = 2 * half
 with torch.no_grad():
     y = model.g_a(crop)
     y_hat = y.round()
     channel = int(y.flatten(2).std(2)[0].argmax())
     i, j = (int(v) for v in divmod(int(y[0, channel].abs().argmax()), y.size(3)))
     centre = float(y_hat[0, channel, i, j])
-    t = centre + torch.arange(-2 * per_unit, 2 * per_unit + 1) / per_unit
+    t = centre + torch.arange(-5 * half, 5 * half + 1) / per_unit  # 2.5 units on each side
     likelihoods = []
     distortions = []
     for part in t.split(16):
@@ -212,20 +213,19 @@ with torch.no_grad():
         likelihoods.append(p[channel, 0])
 ell = -torch.cat(likelihoods).log2() + LMBDA * 255**2 * torch.cat(distortions)
 ell -= ell.min()
-half = per_unit // 2
-inner = slice(half, -half)
-noise = torch.cat([ell.unfold(0, per_unit + 1, 1)[:, [0, -1]].mean(1, keepdim=True),
-                   ell.unfold(0, per_unit + 1, 1)[:, 1:-1]], 1).mean(1)
-integers = torch.round(t[inner])
-at = ((integers - t[0]) * per_unit).long()
-slope = (ell[(at + 1).clamp_max(len(ell) - 1)] - ell[(at - 1).clamp_min(0)]) * per_unit / 2
+windows = ell.unfold(0, per_unit + 1, 1)  # from t - 1/2 to t + 1/2, at 2 units on each side
+expectation = torch.trapezoid(windows, dx=1 / per_unit)[half:-half]
+difference = (windows[:, -1] - windows[:, 0])[half:-half]
+inner = slice(per_unit, -per_unit)  # 1.5 units on each side
+at = ((torch.round(t[inner]) - t[0]) * per_unit).long()
+slope = (ell[at + 1] - ell[at - 1]) * per_unit / 2
 
 figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
 axes[0].plot(t, ell, color="0.7", label="$\\ell(t)$, without quantisation")
 axes[0].step(t[inner], ell[at], where="mid", color="C1", label="rounding")
-axes[0].plot(t[inner], noise, color="C0", label="noise, in expectation")
+axes[0].plot(t[inner], expectation, color="C0", label="noise, in expectation")
 axes[0].set(title="loss in bits, above its minimum", xlabel="$y_i$")
-axes[1].plot(t[inner], ell[2 * half:] - ell[:-2 * half], color="C0", label="noise")
+axes[1].plot(t[inner], difference, color="C0", label="noise")
 axes[1].step(t[inner], slope, where="mid", color="C1", label="straight-through")
 axes[1].axhline(0, color="0.7", lw=0.8)
 axes[1].set(title="gradient in bits per unit", xlabel="$y_i$")

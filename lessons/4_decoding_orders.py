@@ -59,7 +59,8 @@ pictures = [data.read_image(data.KODAK / f"{name}.png") for name in NAMES]
 if SHORT:
     pictures = [x[:, 128:256, 256:448] for x in pictures]
 for paper, pair in models.items():
-    print(f"{paper:13} N, M = {pair[0].N}, {pair[0].M}")
+    print(f"{paper:13} N, M = {pair[0].N}, {pair[0].M}; "
+          f"{' and '.join(f'{net.provenance.total_steps:,}' for net in pair)} steps of training")
 
 # %% [markdown]
 # ## The orders
@@ -279,9 +280,9 @@ plt.show()
 # %% [markdown]
 # Down and left is better. Two points lie at the same height by construction, as they are one model
 # in two orders. Read the other heights with care: joint_ar and checkerboard have the same widths,
-# the model with slices has wider latents and was trained for fewer steps (see the tables in the
-# READMEs), so its height compares models, not orders. And the exact arithmetic, in which all four
-# run here, is a constant cost that hides a part of the differences.
+# the model with slices has wider latents and was trained for fewer steps (see the first cell), so
+# its height compares models, not orders. All four run in exact arithmetic (notebook 6), whose cost
+# is a part of the times.
 #
 # ## Exercises
 #

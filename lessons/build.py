@@ -7,9 +7,11 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -40,19 +42,27 @@ def build(source: Path, folder: Path) -> None:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
     from nbconvert import HTMLExporter
+    from traitlets.config import Config
 
     notebook = jupytext.read(source)
-    client = NotebookClient(notebook, timeout=None, kernel_name="python3",
-                            resources={"metadata": {"path": str(LESSONS)}})
-    problem = ""
+    problem, client = "", None
     try:
-        client.execute()
+        with tempfile.TemporaryDirectory() as sockets:
+            # sockets in a folder instead of ports, which may be taken or forbidden
+            os.environ["JUPYTER_RUNTIME_DIR"] = sockets
+            transport = {"transport": "ipc", "ip": f"{sockets}/kernel"}
+            client = NotebookClient(notebook, timeout=None, kernel_name="python3",
+                                    config=Config({"ConnectionFileMixin": transport}),
+                                    resources={"metadata": {"path": str(LESSONS)}})
+            client.execute()
     except CellExecutionError as e:
         problem = f"{e.ename}: {e.evalue}"
     except DeadKernelError:
         problem = "its Python process died, perhaps for want of memory"
-    except (OSError, RuntimeError) as e:  # no port for the kernel, no kernel
+    except (OSError, RuntimeError) as e:  # no socket, no kernel
         problem = f"no Python process could be started for it: {e}"
+    if client is not None:  # the process is gone; nbclient would look for it at the end
+        atexit.unregister(client._cleanup_kernel)
     target = folder / source.with_suffix(".ipynb").name
     write_atomic(target, nbformat.writes(notebook).encode())
     if problem:
@@ -72,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = sources(args.lessons)
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise UserError(f"{sys.executable} has no {', '.join(missing)}: run `make notebooks`, or "
-                        "`pip install -e '.[notebooks]'`")
+                        "`pip install -r requirements-notebooks.txt`")
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a warning of ipykernel's
     for source in chosen:
         print(f"{source.stem} ...", end=" ", flush=True)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 def checkout(tmp_path):
     """The files that `make setup` reads, and a small environment with pip."""
     for name in ("Makefile", "pyproject.toml", "requirements.txt", "requirements-nodeps.txt",
-                 "requirements-dev.txt", "common/install.py"):
+                 "requirements-dev.txt", "requirements-notebooks.txt", "common/install.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
@@ -72,6 +72,14 @@ def test_a_half_made_environment_is_taken_up(checkout):
     status, stderr = make(checkout, "setup", f"PYTHON={sys.executable}", CXX="no-such-compiler")
     assert status and "no C++17 compiler" in error(stderr)
     subprocess.run([checkout / ".venv/bin/python", "-m", "pip", "--version"], check=True)
+
+
+def test_jupyter_that_cannot_be_installed(checkout):
+    venv.create(checkout / ".venv", with_pip=True)
+    (checkout / ".venv/.stamp").touch()
+    status, stderr = make(checkout, "notebooks", f"PYTHON={sys.executable}")
+    assert status and "there is no jupytext==" in error(stderr)
+    assert not (checkout / ".venv/.stamp-notebooks").exists()
 
 
 @pytest.mark.parametrize("fault, expected", [

@@ -31,7 +31,8 @@ TRAIN = ROOT / "common/images/train"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PAPERS = papers()
 SOURCES = sorted(p for name in ("common", *PAPERS) for p in (ROOT / name).rglob("*.py"))
-PINS = ("requirements.txt", "requirements-nodeps.txt", "requirements-dev.txt")
+PINS = ("requirements.txt", "requirements-nodeps.txt", "requirements-dev.txt",
+        "requirements-notebooks.txt")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml", "pytorch_msssim": "pytorch-msssim"}
 
@@ -101,7 +102,8 @@ def test_each_training_tile_has_its_licence():
 def test_pins_are_exact_and_within_the_ranges(python):
     """Each Python gets exactly one version of each package."""
     project = PROJECT["project"]
-    declared = project["dependencies"] + project["optional-dependencies"]["dev"]
+    extras = project["optional-dependencies"]
+    declared = project["dependencies"] + extras["dev"] + extras["notebooks"]
     here = {"python_version": python}
     pinned = [r for r in pins(*PINS) if r.marker is None or r.marker.evaluate(here)]
     by_name = {r.name: r for r in pinned}
