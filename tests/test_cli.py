@@ -246,9 +246,9 @@ def test_front_page(images, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("paper", PAPERS)
 def test_pages_give_the_bundled_results(paper):
-    """bpp and PSNR of results/small.json stand on the paper's page and on the front page."""
+    """bpp and PSNR of results/small.json stand on the paper's page and in RESULTS.md."""
     results = json.loads((ROOT / paper / "results" / "small.json").read_text())["results"]
-    for page in (ROOT / "README.md", ROOT / paper / "README.md"):
+    for page in (ROOT / "RESULTS.md", ROOT / paper / "README.md"):
         text = page.read_text()
         for bpp, psnr in zip(results["bpp"], results["psnr-rgb"], strict=True):
             assert f"| {bpp:.4f} | {psnr:.2f} |" in text, page

@@ -217,13 +217,16 @@ def test_anchor_and_images_can_be_chosen(compared):
 def test_the_front_page_is_up_to_date():
     """If not: python -m common.comparison --front-page"""
     curves = front_page.curves_of(ROOT, [])
-    assert table_of((ROOT / "README.md").read_text(), front_page.NAME) == front_page.text_of(curves)
+    results, front = ((ROOT / name).read_text() for name in ("RESULTS.md", "README.md"))
+    assert table_of(results, front_page.NAME) == front_page.text_of(curves)
+    assert table_of(front, front_page.EQUAL) == front_page.at_equal_rate(ROOT)
 
 
 def test_the_front_page_is_written_from_files(tmp_path):
     root = comparison_cases.tree(tmp_path)
     (root / "common" / "results").mkdir(parents=True)
-    page = root / "README.md"
+    page = root / "RESULTS.md"
+    (root / "README.md").write_text("a\n")
     page.write_text("a\n<!-- results: compare -->\n| old |\n\n<!-- end of results -->\nb\n")
     jpeg = curve([0.3, 0.6, 1.2], [26.0, 29.0, 32.0], "JPEG", "classical")
     front_page.save_classical(root, [jpeg])

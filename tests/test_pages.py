@@ -107,14 +107,14 @@ def test_tables_of_a_paper(paper):
 
 def test_front_page():
     """Each row is a point of results/small.json, or of quick.json, and all of small.json appear."""
-    (_, head, rows), = [t for t in tables((ROOT / "README.md").read_text()) if has_numbers(t[1])]
+    (_, head, rows), = [t for t in tables((ROOT / "RESULTS.md").read_text()) if has_numbers(t[1])]
     shown = []
     for row in rows:
         paper, = re.match(r"(\w+)", row[0]).groups()
         name = "quick" if row[0].endswith(", quick") else "small"
         matching = [r for r in records(ROOT / paper / "results" / f"{name}.json")
                     if fits(head, row, r)]
-        assert matching, f"README.md: {row} is not in {paper}/results/{name}.json"
+        assert matching, f"RESULTS.md: {row} is not in {paper}/results/{name}.json"
         shown += [(paper, r["bpp"]) for r in matching if name == "small"]
     assert {paper for paper, _ in shown} == set(papers())
 
@@ -131,7 +131,8 @@ def test_files_name_their_source(path):
         assert any(word in text for word in ('"source"', "not kept", '"seed"', '"random_seed"'))
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *(ROOT / p / "README.md" for p in papers()),
+@pytest.mark.parametrize("path", [*(ROOT / name for name in (
+    "README.md", "RESULTS.md", "common/README.md")), *(ROOT / p / "README.md" for p in papers()),
                                   *(path for p in papers() for path in (ROOT / p).glob("*.yaml"))],
                          ids=lambda path: "-".join(path.parts[-2:]))
 def test_lines_of_prose_are_wrapped(path):

@@ -1,4 +1,6 @@
-"""The comparison on the front page: a short table and a plot, from files of the repository alone.
+"""The comparison on the pages: tables and a plot, from files of the repository alone.
+
+The front page has the plot and a table of PSNR at one rate, RESULTS.md a row for each curve.
 
 Classical codecs are in common/results/classical.json, which `python -m common.comparison --publish`
 writes. After results of a paper have changed, `--front-page` brings table and plot up to date.
@@ -14,12 +16,14 @@ from typing import Any
 from common.comparison import gather, plot, style, table
 from common.comparison.gather import Curve
 from common.evaluation import image_sets
-from common.evaluation.curve_values import markdown
-from common.evaluation.results import format_json, load_published
+from common.evaluation.curve_values import entry, markdown, number, psnr_at
+from common.evaluation.results import format_json, load_published, load_results
 from common.files import write_atomic
+from common.papers import papers
 from common.recipes.tables import write_table
 
-NAME, DATASET = "compare", "Kodak"
+NAME, EQUAL, DATASET = "compare", "equal", "Kodak"
+RATE = 0.3  # bits per pixel, which the bundled weights of most papers reach
 COLUMNS = {"curve": "curve", "from": "from", "points": "points", "bpp": "bits per pixel",
            "PSNR": "PSNR", "MS-SSIM": "MS-SSIM", "BD-rate %": "BD-rate %",
            "overlap dB": "overlap dB"}
@@ -57,11 +61,33 @@ def text_of(curves: Sequence[Curve]) -> str:
     return "\n\n".join([markdown(rows), *(textwrap.fill(line, 100) for line in lines)])
 
 
+def at_equal_rate(root: Path) -> str:
+    """PSNR at RATE of the bundled weights of each paper, and of its published reference."""
+    rows = [["folder", "widths N, M", "steps", "PSNR", "reference (published)"]]
+    for folder in (root / paper for paper in papers(root)):
+        if not (folder / "results" / "small.json").exists():
+            continue
+        ours = load_results(folder / "results" / "small.json")
+        reference = load_published(folder / "results" / "published.json")[0]
+        widths = {", ".join(str(entry(ours["meta"], key, i)) for key in "NM")
+                  for i in range(len(ours["results"]["bpp"]))}
+        steps = sorted({int(entry(ours["meta"], "steps", i))
+                        for i in range(len(ours["results"]["bpp"]))})
+        rows.append([f"[{folder.name}]({folder.name})", "; ".join(sorted(widths)),
+                     " to ".join(f"{n:,}" for n in dict.fromkeys((steps[0], steps[-1]))),
+                     number(psnr_at(ours, RATE), ".2f"), number(psnr_at(reference, RATE), ".2f")])
+    for curve in load_published(_classical(root)):
+        if (psnr := psnr_at(curve, RATE)) is not None:
+            rows.append([table.classical_name(curve["name"]), "", "", number(psnr, ".2f"), ""])
+    return markdown(rows)
+
+
 def write(root: Path) -> list[str]:
-    """Write table and plot; returns what was left out and why."""
+    """Write tables and plot; returns what was left out and why."""
     problems: list[str] = []
     curves = curves_of(root, problems)
-    write_table(root / "README.md", NAME, text_of(curves))
+    write_table(root / "RESULTS.md", NAME, text_of(curves))
+    write_table(root / "README.md", EQUAL, at_equal_rate(root))
     plot.plot(curves, style.styles(curves), f"{image_sets.title(image_sets.KNOWN[DATASET])}, mean",
               root / "common" / "results" / f"{NAME}.png")
     return problems

@@ -4,7 +4,7 @@
 
 The rows of the curve are replaced in the table between `<!-- results: small -->` and `<!-- end of
 results -->` of the paper's README, and those of the paper (of the curve "small" only) in the table
-between `<!-- results -->` and `<!-- end of results -->` of the front page. Other rows are kept. The
+between `<!-- results -->` and `<!-- end of results -->` of RESULTS.md. Other rows are kept. The
 last column of these tables is the PSNR of the reference that the paper's published.json names.
 """
 
@@ -116,8 +116,8 @@ def publish(root: Path, paper: str, results: dict[str, Any], into: Path | None,
                [f"{curve}, lmbda {point['lmbda']}" if point["lmbda"] else curve
                 for point in points], points)]
     if curve == "small":  # the curve that `make compare` shows
-        places.append((root / "README.md", "<!-- results -->", paper, front, points))
-    lock = os.open(root, os.O_RDONLY)  # other processes may write to the front page, too
+        places.append((root / "RESULTS.md", "<!-- results -->", paper, front, points))
+    lock = os.open(root, os.O_RDONLY)  # other processes may write to RESULTS.md, too
     fcntl.flock(lock, fcntl.LOCK_EX)
     for path, begin, name, names, listed in places:
         page = path.read_text()

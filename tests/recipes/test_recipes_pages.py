@@ -70,7 +70,7 @@ def test_publish_writes_what_the_pages_give(tmp_path, capsys, monkeypatch):
     home = tmp_path / "hyperprior"
     (home / "results").mkdir(parents=True)
     shutil.copy(ROOT / "hyperprior" / "results" / "published.json", home / "results")
-    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copy(ROOT / "RESULTS.md", tmp_path)
     (home / "README.md").write_text("nothing\n")
     path = tmp_path / "Hyperprior-x.json"
     path.write_text(json.dumps(results | {"name": "x"}))
@@ -79,7 +79,7 @@ def test_publish_writes_what_the_pages_give(tmp_path, capsys, monkeypatch):
     pages.main(["hyperprior", "small", str(path)], tmp_path)
     out = capsys.readouterr().out
     assert "hyperprior/README.md has no table after <!-- results: small -->" in out
-    front = (tmp_path / "README.md").read_text()
+    front = (tmp_path / "RESULTS.md").read_text()
     for bpp, psnr in zip(*(results["results"][key] for key in ("bpp", "psnr-rgb")), strict=True):
         assert f"| {bpp:.4f} | {psnr:.2f} |" in out and f"| {bpp:.4f} | {psnr:.2f} |" in front
     assert front.count("\n| hyperprior |") == len(results["results"]["bpp"])

@@ -182,7 +182,7 @@ def test_bundled_weights_code(tmp_path):
 
 def test_pages_give_the_bundled_results():
     results = json.loads((ROOT / "advdnic" / "results" / "small.json").read_text())["results"]
-    page, front = ((ROOT / name).read_text() for name in ("advdnic/README.md", "README.md"))
+    page, front = ((ROOT / name).read_text() for name in ("advdnic/README.md", "RESULTS.md"))
     for bpp, psnr in zip(results["bpp"], results["psnr-rgb"], strict=True):
         assert f"| {bpp:.4f} | {psnr:.2f} |" in page and f"| {bpp:.4f} | {psnr:.2f} |" in front
 

@@ -66,7 +66,7 @@ def surplus(row):
 
 def test_pages_give_the_bundled_results():
     results = json.loads((ROOT / "convnextic" / "results" / "small.json").read_text())["results"]
-    page, front = ((ROOT / name).read_text() for name in ("convnextic/README.md", "README.md"))
+    page, front = ((ROOT / name).read_text() for name in ("convnextic/README.md", "RESULTS.md"))
     for bpp, psnr in zip(results["bpp"], results["psnr-rgb"], strict=True):
         assert f"| {bpp:.4f} | {psnr:.2f} |" in page
     assert f"| {results['bpp'][2]:.4f} | {results['psnr-rgb'][2]:.2f} |" in front

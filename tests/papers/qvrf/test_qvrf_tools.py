@@ -172,7 +172,7 @@ def test_pages_give_the_bundled_results():
     rows = {f"| {bpp:.4f} | {psnr:.2f} |"
             for bpp, psnr in zip(results["bpp"], results["psnr-rgb"], strict=True)}
     assert len(rows) == 8 and all(row in (ROOT / "qvrf" / "README.md").read_text() for row in rows)
-    front = [line for line in (ROOT / "README.md").read_text().splitlines()
+    front = [line for line in (ROOT / "RESULTS.md").read_text().splitlines()
              if line.startswith("| qvrf (balle), level")]
     assert len(front) >= 2 and all(any(row in line for row in rows) for line in front)
 

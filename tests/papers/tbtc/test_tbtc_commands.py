@@ -60,7 +60,7 @@ def test_bundled_weights_code(path):
 def test_pages_give_the_bundled_results():
     found = json.loads((ROOT / "tbtc" / "results" / "small.json").read_text())
     assert len(found["results"]["bpp"]) == len(list((ROOT / "tbtc" / "weights").glob("*.pth")))
-    page, front = ((ROOT / name).read_text() for name in ("tbtc/README.md", "README.md"))
+    page, front = ((ROOT / name).read_text() for name in ("tbtc/README.md", "RESULTS.md"))
     for bpp, psnr in zip(found["results"]["bpp"], found["results"]["psnr-rgb"], strict=True):
         assert f"| {bpp:.4f} | {psnr:.2f} |" in page and f"| {bpp:.4f} | {psnr:.2f} |" in front
 
