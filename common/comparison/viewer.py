@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 TARGETS = (0.12, 0.25, 0.4, 0.65, 1.0)  # bpp at which classical codecs are shown
 MOST = 4  # operating points of one codec
-QUALITY = 90  # of WebP, for decoded images and originals
+QUALITY = 85  # of WebP, for decoded images and originals
 MIME = {".jpg": "image/jpeg", ".webp": "image/webp", ".avif": "image/avif"}
 
 
@@ -71,10 +71,10 @@ def _classical_point(codec: str, results: dict[str, Any], i: int, paths: Sequenc
     """
     classical = CODECS[codec]
     value, rows = results["meta"][classical.parameter][i], results["per_image"][i]
-    views = []
+    views, other = [], f"-{QUALITY}.webp"
     for path in paths:
         row = next(row for row in rows if row["image"] == path.stem)
-        kept = folder / f"{codec}-{value}-{row['digest']}{classical.suffix or '.webp'}"
+        kept = folder / f"{codec}-{value}-{row['digest']}{classical.suffix or other}"
         if not kept.exists():
             file, decoded, _, _ = classical.code(data.read_image(path, lambda _: None), value)
             write_atomic(kept, file if classical.suffix else _webp(decoded))
@@ -102,7 +102,7 @@ def _own_points(root: Path, curve: Bundled, paths: Sequence[Path]) -> list[dict[
         for path in paths:
             row = next(r for r in curve.results["per_image"][i] if r["image"] == path.stem)
             stem = curve.points[i] / path.stem
-            picture, rate = Path(f"{stem}.webp"), Path(f"{stem}.rate.json")
+            picture, rate = Path(f"{stem}-{QUALITY}.webp"), Path(f"{stem}.rate.json")
             if not picture.exists():
                 write_atomic(picture, _webp(data.read_image(f"{stem}.png")))
             if not rate.exists():
