@@ -126,7 +126,8 @@ def test_files_name_their_source(path):
     content = json.loads(path.read_text())
     text = json.dumps(content)
     if "curves" in content:
-        assert content.get("source") or all(curve["meta"].get("source") for curve in content["curves"])
+        assert content.get("source") or all(
+            curve["meta"].get("source") for curve in content["curves"])
     elif "per_image" not in content:
         assert any(word in text for word in ('"source"', "not kept", '"seed"', '"random_seed"'))
 
