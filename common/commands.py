@@ -19,6 +19,7 @@ from pathlib import Path
 from common import UserError, cli
 from common.coding import codec_cli, codecs, describe
 from common.files import read_file
+from common.papers import ROOT
 from common.recipes.recipe_file import as_list, read_recipe
 
 
@@ -41,6 +42,14 @@ def _split(words: list[str], *names: str) -> tuple[dict[str, str | None], list[s
     return vars(found), rest
 
 
+def _shows_help(paper: str | None, rest: list[str]) -> bool:
+    """Whether --help is asked for without a paper, whose script would answer; it is printed."""
+    asked = paper is None and bool({"-h", "--help"} & {*rest})
+    if asked:
+        print(__doc__.strip())
+    return asked
+
+
 def _script(paper: str, script: str, words: list[str]) -> None:
     importlib.import_module(f"{paper}.{script}").main(words)
 
@@ -48,8 +57,7 @@ def _script(paper: str, script: str, words: list[str]) -> None:
 def encode(words: list[str]) -> None:
     """codec.py encode of --paper."""
     flags, rest = _split(words, "paper")
-    if flags["paper"] is None and {"-h", "--help"} & {*rest}:
-        print(__doc__.strip())
+    if _shows_help(flags["paper"], rest):
         return
     _script(codecs.check_paper(flags["paper"]), "codec", ["encode", *rest])
 
@@ -58,8 +66,7 @@ def decode(words: list[str]) -> None:
     """codec.py decode of the paper that wrote the file; --paper is for formats without a header."""
     flags, rest = _split(words, "paper")
     paper = flags["paper"]
-    if paper is None and {"-h", "--help"} & {*rest}:
-        print(__doc__.strip())
+    if _shows_help(paper, rest):
         return
     if paper is None:
         known, others = codec_cli.flags("")[0].parse_known_args(["decode", *rest])
@@ -75,12 +82,11 @@ def decode(words: list[str]) -> None:
 def evaluate(words: list[str]) -> None:
     """eval.py of --paper; --images is its flag for the folder of test images."""
     flags, rest = _split(words, "paper", "images")
-    if flags["paper"] is None and {"-h", "--help"} & {*rest}:
-        print(__doc__.strip())
+    if _shows_help(flags["paper"], rest):
         return
     paper = codecs.check_paper(flags["paper"])
     if flags["images"] is not None:
-        recipe = read_recipe(codecs.folders.ROOT / paper / "weights.yaml")
+        recipe = read_recipe(ROOT / paper / "weights.yaml")
         rest = [*map(str, as_list(recipe["eval"]["dataset"])), flags["images"], *rest]
     _script(paper, "eval", rest)
 

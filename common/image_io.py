@@ -216,6 +216,11 @@ def _transform(profile: bytes) -> tuple[str, str, ImageCms.ImageCmsTransform | N
 
 
 # ---------------------------------------------------------------------------------- writing, floats
+def to_pillow(x: Tensor) -> Image.Image:
+    """x (3, H, W), uint8, as an image of Pillow."""
+    return Image.fromarray(x.permute(1, 2, 0).cpu().contiguous().numpy())
+
+
 def write_image(x: Tensor, path: str | Path) -> None:
     """Write x (3, H, W), uint8 or float in [0, 1], as an 8-bit image file."""
     if x.dtype != torch.uint8:
@@ -226,7 +231,7 @@ def write_image(x: Tensor, path: str | Path) -> None:
         raise UserError(f"cannot write {path}: name an image file, as {Path(path).stem}.png")
     buffer = io.BytesIO()
     try:
-        Image.fromarray(x.permute(1, 2, 0).cpu().contiguous().numpy()).save(buffer, kind)
+        to_pillow(x).save(buffer, kind)
     except (OSError, ValueError) as e:
         raise UserError(f"cannot write {path}: {e}") from None
     write_atomic(path, buffer.getvalue())

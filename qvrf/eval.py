@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         use_precision(model, args.precision)
         if args.half:
             for part in (model.g_a, model.g_s):
-                evaluate.in_half(part, device)
+                evaluate.in_half(part)
         return [evaluate_rate(model, images, rate, name, checkpoint, args)
                 for rate in rates(model, args)]
 

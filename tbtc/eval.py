@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         use_precision(model, args.precision)
         if args.half:
             for part in (model.g_a, model.g_s):
-                evaluate.in_half(part, device)
+                evaluate.in_half(part)
         if args.verbose and processes.rank() == 0:
             print(f"{checkpoint}: {model.name}, {sum(p.numel() for p in model.parameters()):,}"
                   f" parameters; {len(images)} images", flush=True)

@@ -4,6 +4,7 @@ import json
 
 from common import UserError, data
 from common.coding import bitstream, image_file
+from common.coding.codecs import loader
 from common.comparison import __main__ as comparison
 from common.comparison import deltas, front_page, gather, own, style, table, viewer
 from common.comparison.gather import Curve
@@ -148,7 +149,7 @@ def test_cells_of_a_row():
 def test_the_parts_of_a_file_add_up(paper):
     """Sections of y, where there is one for each step, have the bytes that are stated for it."""
     weights = sorted((ROOT / paper / "weights").glob("small-*.pth"))[-1]
-    model = own.load(ROOT, paper, weights)
+    model = loader(paper)(weights)
     x = data.read_image(data.KODAK / "kodim05.png")[:, 200:328, 200:456].contiguous()
     rate = {"lmbda": 0.004} if getattr(model, "variable_rate", False) else {}
     file = image_file.encode_image(model, data.to_float(x), **rate)

@@ -10,17 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, data
-from common import papers as folders
 from common.coding import bitstream, image_file
 from common.coding.contract import Codec
 from common.files import read_file
+from common.papers import ROOT, papers
 
 import torch
 from torch import Tensor
-
-
-def papers() -> list[str]:
-    return folders.papers()
 
 
 def check_paper(paper: str | None) -> str:
@@ -54,7 +50,7 @@ def paper_of(file: bytes) -> str:
 
 
 def weights_folder(paper: str) -> Path:
-    return folders.ROOT / paper / "weights"
+    return ROOT / paper / "weights"
 
 
 def bundled(folder: Path) -> dict[str, Path]:

@@ -57,8 +57,7 @@ def wavefront(height: int, width: int, device: torch.device | str = "cpu") -> li
         3 4 5 6 7 8 9
         6 7 8 9 ...
     """
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    t = (x + 3 * y).flatten()
+    t = wave_numbers((1, height, width)).flatten()
     order = torch.argsort(t, stable=True).to(device)
     return [wave for wave in order.split(torch.bincount(t).tolist()) if len(wave)]
 

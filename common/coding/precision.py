@@ -66,14 +66,16 @@ def use_precision(model: Codec, precision: str) -> None:
 
 
 def run_in(module: nn.Module, dtype: torch.dtype) -> list[RemovableHandle]:
-    """Let a module compute its products in `dtype`, by autocast; in float32 its inputs are
-    converted, and an outer autocast is switched off. Returns the hooks, which can `remove` it.
+    """Let a module compute its products in `dtype`, bfloat16 or float16, by autocast; in float32
+    its inputs are converted, and an outer autocast is switched off. Returns the hooks, which can
+    `remove` it.
     """
     contexts: list[torch.autocast] = []
-    half = dtype == torch.bfloat16
+    half = dtype != torch.float32
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        contexts.append(torch.autocast(args[0].device.type, torch.bfloat16, enabled=half))
+        contexts.append(torch.autocast(args[0].device.type, dtype if half else torch.bfloat16,
+                                       enabled=half))
         contexts[-1].__enter__()
         return None if half else tuple(a.float() if isinstance(a, Tensor) else a for a in args)
 

@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
     written = ["compare.md", "compare.png"]
     if importlib.util.find_spec("plotly"):
         pictures = (None if args.no_viewer else
-                    viewer.pictures(root, shown_images, bundled, found, cache, problems))
+                    viewer.pictures(shown_images, bundled, found, cache, problems))
         page.write(args.into / "compare.html", title, curves, styles, anchor, pictures,
                    [*checks, *problems])
         written.append("compare.html")

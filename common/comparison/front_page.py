@@ -69,11 +69,11 @@ def at_equal_rate(root: Path) -> str:
             continue
         ours = load_results(folder / "results" / "small.json")
         reference = load_published(folder / "results" / "published.json")[0]
-        widths = {", ".join(str(entry(ours["meta"], key, i)) for key in "NM")
-                  for i in range(len(ours["results"]["bpp"]))}
-        steps = sorted({int(entry(ours["meta"], "steps", i))
-                        for i in range(len(ours["results"]["bpp"]))})
-        rows.append([f"[{folder.name}]({folder.name})", "; ".join(sorted(widths)),
+        points = [[entry(ours["meta"], key, i) for key in ("N", "M", "steps")]
+                  for i in range(len(ours["results"]["bpp"]))]
+        widths = sorted({f"{N}, {M}" for N, M, _ in points})
+        steps = sorted({n for _, _, n in points})
+        rows.append([f"[{folder.name}]({folder.name})", "; ".join(widths),
                      " to ".join(f"{n:,}" for n in dict.fromkeys((steps[0], steps[-1]))),
                      number(psnr_at(ours, RATE), ".2f"), number(psnr_at(reference, RATE), ".2f")])
     for curve in load_published(_classical(root)):

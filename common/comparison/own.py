@@ -7,7 +7,6 @@ page shows them, and reads from them how many bits each part of a file takes.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from typing import Any
 
 from common import UserError
 from common.coding import bitstream
+from common.coding.codecs import loader
 from common.coding.contract import Codec
 from common.comparison.gather import Curve
 from common.complexity import complexity
@@ -110,11 +110,6 @@ def _key(results: dict[str, Any], i: int = 0) -> str:
     return json.dumps([row["bytes"] for row in results["per_image"][i]])
 
 
-def load(root: Path, paper: str, path: Path) -> Codec:
-    """A paper's codec with these weights, ready to code."""
-    return importlib.import_module(f"{paper}.model").load(path)
-
-
 def rate_of(model: Codec, file: bytes) -> dict[str, Any]:
     """The `rate` arguments of a model's forward that a file was coded with."""
     part = bitstream.unpack(file, model.tag, bitstream.fingerprint(model))
@@ -131,7 +126,7 @@ def costs(root: Path, bundled: list[Bundled], cache: Path, problems: list[str]
             kept = cache / "complexity" / f"{digest}.json"
             try:
                 if not kept.exists():
-                    write_atomic(kept, json.dumps(_cost(root, curve, weights)).encode())
+                    write_atomic(kept, json.dumps(_cost(curve, weights)).encode())
                 found |= json.loads(kept.read_text())
             except (UserError, OSError, ValueError, RuntimeError) as e:
                 problems.append(f"{os.path.relpath(weights, root)}: its complexity is not known: "
@@ -139,8 +134,8 @@ def costs(root: Path, bundled: list[Bundled], cache: Path, problems: list[str]
     return found
 
 
-def _cost(root: Path, curve: Bundled, weights: Path) -> dict[str, dict[str, int]]:
-    model = load(root, curve.paper, weights)
+def _cost(curve: Bundled, weights: Path) -> dict[str, dict[str, int]]:
+    model = loader(curve.paper)(weights)
     fingerprint = bitstream.fingerprint(model)
     for folder in curve.points:
         file = next(iter(sorted(folder.glob("*.bin")))).read_bytes()

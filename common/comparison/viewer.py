@@ -12,6 +12,7 @@ from typing import Any
 
 from common import UserError, data
 from common.coding import bitstream
+from common.coding.codecs import loader
 from common.coding.contract import Codec
 from common.coding.image_file import pad
 from common.comparison import own
@@ -19,9 +20,9 @@ from common.comparison.own import Bundled
 from common.comparison.table import classical_name, point_name
 from common.evaluation.classical import CODECS
 from common.files import write_atomic
+from common.image_io import to_pillow
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,7 +32,7 @@ QUALITY = 85  # of WebP, for decoded images and originals
 MIME = {".jpg": "image/jpeg", ".webp": "image/webp", ".avif": "image/avif"}
 
 
-def pictures(root: Path, paths: Sequence[Path], bundled: Sequence[Bundled],
+def pictures(paths: Sequence[Path], bundled: Sequence[Bundled],
              classical: dict[str, dict[str, Any]], cache: Path, problems: list[str]
              ) -> dict[str, Any]:
     """What the viewer shows: {"images": [...], "codecs": [{"name", "points": [...]}]}.
@@ -43,7 +44,7 @@ def pictures(root: Path, paths: Sequence[Path], bundled: Sequence[Bundled],
     for curve in bundled:
         name = f"{curve.paper}, {curve.curve}"
         try:
-            found.append({"name": name, "points": _own_points(root, curve, paths)})
+            found.append({"name": name, "points": _own_points(curve, paths)})
         except (UserError, OSError, ValueError, RuntimeError, StopIteration) as e:
             problems.append(f"{name}: not in the viewer: {e}")
     for codec, results in tqdm(classical.items(), desc="viewer", unit="codec", disable=None):
@@ -89,7 +90,7 @@ def _view(row: dict[str, Any], src: str) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------------- our codecs
-def _own_points(root: Path, curve: Bundled, paths: Sequence[Path]) -> list[dict[str, Any]]:
+def _own_points(curve: Bundled, paths: Sequence[Path]) -> list[dict[str, Any]]:
     """The operating points of bundled weights, at most MOST of them."""
     rates = curve.results["results"]["bpp"]
     steps = range(len(rates)) if len(rates) <= MOST else sorted(
@@ -107,7 +108,7 @@ def _own_points(root: Path, curve: Bundled, paths: Sequence[Path]) -> list[dict[
                 write_atomic(picture, _webp(data.read_image(f"{stem}.png")))
             if not rate.exists():
                 file = Path(f"{stem}.bin").read_bytes()
-                model = _model_of(root, curve, file, models)
+                model = _model_of(curve, file, models)
                 x = data.read_image(path, lambda _: None)
                 write_atomic(rate, json.dumps(where_bits_go(model, x, file)).encode())
             views.append(_view(row, _uri(picture.read_bytes(), ".webp"))
@@ -116,11 +117,11 @@ def _own_points(root: Path, curve: Bundled, paths: Sequence[Path]) -> list[dict[
     return points
 
 
-def _model_of(root: Path, curve: Bundled, file: bytes, models: dict[str, Codec]) -> Codec:
+def _model_of(curve: Bundled, file: bytes, models: dict[str, Codec]) -> Codec:
     """The codec with the weights that a file names; `models` keeps those that were loaded."""
     for path in curve.weights:
         if str(path) not in models:
-            models[str(path)] = own.load(root, curve.paper, path)
+            models[str(path)] = loader(curve.paper)(path)
         model = models[str(path)]
         if bitstream.unpack(file, model.tag).fingerprint == bitstream.fingerprint(model):
             return model
@@ -159,8 +160,7 @@ def where_bits_go(model: Codec, x: Tensor, file: bytes) -> dict[str, Any]:
 
 def _webp(x: Tensor) -> bytes:
     buffer = io.BytesIO()
-    image = Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())
-    image.save(buffer, "WEBP", quality=QUALITY, method=6)
+    to_pillow(x).save(buffer, "WEBP", quality=QUALITY, method=6)
     return buffer.getvalue()
 
 

@@ -22,10 +22,11 @@ from common import UserError, cli, data, processes
 from common.evaluation import intra_video
 from common.evaluation.image_sets import image_digest
 from common.evaluation.results import image_record, merge_points, operating_point, save_results
+from common.image_io import to_pillow
 
 import PIL
 import torch
-from PIL import Image, features
+from PIL import features
 from torch import Tensor
 
 Coded = tuple[bytes, Tensor, float, float]  # file, decoded image (3, H, W), seconds of both ways
@@ -76,7 +77,7 @@ def pillow_by(kind: str, options: Callable[[int], dict[str, Any]]
               ) -> Callable[[Tensor, int], Coded]:
     """A coder by Pillow; options(value): those of Image.save for a value of the rate parameter."""
     def code(x: Tensor, value: int) -> Coded:
-        image = Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())
+        image = to_pillow(x)
         start = time.perf_counter()
         buffer = io.BytesIO()
         image.save(buffer, kind, **options(value))

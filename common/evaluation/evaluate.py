@@ -299,20 +299,10 @@ def evaluate_estimate(model: Codec, paths: list[Path], name: str, multiple: int,
     return operating_point(name, "no files: bits of the likelihoods", rows, meta)
 
 
-def in_half(module: nn.Module, device: torch.device) -> None:
+def in_half(module: nn.Module) -> None:
     """Run a transform in float16; not for transforms that must be exact on every machine."""
-    contexts: list[torch.autocast] = []
-
-    def enter(module: nn.Module, args: Any) -> None:
-        contexts.append(torch.autocast(device.type, torch.float16))
-        contexts[-1].__enter__()
-
-    def leave(module: nn.Module, args: Any, output: Any) -> Any:
-        contexts.pop().__exit__(None, None, None)
-        return None if output is None else output.float()  # None: forward has raised an error
-
-    module.register_forward_pre_hook(enter)
-    module.register_forward_hook(leave, always_call=True)
+    precision.run_in(module, torch.float16)
+    module.register_forward_hook(lambda _, args, output: output.float())
 
 
 def time_call(function: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
