@@ -131,6 +131,12 @@ def _start_jobs(device: str, threads: int, jobs: int) -> NoReturn:
     sys.exit(_run_processes(jobs))
 
 
+def cores() -> int:
+    """The number of CPU cores that this process may use."""
+    usable = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(usable(0)) if usable else os.cpu_count() or 1
+
+
 def interactive() -> bool:
     """Whether this is a notebook or an interactive session."""
     return not hasattr(sys.modules["__main__"], "__file__") or "ipykernel" in sys.modules

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common import UserError, cli, data
+from common import UserError, cli, data, processes
 from common.files import write_atomic
 from common.papers import ROOT
 from common.recipes.jobs import Job, Settings, say
@@ -207,7 +207,6 @@ class Bar:
 
 
 def settings_of(args: argparse.Namespace, root: Path, run: str) -> Settings:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     dataset = os.path.abspath(os.path.expanduser(args.dataset)) if args.dataset else None
     if args.images and not args.short:
         raise UserError("--images: goes with --short")
@@ -221,7 +220,7 @@ def settings_of(args: argparse.Namespace, root: Path, run: str) -> Settings:
         data.list_images(images)
     return Settings(root, "short" if args.short else run, dataset,
                     data.digest(data.find_items(dataset)), args.threads or max(
-                        1, (cores or 1) // args.jobs), args.device,
+                        1, processes.cores() // args.jobs), args.device,
                     os.path.abspath(images) if images else None, args.short)
 
 

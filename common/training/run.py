@@ -111,9 +111,17 @@ class Run:
         if processes.rank() > 0:
             return
         print(f"{flags}  (all flags: {whole})")
+        if self.num_workers > self.loaders:
+            cli.note(f"{self.loaders} data loader processes, one for each core, instead of "
+                     f"{self.num_workers}; the training is the same")
         print(self.describe(bundled), flush=True)
         if self.is_done():
             print(f"nothing to do: this run has its {self.epochs} epochs already ({flag} for more)")
+
+    @property
+    def loaders(self) -> int:
+        """The number of loader processes; more than there are cores would only wait."""
+        return min(self.num_workers, processes.cores())
 
     def describe(self, bundled: bool) -> str:
         """The number of training images, steps per epoch and the hardware in words."""
@@ -145,7 +153,7 @@ class Run:
         if self.loader is None:
             self.loader = iter(data.loader(
                 self.crops, self.step, self.epochs * self.steps_per_epoch, self.batch_size,
-                processes.rank(), processes.world(), self.num_workers))
+                processes.rank(), processes.world(), self.loaders))
         for images in islice(self.loader, last_step - self.step):
             x = data.to_float(images.to(self.device, non_blocking=True))
             yield x.contiguous(memory_format=torch.channels_last)

@@ -3,7 +3,7 @@
 import signal
 import time
 
-from common import UserError
+from common import UserError, processes
 from common.coding.model_file import load_checkpoint
 from common.loss import check_size
 from common.training.checkpoints import steps_of
@@ -189,6 +189,15 @@ def test_a_finished_run_says_so(train, capsys):
     config = train("--epoch", 1, "--resume", "--save-every", 7) / "ckpts/Hyperprior/0/config.yaml"
     assert "save_every: 7\n" in config.read_text()
     assert "nothing to do: this run has its 1 epochs already" in capsys.readouterr().out
+
+
+def test_no_more_loader_processes_than_cores(train, capsys, monkeypatch):
+    monkeypatch.setattr(processes, "cores", lambda: 1)
+    several = load(train("--epoch", 1, "--num_workers", 3), 0)
+    assert "1 data loader processes, one for each core, instead of 3" in capsys.readouterr().out
+    train("--epoch", 1, "--exp_version", 1)
+    alone = torch.load("ckpts/Hyperprior/1/epoch_0.pth", weights_only=True)
+    assert_equal(several["state_dict"], alone["state_dict"])
 
 
 def test_images_too_small_for_ms_ssim_are_named_before_training(train, images):
