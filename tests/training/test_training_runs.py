@@ -197,7 +197,7 @@ def test_no_more_loader_processes_than_cores(train, capsys, monkeypatch):
     assert "1 data loader processes, one for each core, instead of 3" in capsys.readouterr().out
     train("--epoch", 1, "--exp_version", 1)
     alone = torch.load("ckpts/Hyperprior/1/epoch_0.pth", weights_only=True)
-    assert_equal(several["state_dict"], alone["state_dict"])
+    assert_equal(several["model"], alone["model"])
 
 
 def test_images_too_small_for_ms_ssim_are_named_before_training(train, images):
