@@ -42,7 +42,7 @@ help:
 	@echo "                        JOBS=2 (stages at once); SHORT=1 tries it all in a minute or two"
 	@echo "make sweep-PAPER LMBDAS='0.0035 0.013'    train PAPER at these values of lmbda by its"
 	@echo "                        weights.yaml, and write results/sweep.json and plot (hours; SHORT=1)"
-	@echo "make report-PAPER       evaluate the bundled weights of PAPER; write results/, plot, table rows"
+	@echo "make report-PAPER       evaluate the bundled weights of PAPER; write results/, pictures, table rows"
 	@echo "make ablate-PAPER       train the rows of its table of variants at equal steps, write results/"
 	@echo "                        and the table (hours); PAPER is one of: $(ABLATIONS)"
 	@echo "make compare            all papers, classical codecs and published curves: table, plot and page;"

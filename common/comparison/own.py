@@ -21,7 +21,7 @@ from common.coding.contract import Codec
 from common.comparison.gather import Curve
 from common.complexity import complexity
 from common.evaluation.image_sets import set_digest
-from common.evaluation.results import load_results
+from common.evaluation.results import folders_of_points, load_results
 from common.files import write_atomic
 from common.papers import papers
 from common.recipes.recipe_file import as_list, read_recipe
@@ -100,14 +100,7 @@ def _code(root: Path, paper: str, curve: str, files: list[Path], flags: list[Any
         if len(found) != 1:
             raise UserError(f"eval.py wrote {len(found)} results files, one is expected")
     results = load_results(found[0])
-    parts = {_key(load_results(file)): file.parent for file in folder.rglob("results.json")}
-    points = [parts[_key(results, i)] for i in range(len(results["results"]["bpp"]))]
-    return Bundled(paper, curve, files, results, points)
-
-
-def _key(results: dict[str, Any], i: int = 0) -> str:
-    """What identifies an operating point among those of a curve: its sizes of files."""
-    return json.dumps([row["bytes"] for row in results["per_image"][i]])
+    return Bundled(paper, curve, files, results, folders_of_points(results, folder))
 
 
 def rate_of(model: Codec, file: bytes) -> dict[str, Any]:

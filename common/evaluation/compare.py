@@ -29,6 +29,9 @@ from common.evaluation.curve_values import (
 from common.evaluation.results import MEASURES, load_published, load_results, save_results
 from common.files import refuse_folder, write_atomic
 
+CLASSICAL = Path(__file__).parents[1] / "results" / "classical.json"  # by `make compare`
+PUBLISHED_MARKERS = "+x1234|_"  # of bare lines, so that no published curve looks measured
+
 
 class Others(NamedTuple):
     """The curves that results are compared with, all measured on the same images."""
@@ -117,9 +120,19 @@ def _bd_rates(results: list[Results], reference: Results) -> str:
     return "\n".join(lines)
 
 
+def webp(digest: str | None) -> list[Results]:
+    """The WebP curve on record for a set of images, or nothing if there is none."""
+    known = load_published(CLASSICAL) if CLASSICAL.exists() else []
+    return [curve for curve in known
+            if curve["name"] == "WebP" and digest == image_sets.digest_of(curve) is not None]
+
+
 def plot(results: list[Results], published: list[Results], jpeg: Results,
          path: str | Path) -> None:
-    """Write a PNG with all curves: ours thick, published ones thin, JPEG dashed."""
+    """Write a PNG with all curves: ours solid, published ones dotted, JPEG and WebP dashed.
+
+    WebP is shown where it is on record for the images of JPEG.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -127,17 +140,20 @@ def plot(results: list[Results], published: list[Results], jpeg: Results,
 
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     rates = [rate for r in results for rate in r["results"]["bpp"]]
-    for curve, color in zip(published, matplotlib.color_sequences["Set2"] * 9, strict=False):
-        axes.plot(*rates_and_psnrs(curve), marker=".", linewidth=1.2, color=color,
-                  label=curve["name"])
-    axes.plot(*rates_and_psnrs(jpeg), "--", color="0.4", linewidth=1.2,
-              label=f"{jpeg['name']}, measured")
+    for i, (curve, color) in enumerate(
+            zip(published, matplotlib.color_sequences["Dark2"] * 9, strict=False)):
+        axes.plot(*rates_and_psnrs(curve), ":", marker=PUBLISHED_MARKERS[i % 8], linewidth=1.3,
+                  color=color, label=f"{curve['name']}, published")
+    classical = [jpeg, *webp(image_sets.digest_of(jpeg))]
+    for curve, color, marker in zip(classical, ("0.3", "0.55"), "os", strict=False):
+        axes.plot(*rates_and_psnrs(curve), "--", color=color, linewidth=1.2, marker=marker,
+                  markersize=4, markerfacecolor="none", label=f"{curve['name']}, measured")
     for i, curve in enumerate(results):
         axes.plot(*rates_and_psnrs(curve), marker="osD^v"[i % 5], markersize=7, linewidth=2.5,
                   zorder=3, color=matplotlib.color_sequences["tab10"][(3, 0, 2, 4, 1)[i % 5]],
                   label=label(curve, 0) if len(curve["results"]["bpp"]) == 1 else curve["name"])
     right = max([2 * max(rates), 1.0])
-    visible = [p for c in [*results, *published, jpeg]
+    visible = [p for c in [*results, *published, *classical]
                for b, p in zip(*rates_and_psnrs(c), strict=True) if b <= right]
     axes.set(xlim=(0, right), ylim=(min(visible) - 0.5, max(visible) + 0.5),
              xlabel="bits per pixel (whole file)", ylabel="PSNR (dB), RGB, 8 bit",

@@ -81,6 +81,18 @@ def load_results(path: str | Path) -> dict[str, Any]:
     return _checked(_parse(path), path)
 
 
+def folders_of_points(results: dict[str, Any], output: Path) -> list[Path]:
+    """The folder of files and decoded images of each operating point, below that of eval.py.
+
+    A point is recognised by the sizes of its files.
+    """
+    def sizes(curve: dict[str, Any], i: int) -> tuple[int, ...]:
+        return tuple(row["bytes"] for row in curve["per_image"][i])
+
+    known = {sizes(load_results(file), 0): file.parent for file in output.rglob("results.json")}
+    return [known[sizes(results, i)] for i in range(len(results["results"]["bpp"]))]
+
+
 def load_published(path: str | Path) -> list[dict[str, Any]]:
     """Read the curves of a published.json; the one that "reference" names becomes the first.
 

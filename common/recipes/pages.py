@@ -1,4 +1,4 @@
-"""Publish a results JSON of eval.py: results/<curve>.json and .png, and rows in the READMEs.
+"""Publish a results JSON of eval.py: results/<curve>.json, plot, picture, and rows of the READMEs.
 
     python -m common.recipes.pages hyperprior small hyperprior/ckpts/weights/small/results/FILE.json
 
@@ -22,6 +22,7 @@ from common.evaluation.curve_values import difference, entry, number, psnr_at
 from common.evaluation.results import MEASURES, load_results, save_results
 from common.files import write_atomic
 from common.papers import ROOT
+from common.recipes import picture
 from common.recipes.recipe_file import read_recipe
 
 END = "<!-- end of results -->"
@@ -95,9 +96,11 @@ def labels(recipe: Path, paper: str, results: dict[str, Any]) -> list[str]:
 
 
 def publish(root: Path, paper: str, results: dict[str, Any], into: Path | None,
-            images: list[Path]) -> Path:
+            images: list[Path], output: Path | None = None) -> Path:
     """Write results and plot to `into` and return it; by default to the paper's results/, and then
     the rows to the READMEs, too, which takes results on a known set of images.
+
+    output: eval.py's folder of files and decoded images, if there is one, for the picture.
     """
     curve, official = results["name"], root / paper / "results"
     into = into or official
@@ -109,6 +112,8 @@ def publish(root: Path, paper: str, results: dict[str, Any], into: Path | None,
         print(note.replace(f"{root}/", ""))
     save_results(into / f"{curve}.json", results)
     compare.plot([results], published, jpeg, into / f"{curve}.png")
+    if output:
+        picture.write(into / f"{curve}-picture.webp", results, output, images)
     if into.resolve() != official.resolve():
         return into
     points = cells(results, published[0] if published else None, jpeg)
@@ -140,9 +145,11 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
                         help="folder to write to; the paper's results/ if not given")
     parser.add_argument("--dataset", type=Path, default=data.KODAK,
                         help="folder of the images of the results; JPEG is measured on them")
+    parser.add_argument("--output", type=Path,
+                        help="folder of eval.py's files and decoded images, to make a picture of")
     args = parser.parse_args(argv)
     results = load_results(args.results) | {"name": args.curve}
-    publish(root, args.paper, results, args.into, data.list_images(args.dataset))
+    publish(root, args.paper, results, args.into, data.list_images(args.dataset), args.output)
 
 
 if __name__ == "__main__":
