@@ -12,6 +12,7 @@ STAGE ?=
 WORKERS ?= 2
 TORCH ?=
 UV ?=
+PUBLISH ?=
 
 VENV := .venv
 STAMP := $(VENV)/.stamp
@@ -24,7 +25,7 @@ PAPERS := $(patsubst %/model.py,%,$(wildcard $(patsubst %/train.py,%/model.py,$(
 ABLATIONS := $(patsubst %/ablate.py,%,$(wildcard */ablate.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint torture fuzz bench compare notebooks clean weights $(ABLATIONS:%=ablate-%) \
+.PHONY: help setup test lint torture fuzz bench compare claims notebooks clean weights $(ABLATIONS:%=ablate-%) \
     $(PAPERS:%=reproduce-%) $(PAPERS:%=weights-%) $(PAPERS:%=sweep-%) $(PAPERS:%=report-%)
 
 help:
@@ -47,6 +48,8 @@ help:
 	@echo "                        and the table (hours); PAPER is one of: $(ABLATIONS)"
 	@echo "make compare            all papers, classical codecs and published curves: table, plot and page;"
 	@echo "                        DATASET=/path compares on other images, CODECS=all also HEVC and VVC"
+	@echo "make claims             what the papers claim, beside what equal trainings of ours show;"
+	@echo "                        PUBLISH=1 also writes it to RESULTS.md"
 	@echo "make notebooks          install Jupyter into $(VENV); execute the lessons in lessons/, as notebooks"
 	@echo "                        and HTML pages; LESSONS='3 6' chooses some; SHORT=1 tries it all"
 	@echo "make torture            kill a training of each paper 20 times; it must end as if nothing happened"
@@ -101,6 +104,9 @@ $(JUPYTER): $(STAMP) requirements-notebooks.txt
 
 notebooks: $(JUPYTER)
 	@SHORT=$(SHORT) $(PY) lessons/build.py $(LESSONS)
+
+claims: $(STAMP)
+	$(PY) -m common.comparison.claims $(if $(filter-out 0,$(PUBLISH)),--publish)
 
 compare: $(STAMP)
 	$(PY) -m common.comparison $(if $(DATASET),--dataset "$(DATASET)") \

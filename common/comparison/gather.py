@@ -76,9 +76,19 @@ def own_results(root: Path, digest: str, problems: list[str]) -> list[Curve]:
             except (OSError, ValueError, UserError) as e:
                 problems.append(_named(path, root, e))
                 continue
+            if repeated(curve):
+                continue  # seeds of one operating point, which `make claims` compares
             if take_if_of(digest, curve, _shown(path, root), problems):
                 found.append(Curve(f"{paper}, {path.stem}", "ours", curve, paper))
     return found
+
+
+def repeated(curve: Results) -> bool:
+    """Whether the points are repetitions of one, at the same lmbda and level."""
+    meta = curve.get("meta", {})
+    points = [tuple(entry(meta, key, i) for key in ("lmbda", "level", "factor"))
+              for i in range(len(curve["results"]["bpp"]))]
+    return len(points) > 1 and len(set(points)) == 1 and points[0][0] is not None
 
 
 def named_results(paths: Sequence[Path], digest: str, problems: list[str]) -> list[Curve]:

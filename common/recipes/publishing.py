@@ -28,5 +28,6 @@ def evaluate_and_publish(paper: str, curve: str, files: Iterable[Path], folder: 
     if len(found) != 1:
         raise UserError(f"eval.py wrote {len(found)} results files to {results}, one is expected")
     evaluated()
-    yield ["-m", "common.recipes.pages", paper, curve, found[0], "--output", folder / "output",
-           *(["--into", into] if into else []), *(["--dataset", dataset[-1]] if dataset else [])]
+    yield ["-m", "common.recipes.pages", paper, curve, found[0],
+           *(["--into", into] if into else []), *(["--dataset", dataset[-1]] if dataset else []),
+           "--output", folder / "output"]

@@ -27,7 +27,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not YAML ({' '.join(str(e).split())})") from None
     check(content, path, *FILE)
-    check(content["train"], f"{path}: train", TRAIN)
+    check(content["train"], f"{path}: train", TRAIN, {"seed": str})
     check(content["eval"], f"{path}: eval", {"dataset": WORDS})
     if "short" in content:
         check(content["short"], f"{path}: short", SHORT)

@@ -48,6 +48,28 @@ def test_points_are_trained_once_and_evaluated_together(root, run):
     assert not (root / "fake" / "weights").exists()  # nothing is bundled
 
 
+def test_seeds_of_a_shorter_training_from_scratch(root, run):
+    change(root, "lmbda: 0.013, epoch: 3", "lmbda: 0.013, epoch: 3, steps-per-epoch: 10")
+    change(root, 'for flag in ("lmbda",', 'for flag in ("seed", "steps-per-epoch", "lmbda",',
+           "train.py")
+    change(root, "{args.lmbda} {epoch}", "{args.lmbda} {args.seed} {epoch}", "train.py")
+    run(0.02, "--seeds", 3, 4, "--steps", 20, "--set", "lr=0.5", "--name", "equal")
+    found = {path.parents[1].name: path.read_text()
+             for path in (root / "fake" / "ckpts").glob("*/13/epoch_1.pth")}
+    assert set(found) == {"equal-0.02-seed-3", "equal-0.02-seed-4"}
+    assert len(set(found.values())) == 2 and not points(root)
+    record = json.loads(next((root / "fake" / "ckpts").glob("equal-*3/13/stage.json")).read_text())
+    assert {"lr": 0.5, "seed": 3, "epoch": 2}.items() <= record["definition"]["flags"].items()
+    assert (root / "fake" / "results" / "equal.json").exists()
+    assert "give a multiple of 10" in run(0.02, "--steps", 15, status=2)[-1]
+
+
+def test_a_stage_with_a_start_can_begin_from_scratch(root, run):
+    change(root, "lr: 0.0005, epoch: 2", "lr: 0.0005, lmbda: 0.0035, epoch: 2")
+    run(0.02, "--stage", "0.0035", "--from-scratch")
+    assert not (root / "fake" / "ckpts" / "weights").exists()
+
+
 def test_mistakes_are_one_line(root, run):
     assert run(0.01, "--stage", "7", status=2)[-1].startswith(
         "error: fake/weights.yaml: there is no stage 7; choose from 0.013, 0.0035")

@@ -1,0 +1,190 @@
+"""What papers claim, beside what equal trainings of ours show.
+
+    python -m common.comparison.claims            or  make claims
+
+claims.yaml in the root lists the claims, where their published numbers are, and which results of
+ours test them. Both are compared as percentages. Published curves give a BD-rate. Trainings of ours
+at one lmbda give costs J = bpp + lmbda * MSE; as J is minimal with respect to the quantisation of a
+trained model, a small difference of J at equal lmbda is the difference in rate at equal quality,
+and in percent of the rate it is 100 * (J - J_other) / bpp_other. Where the difference is not small,
+or where the published number is one, claims.yaml asks for the difference of J itself.
+
+A difference counts if it exceeds twice its standard error: that of the seeds, or, where there is
+one run of each, that of two runs whose costs vary by SPREAD.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import UserError, cli
+from common.comparison.deltas import delta_of_points
+from common.evaluation.curve_values import cost, entry, markdown, rates_and_psnrs
+from common.evaluation.results import load_published, load_results
+from common.papers import ROOT
+from common.recipes.tables import write_table
+
+import yaml
+
+SPREAD = 0.007  # relative standard deviation of J between runs, from joint_ar/results/curves.json
+COSTS = ("J", "loss", "test_loss")  # names of J in results files
+NAME = "claims"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A difference in percent, its standard error, and how many runs of each side it is from."""
+
+    percent: float
+    error: float
+    runs: int
+
+    def __str__(self) -> str:
+        return f"{self.percent:+.1f} ± {self.error:.1f} %"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The costs of one row of a results file, one for each seed, and their mean rate."""
+
+    costs: list[float]
+    rate: float
+
+
+def published_percent(root: Path, claim: Mapping[str, Any]) -> tuple[float, str]:
+    """The published difference in percent, and in words where it is from."""
+    known = claim["published"]
+    if "percent" in known:
+        return float(known["percent"]), str(known["source"])
+    path = (root / known["in"] / "results" / "published.json" if "in" in known
+            else root / "common" / "results" / "published.json")
+    curves = {curve["name"]: curve for curve in load_published(path)}
+    for name in (known["this"], known["other"]):
+        if name not in curves:
+            raise UserError(f"claims.yaml: {path.relative_to(root)} has no curve {name}")
+    found = delta_of_points(*rates_and_psnrs(curves[known["other"]]),
+                            *rates_and_psnrs(curves[known["this"]]))
+    if found is None:
+        raise UserError(f"claims.yaml: {known['this']} and {known['other']} do not overlap")
+    return found.rate, f"{known['this']} against {known['other']}"
+
+
+def measured(root: Path, claim: Mapping[str, Any]) -> Measured | None:
+    """The difference that our results show; None if a results file does not exist yet."""
+    ours = claim["ours"]
+    if "file" not in ours:
+        return _of_curves(root, ours)
+    path = root / ours["file"]
+    if not path.exists():
+        return None
+    this, other = (_run(path, ours[side]) for side in ("this", "other"))
+    scale = 1 / (other.rate if claim.get("unit") != "cost" else statistics.mean(other.costs))
+    difference = statistics.mean(this.costs) - statistics.mean(other.costs)
+    error = math.hypot(*(_error(run.costs) for run in (this, other)))
+    return Measured(100 * scale * difference, 100 * scale * error, len(this.costs))
+
+
+def _of_curves(root: Path, ours: Mapping[str, Any]) -> Measured | None:
+    """The BD-rate between two results JSONs, or the mean difference of cost of their seeds."""
+    paths = [root / ours[side] for side in ("other", "this")]
+    if not all(path.exists() for path in paths):
+        return None
+    other, this = map(load_results, paths)
+    runs = [_repetitions(curve) for curve in (other, this)]
+    if all(runs):
+        before, after = (run for run in runs if run)
+        error = math.hypot(_error(before.costs), _error(after.costs))
+        difference = statistics.mean(after.costs) - statistics.mean(before.costs)
+        return Measured(100 * difference / before.rate, 100 * error / before.rate,
+                        len(after.costs))
+    found = delta_of_points(*rates_and_psnrs(other), *rates_and_psnrs(this))
+    if found is None:
+        raise UserError(f"claims.yaml: {ours['this']} and {ours['other']} do not overlap")
+    ratios = [cost(rate, psnr, entry(other["meta"], "lmbda", i)) / rate for i, (rate, psnr)
+              in enumerate(zip(*rates_and_psnrs(other), strict=True))]
+    return Measured(found.rate, 100 * math.sqrt(2) * SPREAD * statistics.mean(ratios), 1)
+
+
+def _repetitions(curve: Mapping[str, Any]) -> Run | None:
+    """The points of a results JSON as repetitions, if they have one lmbda; else None."""
+    rates, psnrs = rates_and_psnrs(dict(curve))
+    lmbdas = {entry(curve["meta"], "lmbda", i) for i in range(len(rates))}
+    if len(lmbdas) != 1:
+        return None
+    lmbda = float(lmbdas.pop())
+    return Run([cost(*point, lmbda) for point in zip(rates, psnrs, strict=True)],
+               statistics.mean(rates))
+
+
+def _run(path: Path, name: str) -> Run:
+    rows = yaml.safe_load(path.read_text())["rows"]
+    if name not in rows:
+        raise UserError(f"claims.yaml: {path.name} has no row {name}; it has {', '.join(rows)}")
+    row = rows[name]
+    costs = next(row[key] for key in COSTS if key in row)
+    return Run(costs if isinstance(costs, list) else [costs], _mean(row["bpp"]))
+
+
+def _mean(values: float | list[float]) -> float:
+    return statistics.mean(values) if isinstance(values, list) else values
+
+
+def _error(costs: list[float]) -> float:
+    """Standard error of the mean of the costs."""
+    spread = statistics.stdev(costs) if len(costs) > 1 else SPREAD * costs[0]
+    return spread / math.sqrt(len(costs))
+
+
+def verdict(claim: Mapping[str, Any], published: float, ours: Measured) -> str:
+    """Whether our trainings show what is claimed, in a few words."""
+    percent, decided = ours.percent, 2 * ours.error
+    if "within" in claim:
+        limit = float(claim["within"])
+        words = ("as claimed" if percent + decided <= limit else
+                 "not seen" if percent - decided > limit else "open")
+        return f"{words} (at most {limit:+g} %)"
+    if abs(percent) <= decided:
+        return "open: within the noise"
+    if percent * published < 0:
+        return "the opposite, at this budget"
+    share = percent / published
+    if claim.get("unit") == "cost" and "percent" not in claim["published"]:
+        share = 1  # a cost and a BD-rate have different sizes
+    return "as claimed" + (", less" if share < 0.5 else ", more" if share > 2 else "")
+
+
+def table(root: Path) -> str:
+    """The claims as a Markdown table; those without results of ours are named below it."""
+    content = yaml.safe_load((root / "claims.yaml").read_text())
+    rows, missing = [["claim", "paper", "published", "ours", "trained", "verdict"]], []
+    for claim in content["claims"]:
+        percent, _ = published_percent(root, claim)
+        ours = measured(root, claim)
+        if ours is None:
+            missing.append(claim["claim"])
+            continue
+        runs = f"{ours.runs} seeds" if ours.runs > 1 else "one run each"
+        unit = " of the cost" if claim.get("unit") == "cost" else ""
+        theirs = unit if "percent" in claim["published"] else ""
+        rows.append([claim["claim"], claim["paper"], f"{percent:+.1f} %{theirs}", f"{ours}{unit}",
+                     f"{claim['ours']['budget']}; {runs}", verdict(claim, percent, ours)])
+    return "\n\n".join([markdown(rows), *(f"Not tested yet: {text}" for text in missing)])
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
+    parser = cli.Parser(description="Compare what papers claim with equal trainings of ours.")
+    parser.add_argument("--publish", action="store_true", help="also write it to RESULTS.md")
+    args = parser.parse_args(argv)
+    text = table(root)
+    print(text)
+    if args.publish:
+        write_table(root / "RESULTS.md", NAME, text)
+
+
+if __name__ == "__main__":
+    cli.run(main)
