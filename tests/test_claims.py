@@ -49,6 +49,15 @@ def test_costs_become_rates(tmp_path):
     assert ours(tmp_path, rows, unit="cost").percent == pytest.approx(-10)
 
 
+def test_the_spread_is_that_of_the_pairs_of_runs():
+    content = json.loads((ROOT / "joint_ar" / "results" / "curves.json").read_text())
+    pairs = [(row["train_loss"], content["second_run"][name])
+             for name, row in content["rows"].items()]
+    variance = statistics.mean(statistics.variance(pair) / statistics.mean(pair)**2
+                               for pair in pairs)
+    assert claims.SPREAD == pytest.approx(variance**0.5, abs=0.0005)
+
+
 def test_seeds_give_the_error(tmp_path):
     a, b = [0.9, 0.92, 0.94], [1.0, 1.0, 1.0]
     found = ours(tmp_path, {"a": {"loss": a, "bpp": [0.4, 0.4, 0.4]},
