@@ -9,6 +9,7 @@ CODECS ?=
 LESSONS ?=
 LMBDAS ?=
 STAGE ?=
+RUNS ?=
 WORKERS ?= 2
 TORCH ?=
 UV ?=
@@ -25,7 +26,7 @@ PAPERS := $(patsubst %/model.py,%,$(wildcard $(patsubst %/train.py,%/model.py,$(
 ABLATIONS := $(patsubst %/ablate.py,%,$(wildcard */ablate.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint torture fuzz bench compare claims notebooks clean weights $(ABLATIONS:%=ablate-%) \
+.PHONY: help setup test lint torture fuzz bench compare claims curves notebooks clean weights $(ABLATIONS:%=ablate-%) \
     $(PAPERS:%=reproduce-%) $(PAPERS:%=weights-%) $(PAPERS:%=sweep-%) $(PAPERS:%=report-%)
 
 help:
@@ -50,6 +51,8 @@ help:
 	@echo "                        DATASET=/path compares on other images, CODECS=all also HEVC and VVC"
 	@echo "make claims             what the papers claim, beside what equal trainings of ours show;"
 	@echo "                        PUBLISH=1 also writes it to RESULTS.md"
+	@echo "make curves RUNS='hyperprior/logs/quick/0 joint_ar/logs/quick/0'    curves of training runs as a"
+	@echo "                        plot and as a page, with their flags and hardware: curves.png, curves.html"
 	@echo "make notebooks          install Jupyter into $(VENV); execute the lessons in lessons/, as notebooks"
 	@echo "                        and HTML pages; LESSONS='3 6' chooses some; SHORT=1 tries it all"
 	@echo "make torture            kill a training of each paper 20 times; it must end as if nothing happened"
@@ -111,6 +114,10 @@ claims: $(STAMP)
 compare: $(STAMP)
 	$(PY) -m common.comparison $(if $(DATASET),--dataset "$(DATASET)") \
 	    $(if $(CODECS),--codecs $(CODECS)) $(if $(THREADS),--threads $(THREADS))
+
+curves: $(STAMP)
+	@[ -n "$(RUNS)" ] || { echo 'error: name log folders: make $@ RUNS="hyperprior/logs/quick/0"' >&2; exit 2; }
+	$(PY) -m common.evaluation.curves $(RUNS) --plot curves.png --html curves.html
 
 # --resume auto takes up a run that was interrupted; --reproduce codes Kodak with the weights just
 # trained and with the bundled ones, prints both beside the published numbers, and ends with what was

@@ -11,11 +11,10 @@ folder of --into, and keeps there what was measured: a second call takes seconds
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 from pathlib import Path
 
-from common import UserError, cli, data
+from common import UserError, cli, data, pages
 from common.comparison import front_page, gather, measured, own, page, plot, style, table, viewer
 from common.comparison.gather import Curve
 from common.datasets import Item
@@ -140,14 +139,14 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
         front_page.save_classical(root, classical)
         front_page.write(root)
     written = ["compare.md", "compare.png"]
-    if importlib.util.find_spec("plotly"):
+    if not pages.missing():
         pictures = (None if args.no_viewer else
                     viewer.pictures(shown_images, bundled, found, cache, problems))
         page.write(args.into / "compare.html", title, curves, styles, anchor, pictures,
                    [*checks, *problems])
         written.append("compare.html")
     else:
-        problems.append("compare.html is not written: pip install plotly")
+        problems.append(f"compare.html is not written: {pages.missing()}")
     for problem in problems:
         print(f"note: {problem}")
     print(f"\n{', '.join(str(args.into / name) for name in written)}")

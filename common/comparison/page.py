@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.resources
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common import pages
 from common.comparison import deltas, table
 from common.comparison.gather import KINDS, Curve
 from common.comparison.style import Style
 from common.files import write_atomic
 
 PARTS = Path(__file__).parent / "page"
-SCRIPTS = ("plots.js", "tables.js", "viewer.js", "page.js")
+SCRIPTS = ("plots.js", "tables.js", "viewer.js", "page.js")  # over those of `common.pages`
 LIMIT = 15_000_000  # bytes of the page; the last images are left out beyond
 QUALITIES = {"psnr-rgb": "PSNR (dB)", "ms-ssim-rgb": "MS-SSIM (dB)"}
 
@@ -23,17 +22,18 @@ def write(path: Path, title: str, curves: Sequence[Curve], styles: Sequence[Styl
           pictures: dict[str, Any] | None, notes: Sequence[str]) -> None:
     """Write the page; pictures: of `viewer`, or None; notes: lines below the tables."""
     content: dict[str, Any] = {
-        "title": title, "anchor": anchor.name, "kinds": dict(KINDS), "notes": list(notes),
-        "method": deltas.METHOD, "macs": table.MACS, "head": table.HEAD, "qualities": QUALITIES,
+        "title": f"{title}: comparison of image codecs", "notes": list(notes),
+        "anchor": anchor.name, "kinds": dict(KINDS), "method": deltas.METHOD, "macs": table.MACS,
+        "head": table.HEAD, "qualities": QUALITIES,
         "curves": [_curve(curve, style, anchor)
                    for curve, style in zip(curves, styles, strict=True)],
         "matrices": _matrices(curves), "viewer": pictures}
-    html = _html(content)
+    html = pages.assemble(PARTS, "page", SCRIPTS, content)
     while pictures and len(pictures["images"]) > 1 and len(html) > LIMIT:
         name = _drop_last(pictures)
         content["notes"].append(f"{name} is left out, as the page would exceed "
                                 f"{LIMIT / 1e6:g} MB")
-        html = _html(content)
+        html = pages.assemble(PARTS, "page", SCRIPTS, content)
     write_atomic(path, html)
 
 
@@ -62,17 +62,3 @@ def _drop_last(pictures: dict[str, Any]) -> str:
         for point in codec["points"]:
             point["views"].pop()
     return name
-
-
-def _html(content: dict[str, Any]) -> bytes:
-    """The template with everything that it names put in; "</" must not end a script early."""
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
-    library = importlib.resources.files("plotly").joinpath("package_data/plotly.min.js")
-    parts = {"STYLE": (PARTS / "page.css").read_text(), "DATA": text,
-             "PLOTLY": library.read_text(encoding="utf-8"),
-             "SCRIPT": "\n".join((PARTS / name).read_text() for name in SCRIPTS)}
-    html = (PARTS / "page.html").read_text()
-    for name, value in parts.items():
-        before, _, after = html.partition(f"/*{name}*/")
-        html = before + value + after
-    return html.encode()

@@ -1,62 +1,73 @@
 """Plot the training curves of several runs, and print their last epochs in a table.
 
     python -m common.evaluation.curves hyperprior/logs/quick/0 joint_ar/logs/quick/0
+    python -m common.evaluation.curves hyperprior/logs/quick/* --html report.html
 
-It reads the log.txt of each folder and plots the mean loss over the steps of each epoch. Two runs
+The plot is that of the mean loss of each epoch in log.txt. The page of --html has every quantity in
+log.txt and in TensorBoard's event files, by steps and by hours, and a table of the runs. Two runs
 are comparable if lmbda, the number of steps and the batch size are the same; runs with the same
 --seed even see the same crops.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from common import UserError, cli
+from common import UserError, cli, pages
 from common.evaluation import compare
-from common.files import read_file
-
-LINE = re.compile(r"epoch (\d+)  step (\d+)  train loss ([\d.]+) bpp ([\d.]+)"
-                  r"(?:  test loss ([\d.]+) bpp ([\d.]+) psnr ([\d.]+))?")
+from common.evaluation.curves_page import write_page
+from common.evaluation.runs import read_epochs, read_run
 
 
-def read(folder: Path) -> list[dict[str, float]]:
-    """A row per epoch: step, loss, bpp and, if validated, test_loss, test_bpp and test_psnr."""
-    text = read_file(folder / "log.txt").decode(errors="replace")
-    keys = ("step", "loss", "bpp", "test_loss", "test_bpp", "test_psnr")
-    epochs = {}  # a run that resumed earlier repeats epochs; the last line counts
-    for match in LINE.finditer(text):
-        values = zip(keys, match.groups()[1:], strict=True)
-        epochs[int(match[1])] = {key: float(v) for key, v in values if v is not None}
-    if not epochs:
-        raise UserError(f"{folder}/log.txt: holds no finished epoch")
-    return [epochs[epoch] for epoch in sorted(epochs)]
+def flags() -> cli.Parser:
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("folders", type=Path, nargs="+", metavar="RUN",
+        help="log folder of a run, which holds its log.txt: <paper>/logs/<prefix>/<exp_version>")
+    add("--plot", type=Path, help="PNG file to write; curves.png if neither it nor --html is given")
+    add("--html", type=Path, help="page to write, one file that works from disk: curves of all "
+        "logged quantities that can be switched on and off, and a table of the runs")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", type=Path, nargs="+",
-                        help="log folders of runs: <paper>/logs/<prefix>/<exp_version>")
-    parser.add_argument("--plot", type=Path, default=Path("curves.png"), help="PNG file to write")
-    args = parser.parse_args(argv)
+    args = flags().parse_args(argv)
+    if args.html and (need := pages.missing()):
+        raise UserError(f"--html needs Plotly: {need}")
     names = compare.distinct([f.resolve().parts[-4:][0] for f in args.folders],  # paper
                              [str(f) for f in args.folders])
-    rows = {name: read(folder) for name, folder in zip(names, args.folders, strict=True)}
+    rows = {name: read_epochs(folder) for name, folder in zip(names, args.folders, strict=True)}
+    print(last_epochs(rows))
+    if args.plot or not args.html:
+        plot(rows, args.plot or Path("curves.png"))
+        print(f"\nplot: {args.plot or 'curves.png'}")
+    if args.html:
+        write_page(args.html, dict(zip(names, map(read_run, args.folders), strict=True)))
+        print(f"\npage: {args.html}")
 
+
+def last_epochs(rows: dict[str, list[dict[str, float]]]) -> str:
+    """A table in Markdown with the last epoch of each run."""
+    lines = ["| run | steps | train loss | train bpp | test loss | test bpp | test PSNR |",
+             "|---|---:|---:|---:|---:|---:|---:|"]
+    for name, epochs in rows.items():
+        last = epochs[-1]
+        test = [f"{last[k]:.4f}" if k in last else "-" for k in ("test_loss", "test_bpp")]
+        psnr = f"{last['test_psnr']:.2f}" if "test_psnr" in last else "-"
+        lines.append(f"| {name} | {last['step']:,.0f} | {last['loss']:.4f} | {last['bpp']:.4f} | "
+                     f"{' | '.join(test)} | {psnr} |")
+    return "\n".join(lines)
+
+
+def plot(rows: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Write a PNG of the mean loss of each epoch of each run."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    print("| run | steps | train loss | train bpp | test loss | test bpp | test PSNR |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, epochs in rows.items():
-        last = epochs[-1]
-        test = [f"{last[k]:.4f}" if k in last else "-" for k in ("test_loss", "test_bpp")]
-        psnr = f"{last['test_psnr']:.2f}" if "test_psnr" in last else "-"
-        print(f"| {name} | {last['step']:,.0f} | {last['loss']:.4f} | {last['bpp']:.4f} | "
-              f"{' | '.join(test)} | {psnr} |")
         axes.plot([e["step"] for e in epochs], [e["loss"] for e in epochs], marker=".", label=name)
     axes.set(xlabel="training step", ylabel="loss = bpp + lmbda * 255² * MSE, mean over an epoch")
     late = [e["loss"] for epochs in rows.values() for e in epochs[min(1, len(epochs) - 1):]]
@@ -64,8 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     axes.set_ylim(min(late) - margin, max(late) + margin)  # the first epoch would hide the others
     axes.grid(alpha=0.3)
     axes.legend()
-    compare.save_figure(figure, args.plot)
-    print(f"\nplot: {args.plot}")
+    compare.save_figure(figure, path)
 
 
 if __name__ == "__main__":

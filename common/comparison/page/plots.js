@@ -27,21 +27,11 @@ function startPlot() {
     });
     return group;
   });
-  document.getElementById("choices").replaceChildren(
+  get("choices").replaceChildren(
     ...groups.filter((group) => group.querySelector("input[data-curve]")));
-  document.getElementById("quality").addEventListener("change", () => drawPlot(true));
-  document.getElementById("log").addEventListener("change", () => drawPlot(true));
-  document.getElementById("fit").addEventListener("click", () => drawPlot(true));
-}
-
-function checkbox(text, change, checked) {
-  const label = document.createElement("label");
-  const box = document.createElement("input");
-  box.type = "checkbox";
-  box.checked = checked;
-  box.addEventListener("change", () => change(box.checked));
-  label.append(box, ` ${text}`);
-  return label;
+  get("quality").addEventListener("change", () => drawPlot(true));
+  get("log").addEventListener("change", () => drawPlot(true));
+  get("fit").addEventListener("click", () => drawPlot(true));
 }
 
 function switchCurve(i, on) {
@@ -65,7 +55,7 @@ function traces(quality) {
       line: { color: curve.color, dash: curve.dash, width: curve.width },
       marker: { color: curve.color, symbol: curve.symbol, size: 8, line: { width: 1.5 } },
       text: rates.map((_, j) => (complete ? curve.labels[j] : "")),
-      hovertemplate: `<b>${curve.name.replace(/</g, "&lt;")}</b><br>${DATA.kinds[curve.kind]}` +
+      hovertemplate: `<b>${escaped(curve.name)}</b><br>${DATA.kinds[curve.kind]}` +
         "<br>%{text}<br>%{x:.4f} bpp, %{y:.3f} dB<extra></extra>",
     };
   });
@@ -92,19 +82,13 @@ function ranges(quality, log) {
 }
 
 function drawPlot(fit = false) {
-  const plot = document.getElementById("plot");
-  const quality = document.getElementById("quality").value;
-  const log = document.getElementById("log").checked;
+  const plot = get("plot");
+  const quality = get("quality").value;
+  const log = get("log").checked;
   const range = fit || !plot.layout ? ranges(quality, log)
     : { x: plot.layout.xaxis.range, y: plot.layout.yaxis.range };
-  const axis = { gridcolor: cssColor("--line"), zeroline: false, automargin: true };
-  Plotly.react(plot, traces(quality), {
-    showlegend: false, hovermode: "closest", margin: { l: 50, r: 10, t: 10, b: 45 },
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: { color: cssColor("--text") },
-    xaxis: { ...axis, type: log ? "log" : "linear", range: range.x,
-             title: { text: "bits per pixel (whole file)" },
-             ...(log && { tickvals: [0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5] }) },
-    yaxis: { ...axis, range: range.y, title: { text: DATA.qualities[quality] } },
-  }, { responsive: true, displaylogo: false, showSendToCloud: false });
+  Plotly.react(plot, traces(quality), plotLayout(
+    { type: log ? "log" : "linear", range: range.x, title: { text: "bits per pixel (whole file)" },
+      ...(log && { tickvals: [0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5] }) },
+    { range: range.y, title: { text: DATA.qualities[quality] } }), PLOT_CONFIG);
 }

@@ -20,7 +20,7 @@ function startTable() {
   });
   document.querySelector("#rows thead").replaceChildren(head);
   for (const id of ["search", "every"]) {
-    document.getElementById(id).addEventListener("input", drawTable);
+    get(id).addEventListener("input", drawTable);
   }
   drawTable();
 }
@@ -38,8 +38,8 @@ function compareCells(a, b) {
 }
 
 function drawTable() {
-  const words = document.getElementById("search").value.toLowerCase();
-  const every = document.getElementById("every").checked;
+  const words = get("search").value.toLowerCase();
+  const every = get("every").checked;
   const rows = DATA.curves.filter((curve) => (every || curve.shown) &&
     curve.row.join(" ").toLowerCase().includes(words));
   const { column, down } = sorted;
@@ -67,12 +67,12 @@ function drawTable() {
 }
 
 function startMatrix() {
-  document.getElementById("matrix-quality").addEventListener("change", drawMatrix);
+  get("matrix-quality").addEventListener("change", drawMatrix);
 }
 
 function drawMatrix() {
   const { names, values } = DATA.matrices;
-  const quality = document.getElementById("matrix-quality").value;
+  const quality = get("matrix-quality").value;
   const head = document.createElement("thead");
   const body = document.createElement("tbody");
   head.append(line("th", ["anchor", ...names]));
@@ -91,15 +91,5 @@ function drawMatrix() {
     });
     body.append(cells);
   });
-  document.getElementById("deltas").replaceChildren(head, body);
-}
-
-function line(kind, texts) {
-  const row = document.createElement("tr");
-  row.append(...texts.map((text) => {
-    const cell = document.createElement(kind);
-    cell.textContent = text;
-    return cell;
-  }));
-  return row;
+  get("deltas").replaceChildren(head, body);
 }

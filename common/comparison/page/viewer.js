@@ -24,10 +24,6 @@ function startViewer() {
   drawViewer();
 }
 
-function get(id) {
-  return document.getElementById(id);
-}
-
 function codecOf(side) {
   return DATA.viewer.codecs[get(side).value];
 }
@@ -175,13 +171,9 @@ function drawRate(box, view) {
 function drawSteps(chart, rate) {
   chart.hidden = !rate || rate.y.length < 2;
   if (chart.hidden) return;
-  const axis = { gridcolor: cssColor("--line") };
   Plotly.react(chart, [{ type: "bar", x: rate.y.map((_, i) => i), y: rate.y,
     marker: { color: COLORS[2] },
-    hovertemplate: `${rate.step} %{x}: %{y} bytes<extra></extra>` }], {
-    margin: { l: 50, r: 5, t: 5, b: 40 }, showlegend: false, font: { color: cssColor("--text") },
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    xaxis: { ...axis, title: { text: `${rate.step} of y` }, tickformat: "d" },
-    yaxis: { ...axis, title: { text: "bytes" } },
-  }, { responsive: true, displayModeBar: false });
+    hovertemplate: `${rate.step} %{x}: %{y} bytes<extra></extra>` }], plotLayout(
+    { title: { text: `${rate.step} of y` }, tickformat: "d" }, { title: { text: "bytes" } },
+    { margin: { l: 50, r: 5, t: 5, b: 40 } }), { responsive: true, displayModeBar: false });
 }
