@@ -6,6 +6,7 @@ THREADS ?=
 JOBS ?=
 SHORT ?=
 CODECS ?=
+METRICS ?=
 LESSONS ?=
 LMBDAS ?=
 STAGE ?=
@@ -48,7 +49,8 @@ help:
 	@echo "make ablate-PAPER       train the rows of its table of variants at equal steps, write results/"
 	@echo "                        and the table (hours); PAPER is one of: $(ABLATIONS)"
 	@echo "make compare            all papers, classical codecs and published curves: table, plot and page;"
-	@echo "                        DATASET=/path compares on other images, CODECS=all also HEVC and VVC"
+	@echo "                        DATASET=/path compares on other images, CODECS=all also HEVC and VVC,"
+	@echo "                        METRICS=all (or vif,fsim,gmsd,haarpsi,mdsi) further metrics, by piq"
 	@echo "make claims             what the papers claim, beside what equal trainings of ours show;"
 	@echo "                        PUBLISH=1 also writes it to RESULTS.md"
 	@echo "make curves RUNS='hyperprior/logs/quick/0 joint_ar/logs/quick/0'    curves of training runs as a"
@@ -113,7 +115,8 @@ claims: $(STAMP)
 
 compare: $(STAMP)
 	$(PY) -m common.comparison $(if $(DATASET),--dataset "$(DATASET)") \
-	    $(if $(CODECS),--codecs $(CODECS)) $(if $(THREADS),--threads $(THREADS))
+	    $(if $(CODECS),--codecs $(CODECS)) $(if $(METRICS),--metrics "$(METRICS)") \
+	    $(if $(THREADS),--threads $(THREADS))
 
 curves: $(STAMP)
 	@[ -n "$(RUNS)" ] || { echo 'error: name log folders: make $@ RUNS="hyperprior/logs/quick/0"' >&2; exit 2; }

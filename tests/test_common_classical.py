@@ -91,8 +91,8 @@ def test_what_was_measured_is_not_measured_again(monkeypatch, tmp_path, tiny_ima
               for path in sorted(tmp_path.glob("*.png"))}
     calls = []
     code_image = classical.code_image
-    monkeypatch.setattr(classical, "code_image", lambda codec, path: (
-        calls.append(path.stem), code_image(codec, path))[1])
+    monkeypatch.setattr(classical, "code_image", lambda codec, path, **further: (
+        calls.append(path.stem), code_image(codec, path, **further))[1])
     first = measured.measure_all(images, tmp_path, ["jpeg"], [], jobs=1)
     assert calls == ["a", "b"]
     (tmp_path / "a.png").rename(tmp_path / "c.png")

@@ -1,6 +1,7 @@
 """The comparison of all curves: what is gathered, what is left out and named, BD-rates, styles."""
 
 import json
+import re
 
 from common import UserError, data
 from common.coding import bitstream, image_file
@@ -8,7 +9,8 @@ from common.coding.codecs import loader
 from common.comparison import __main__ as comparison
 from common.comparison import deltas, front_page, gather, own, style, table, viewer
 from common.comparison.gather import Curve
-from common.evaluation import image_sets
+from common.evaluation import further_metrics, image_sets
+from common.evaluation.classical import CODECS
 from common.evaluation.results import load_published, save_results
 from common.papers import ROOT, papers
 from common.recipes.tables import table_of
@@ -201,6 +203,77 @@ def test_any_folder_is_compared_without_published_curves(compared, monkeypatch, 
     comparison.main(flags, root)
     assert (out / "compare.md").read_text() == text
     assert "note: " in capsys.readouterr().out
+    content = json.loads((out / "compare.json").read_text())
+    assert [c["name"] for c in content["curves"]] == [
+        f"{comparison_cases.PAPER}, small", "JPEG (measured)", "WebP (measured)"]
+    assert content["reference"] == "JPEG (measured)" and len(content["left_out"]) == 2
+
+
+def test_further_metrics_are_those_of_the_decoded_images(compared, monkeypatch):
+    """What was coded before is not coded again but for classical codecs, whose images are not kept;
+    a third call measures nothing.
+    """
+    piq = pytest.importorskip("piq", reason="needs piq (pip install piq)")
+    out, flags, root = compared
+    monkeypatch.setattr(own, "run", None)
+    comparison.main([*flags, "--metrics", "vif,gmsd"], root)
+    text = (out / "compare.md").read_text()
+    assert re.search(r"\| +MS-SSIM \| +VIF \| +GMSD \|", text) and "FSIM" not in text
+    curves = {c["name"]: c["results"] for c in json.loads((out / "compare.json").read_text())[
+        "curves"]}
+    paths = data.list_images(out.parent / "set", lambda _: None)
+    originals = {p.stem: data.read_image(p, lambda _: None) for p in paths if p.stem != "broken"}
+    jpeg = [CODECS["jpeg"].code(x, 50)[1] for x in originals.values()]
+    folder = next(out.rglob("kodim05.bin")).parent
+    own_point = [data.read_image(folder / f"{stem}.png") for stem in originals]
+    i = next(i for i, b in enumerate(curves[f"{comparison_cases.PAPER}, small"]["bpp"])
+             if b == pytest.approx(json.loads((folder / "results.json").read_text())["results"][
+                 "bpp"][0]))
+    for name, at, decoded in (("JPEG (measured)", 9, jpeg),
+                              (f"{comparison_cases.PAPER}, small", i, own_point)):
+        for key, function in (("vif", piq.vif_p), ("gmsd", piq.gmsd)):
+            direct = [float(function(a[None] / 255, b[None] / 255))
+                      for a, b in zip(decoded, originals.values(), strict=True)]
+            assert curves[name][key][at] == pytest.approx(sum(direct) / 2, rel=1e-5)
+    monkeypatch.setattr("common.evaluation.further_metrics.measure", None)
+    monkeypatch.setattr("common.comparison.measured._measure", None)
+    comparison.main([*flags, "--metrics", "vif,gmsd"], root)
+    assert (out / "compare.md").read_text() == text
+
+
+def test_without_piq_the_rest_is_compared(compared, monkeypatch):
+    out, flags, root = compared
+    monkeypatch.setattr(further_metrics, "missing", lambda: "pip install piq")
+    comparison.main([*flags, "--metrics", "vif,mdsi"], root)
+    text = (out / "compare.md").read_text()
+    assert "- VIF, MDSI left out: this needs pip install piq" in text and "| VIF" not in text
+    assert "JPEG (measured)" in text and f"| {comparison_cases.PAPER}, small" in text
+
+
+def test_names_and_scales_of_further_metrics():
+    assert further_metrics.chosen("") == []
+    assert further_metrics.chosen("all") == list(further_metrics.METRICS)
+    assert further_metrics.chosen("mdsi, VIF") == ["mdsi", "vif"]
+    with pytest.raises(UserError, match="--metrics lpips: there is no such metric; choose from: v"):
+        further_metrics.chosen("vif,lpips")
+    assert further_metrics.decibels("vif", 0.99) == pytest.approx(20)
+    assert further_metrics.decibels("gmsd", 0.001) == pytest.approx(30)
+    assert further_metrics.decibels("mdsi", 0.0) is None
+    assert table.head(["vif"])[5:8] == ["MS-SSIM", "VIF", "BD-rate %"]
+
+
+@pytest.mark.parametrize("key", further_metrics.METRICS)
+def test_further_metrics_rank_noise(key):
+    """Less noise is better on the scale of curves, and an image of 8x8 pixels has no VIF."""
+    pytest.importorskip("piq", reason="needs piq (pip install piq)")
+    x = data.read_image(data.KODAK / "kodim05.png")[:, 200:296, 200:296].contiguous()
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    values = [further_metrics.measure([key], x, data.to_uint8(x / 255 + s * noise))[key]
+              for s in (0.02, 0.1)]
+    good, bad = (further_metrics.decibels(key, value) for value in values)
+    assert good > bad + 1
+    if key == "vif":
+        assert further_metrics.measure([key], x[:, :8, :8], x[:, :8, :8]) == {"vif": None}
 
 
 def test_anchor_and_images_can_be_chosen(compared):

@@ -2,6 +2,7 @@
 
 from common.comparison import __main__ as comparison
 from common.comparison import gather, own, page, style
+from common.evaluation import further_metrics
 
 import browser
 import comparison_cases
@@ -15,12 +16,13 @@ pytestmark = pytest.mark.skipif(
 def html(tmp_path_factory):
     pytest.importorskip("plotly", reason="needs plotly (pip install plotly)")
     folder = tmp_path_factory.mktemp("page")
+    further = [] if further_metrics.missing() else ["--metrics", "fsim,gmsd"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(own, "run", comparison_cases.run_in_fork)
         comparison.main([
             "--dataset", str(comparison_cases.images(folder / "set")), "--into",
             str(folder / "out"), "--codecs", "jpeg", "webp", "jpeg2000", "--jobs", "1",
-            "--threads", "1"], comparison_cases.tree(folder))
+            "--threads", "1", *further], comparison_cases.tree(folder))
     return folder / "out" / "compare.html"
 
 
@@ -114,6 +116,18 @@ def test_axes_and_quality(opened):
     assert shown == opened.run("DATA.curves[0].qualities['ms-ssim-rgb'][1]")
     choose(opened, "quality", "PSNR")
     opened.run("document.getElementById('log').click()")
+
+
+@pytest.mark.skipif(bool(further_metrics.missing()), reason="needs piq (pip install piq)")
+def test_further_metrics_are_plotted_and_listed(opened):
+    for name in ("FSIMc", "GMSD"):
+        choose(opened, "quality", name)
+        lines = opened.run("document.getElementById('plot').data.map((trace) => trace.y)")
+        assert len(lines) == 4 and all(line == sorted(line) and len(line) > 1 for line in lines)
+        assert name in opened.run("DATA.head")
+    row = opened.run("DATA.curves[0].row[DATA.head.indexOf('GMSD')]")
+    assert all(0 < float(value) < 0.3 for value in row.split("-"))
+    choose(opened, "quality", "PSNR")
 
 
 def test_hovering_over_a_point_names_it(opened):

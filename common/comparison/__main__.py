@@ -4,7 +4,7 @@
     python -m common.comparison --dataset DIR         any folder: bundled weights are coded on it
     python -m common.comparison --anchor "JPEG (measured)" --codecs jpeg webp
 
-Writes compare.md, compare.png and compare.html, a page that works without a network, into the
+Writes compare.md, compare.json, compare.png and compare.html, a page that works without a network, into the
 folder of --into, and keeps there what was measured: a second call takes seconds.
 """
 
@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from common import UserError, cli, data, pages
 from common.comparison import front_page, gather, measured, own, page, plot, style, table, viewer
-from common.comparison.gather import Curve
+from common.comparison.gather import Curve, Kind
 from common.datasets import Item
-from common.evaluation import image_sets
+from common.evaluation import further_metrics, image_sets
 from common.evaluation.classical import CODECS
+from common.evaluation.further_metrics import METRICS
+from common.evaluation.results import format_json
 from common.files import write_atomic
 from common.image_check import find_unusable
 from common.papers import ROOT
@@ -40,6 +44,8 @@ def flags() -> argparse.ArgumentParser:
         "the published curves, or JPEG where these are of other images")
     add("--codecs", nargs="+", choices=[*CODECS, "all"],
         help="classical codecs to measure; if not given, all but " + " and ".join(OPTIONAL))
+    add("--metrics", default="", help="metrics besides PSNR and MS-SSIM: " + ", ".join(METRICS)
+        + ", with commas between them, or all; on Kodak, the bundled weights then code all images")
     add("--images", nargs="+", help=f"names of the images that the page shows; {VIEWED} of them if "
         "not given")
     add("--no-viewer", action="store_true",
@@ -76,80 +82,153 @@ def viewed(images: dict[Path, str], names: list[str] | None) -> list[Path]:
     return [paths[(4 * i + 3) * len(paths) // (4 * number)] for i in range(number)]
 
 
+@dataclass
+class Comparison:
+    """What is compared: images with their digests, and everything that was measured on them.
+
+    bundled: our weights, coded on some or all images; classical: results by names in CODECS;
+    further: keys of `further_metrics`.
+    """
+
+    root: Path
+    images: dict[Path, str]
+    cache: Path
+    problems: list[str]
+    further: list[str]
+    bundled: list[own.Bundled] = field(default_factory=list)
+    classical: dict[str, dict[str, Any]] = field(default_factory=dict)
+    curves: list[Curve] = field(default_factory=list)
+
+    @property
+    def digest(self) -> str:
+        return image_sets.set_digest(list(self.images.values()))
+
+    @property
+    def title(self) -> str:
+        return image_sets.title(self.digest)
+
+    @property
+    def official(self) -> bool:
+        return self.digest in image_sets.KNOWN.values()
+
+    def of_kind(self, kind: Kind) -> list[Curve]:
+        return [curve for curve in self.curves if curve.kind == kind]
+
+
 def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
     args = flags().parse_args(argv)
     if args.front_page:
         for problem in front_page.write(root):
             print(f"note: {problem}")
         return
-    problems: list[str] = []
-    images = usable_images(args.dataset, problems)
-    digest = image_sets.set_digest(list(images.values()))
-    title = image_sets.title(digest)
-    official = digest in image_sets.KNOWN.values()
-    if args.publish and not official:
-        raise UserError(f"--publish: {title} do not belong on the front page")
-    cache = args.into / "cache"
-    shown_images = viewed(images, args.images)
-
-    bundled: list[own.Bundled] = []
-    if not (args.no_viewer and (official or args.results)):
-        few = {path: images[path] for path in shown_images}
-        bundled = own.code_all(root, few if official or args.results else images, cache, problems,
-                               args.threads)
-    if args.results:
-        ours = gather.named_results(args.results, digest, problems)
-    elif official:
-        ours = gather.own_results(root, digest, problems)
-    else:
-        ours = [own.as_curve(curve) for curve in bundled]
-    costs = own.costs(root, bundled, cache, problems)
-    for curve in ours:
-        known = [costs[f] for f in curve.meta("fingerprint") if f in costs]
-        curve.cost = known[0] if known else {}
-
-    codecs = [c for c in CODECS if c not in OPTIONAL] if args.codecs is None else (
-        list(CODECS) if "all" in args.codecs else args.codecs)
-    found = measured.measure_all(images, cache, codecs, problems, args.jobs)
-    classical = [Curve(table.classical_name(curve["name"]), "classical", curve)
-                 for curve in found.values()]
-    published = gather.published(root, digest, problems)
-    curves = [*ours, *classical, *published]
-    if not curves:
-        raise UserError("there is no curve to compare: " + "; ".join(problems))
-    anchor = gather.find(curves, args.anchor) if args.anchor else default_anchor(curves)
-
-    if not published:
-        problems.append(f"published curves are left out: they are not of these images ({title})")
-    styles = style.styles(curves)
-    plot.plot(curves, styles, f"{title}, mean", args.into / "compare.png")
-    checks = table.checks(curves)
-    summary = table.curves_table([c for c in curves if c.shown], anchor)
-    write_atomic(args.into / "compare.md", "\n\n".join([
-        f"# {title}: comparison", summary, *checks,
-        "## Operating points, ours and classical codecs",
-        table.points_table([c for c in curves if c.kind != "published"]),
-        "## All published curves",
-        table.curves_table([c for c in curves if c.kind == "published"], anchor)
-        if published else "None of these images.",
-        "## Left out", "\n".join(f"- {problem}" for problem in problems) or "Nothing.",
-        ""]).encode())
-    print(summary, *checks, sep="\n\n")
+    found = begin(args, root)
+    shown = viewed(found.images, args.images)
+    code_own(found, args, shown)
+    found.curves += own_curves(found, args.results)
+    measure_classical(found, args.codecs, args.jobs)
+    found.curves += gather.published(root, found.digest, found.problems)
+    if not found.curves:
+        raise UserError("there is no curve to compare: " + "; ".join(found.problems))
+    anchor = gather.find(found.curves, args.anchor) if args.anchor else default_anchor(found.curves)
+    checks = write_tables(found, anchor, args.into)
     if args.publish:
-        front_page.save_classical(root, classical)
+        front_page.save_classical(root, found.of_kind("classical"))
         front_page.write(root)
-    written = ["compare.md", "compare.png"]
-    if not pages.missing():
-        pictures = (None if args.no_viewer else
-                    viewer.pictures(shown_images, bundled, found, cache, problems))
-        page.write(args.into / "compare.html", title, curves, styles, anchor, pictures,
-                   [*checks, *problems])
-        written.append("compare.html")
+    written = ["compare.md", "compare.json", "compare.png"]
+    styles = style.styles(found.curves)
+    plot.plot(found.curves, styles, f"{found.title}, mean", args.into / "compare.png")
+    if need := pages.missing():
+        found.problems.append(f"compare.html is not written: {need}")
     else:
-        problems.append(f"compare.html is not written: {pages.missing()}")
-    for problem in problems:
+        pictures = None if args.no_viewer else viewer.pictures(
+            shown, found.bundled, found.classical, found.cache, found.problems)
+        page.write(args.into / "compare.html", found.title, found.curves, styles, anchor, pictures,
+                   [*checks, *found.problems], found.further)
+        written.append("compare.html")
+    for problem in found.problems:
         print(f"note: {problem}")
     print(f"\n{', '.join(str(args.into / name) for name in written)}")
+
+
+def begin(args: argparse.Namespace, root: Path) -> Comparison:
+    """A comparison without curves, as yet: its images are read, and its metrics are chosen."""
+    problems: list[str] = []
+    further = further_metrics.chosen(args.metrics)
+    images = usable_images(args.dataset, problems)
+    if further and (need := further_metrics.missing()):
+        names = ", ".join(METRICS[key].name for key in further)
+        problems.append(f"{names} left out: this needs {need}")
+        further = []
+    found = Comparison(root, images, args.into / "cache", problems, further)
+    if args.publish and not found.official:
+        raise UserError(f"--publish: {found.title} do not belong on the front page")
+    return found
+
+
+def code_own(found: Comparison, args: argparse.Namespace, shown: list[Path]) -> None:
+    """Code images with the bundled weights: all of them, or those that the page shows where the
+    results on all images are known and no further metrics are asked for.
+    """
+    known = found.official or bool(args.results)
+    if known and args.no_viewer and not found.further:
+        return
+    few = shown if known and not found.further else found.images
+    found.bundled = own.code_all(found.root, {path: found.images[path] for path in few},
+                                 found.cache, found.problems, args.threads)
+    own.add_metrics(found.bundled, list(found.images), found.further)
+
+
+def own_curves(found: Comparison, results: list[Path] | None) -> list[Curve]:
+    """Our curves with their costs: those of the results named, of the papers' results, or of the
+    bundled weights.
+    """
+    if results:
+        curves = gather.named_results(results, found.digest, found.problems)
+    elif found.official:
+        curves = gather.own_results(found.root, found.digest, found.problems)
+    else:
+        curves = [own.as_curve(curve) for curve in found.bundled]
+    costs = own.costs(found.root, found.bundled, found.cache, found.problems)
+    for curve in curves:
+        known = [costs[f] for f in curve.meta("fingerprint") if f in costs]
+        curve.cost = known[0] if known else {}
+        own.take_metrics(curve, found.bundled, found.further)
+    return curves
+
+
+def measure_classical(found: Comparison, codecs: list[str] | None, jobs: int) -> None:
+    """Measure the classical codecs; if none are named, all but OPTIONAL."""
+    chosen = [c for c in CODECS if c not in OPTIONAL] if codecs is None else (
+        list(CODECS) if "all" in codecs else codecs)
+    found.classical = measured.measure_all(found.images, found.cache, chosen, found.problems, jobs,
+                                           found.further)
+    found.curves += [Curve(table.classical_name(curve["name"]), "classical", curve)
+                     for curve in found.classical.values()]
+
+
+def write_tables(found: Comparison, anchor: Curve, into: Path) -> list[str]:
+    """Write compare.md and compare.json and print the table of curves; returns `table.checks`."""
+    published = found.of_kind("published")
+    if not published:
+        found.problems.append("published curves are left out: they are not of these images "
+                              f"({found.title})")
+    checks = table.checks(found.curves)
+    summary = table.curves_table([c for c in found.curves if c.shown], anchor, found.further)
+    write_atomic(into / "compare.md", "\n\n".join([
+        f"# {found.title}: comparison", summary, *checks,
+        "## Operating points, ours and classical codecs",
+        table.points_table([c for c in found.curves if c.kind != "published"], found.further),
+        "## All published curves",
+        table.curves_table(published, anchor) if published else "None of these images.",
+        "## Left out", "\n".join(f"- {problem}" for problem in found.problems) or "Nothing.",
+        ""]).encode())
+    write_atomic(into / "compare.json", (format_json({
+        "dataset": found.title, "reference": anchor.name, "left_out": found.problems,
+        "curves": [{key: value for key, value in (curve.results | {
+            "name": curve.name, "kind": curve.kind}).items() if key != "per_image"}
+            for curve in found.curves]}) + "\n").encode())
+    print(summary, *checks, sep="\n\n")
+    return checks
 
 
 def default_anchor(curves: list[Curve]) -> Curve:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common import UserError
-from common.evaluation import image_sets
+from common.evaluation import further_metrics, image_sets
 from common.evaluation.curve_values import Results, entry
 from common.evaluation.results import load_published, load_results
 from common.papers import ROOT, papers
@@ -50,11 +50,11 @@ class Curve:
         return [entry(block, key, i) for i in range(len(self.results["results"]["bpp"]))]
 
     def points(self, quality: str = "psnr-rgb") -> tuple[list[float], list[float]]:
-        """Rates and qualities of the points that have both; MS-SSIM in dB (-10 log10(1 - x))."""
+        """Rates and qualities of the points that have both, the latter in decibels."""
         pairs = zip(self.values("bpp"), self.values(quality), strict=True)
-        both = [(b, q) for b, q in pairs if b is not None and q is not None]
-        if quality.startswith("ms-ssim"):
-            both = [(b, -10 * math.log10(1 - q)) for b, q in both if q < 1]
+        scaled = [(b, further_metrics.decibels(quality, q)) for b, q in pairs
+                  if b is not None and q is not None]
+        both = [(b, q) for b, q in scaled if q is not None]
         return [b for b, _ in both], [q for _, q in both]
 
 

@@ -11,26 +11,28 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from common import UserError, processes
 from common.evaluation import classical
 from common.evaluation.classical import CODECS
+from common.evaluation.further_metrics import METRICS
 from common.files import write_atomic
 
 import torch
 from tqdm import tqdm
 
 VERSION = 1  # of the rows in the cache
-Task = tuple[str, Path, Path]  # codec, image, file of the cache
+Task = tuple[str, Path, Path, Sequence[str]]  # codec, image, file of the cache, further metrics
 
 
 def measure_all(images: dict[Path, str], cache: Path, codecs: list[str], problems: list[str],
-                jobs: int) -> dict[str, dict[str, Any]]:
+                jobs: int, further: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """Results of each codec (names in CODECS) on the images, whose digests are the values.
 
+    further: keys of `further_metrics`. Images whose rows lack one are coded again for it.
     A codec that is not installed, or that fails, is left out; `problems` gets a line that names it.
     """
     installed = []
@@ -41,7 +43,7 @@ def measure_all(images: dict[Path, str], cache: Path, codecs: list[str], problem
             installed.append(codec)
     known = {codec: {path: _cache_file(cache, codec, digest) for path, digest in images.items()}
              for codec in installed}
-    failed = _fill(known, jobs)
+    failed = _fill(known, jobs, further)
     for codec, why in failed.items():
         problems.append(f"{CODECS[codec].name} is left out: {why}")
     found = {}
@@ -52,6 +54,8 @@ def measure_all(images: dict[Path, str], cache: Path, codecs: list[str], problem
             for row, path in zip(rows, images, strict=True):
                 for point in row.values():
                     point["image"] = path.stem
+                    for key in set(METRICS) - set(further):
+                        point.pop(key, None)
             found[codec] = classical.results_of(codec, rows, content[0]["hardware"])
     return found
 
@@ -62,10 +66,11 @@ def _cache_file(cache: Path, codec: str, digest: str) -> Path:
     return cache / "classical" / f"{codec}-{key}" / f"{digest}.json"
 
 
-def _fill(known: dict[str, dict[Path, Path]], jobs: int) -> dict[str, str]:
+def _fill(known: dict[str, dict[Path, Path]], jobs: int, further: Sequence[str]
+          ) -> dict[str, str]:
     """Measure what the cache lacks; returns the codecs that failed, and why."""
-    todo = [(codec, path, file) for codec, files in known.items() for path, file in files.items()
-            if not _is_whole(file)]
+    todo = [(codec, path, file, further) for codec, files in known.items()
+            for path, file in files.items() if not _is_whole(_rows(file), further)]
     failed: dict[str, str] = {}
     if not todo:
         return failed
@@ -91,19 +96,26 @@ def _work(todo: list[Task], jobs: int) -> Iterator[tuple[str, str]]:
             yield waiting[future], future.result()
 
 
-def _is_whole(file: Path) -> bool:
+def _rows(file: Path) -> dict[str, dict[str, Any]]:
+    """The rows in a file of the cache; {} if there is none, or if it is damaged."""
     try:
-        return bool(json.loads(file.read_text())["rows"])
+        return dict(json.loads(file.read_text())["rows"])
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return {}
 
 
-def _measure(codec: str, path: Path, file: Path) -> str:
+def _is_whole(rows: dict[str, dict[str, Any]], further: Sequence[str]) -> bool:
+    return bool(rows) and all(key in row for row in rows.values() for key in further)
+
+
+def _measure(codec: str, path: Path, file: Path, further: Sequence[str]) -> str:
     """Code one image and write its rows; returns why that is impossible, or ""."""
     try:
-        rows = classical.code_image(codec, path)
+        rows = classical.code_image(codec, path, further=further)
     except (UserError, OSError, ValueError) as e:
         return f"{path.name}: {e}"
-    text = json.dumps({"rows": rows, "hardware": processes.describe_hardware(torch.device("cpu"))})
+    old = _rows(file)  # whose times and further metrics stay
+    merged = {value: row | old.get(str(value), {}) for value, row in rows.items()}
+    text = json.dumps({"rows": merged, "hardware": processes.describe_hardware(torch.device("cpu"))})
     write_atomic(file, text.replace("NaN", "null").replace("Infinity", "null").encode())
     return ""

@@ -10,18 +10,20 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import UserError
+from common import UserError, data
 from common.coding import bitstream
 from common.coding.codecs import loader
 from common.coding.contract import Codec
 from common.comparison.gather import Curve
 from common.complexity import complexity
+from common.evaluation import further_metrics
 from common.evaluation.image_sets import set_digest
-from common.evaluation.results import folders_of_points, load_results
+from common.evaluation.results import folders_of_points, image_names, load_results, mean
 from common.files import write_atomic
 from common.papers import papers
 from common.recipes.recipe_file import as_list, read_recipe
@@ -101,6 +103,47 @@ def _code(root: Path, paper: str, curve: str, files: list[Path], flags: list[Any
             raise UserError(f"eval.py wrote {len(found)} results files, one is expected")
     results = load_results(found[0])
     return Bundled(paper, curve, files, results, folders_of_points(results, folder))
+
+
+def add_metrics(bundled: Sequence[Bundled], paths: Sequence[Path], further: Sequence[str]) -> None:
+    """Add further metrics (keys of `further_metrics`) of the decoded images to the results."""
+    originals = {name: path for path, name in image_names(list(paths)).items()}
+    with tqdm(bundled, desc="further metrics", unit="curve", disable=None) as bar:
+        for curve in bar if further else []:
+            for folder, rows in zip(curve.points, curve.results["per_image"], strict=True):
+                for row in rows:
+                    name = row["image"]
+                    row |= _metrics(originals[name], folder / f"{name}.png", further)
+            for key in further:
+                curve.results["results"][key] = [mean([row[key] for row in rows])
+                                                 for rows in curve.results["per_image"]]
+
+
+def take_metrics(curve: Curve, bundled: Sequence[Bundled], further: Sequence[str]) -> None:
+    """Give a curve the further metrics of the bundled weights, where the rates are the same."""
+    for other in map(as_curve, bundled):
+        same = other.paper == curve.paper and _rates(other) == _rates(curve)
+        if same and other.results is not curve.results:
+            curve.results["results"] |= {key: other.results["results"][key] for key in further}
+
+
+def _rates(curve: Curve) -> list[str]:
+    """Rates to the eight digits that results files hold."""
+    return [f"{rate:.7g}" for rate in curve.results["results"]["bpp"]]
+
+
+def _metrics(original: Path, decoded: Path, further: Sequence[str]) -> dict[str, float | None]:
+    """Metrics of a decoded image, from the file beside it where that has them."""
+    kept = decoded.with_suffix(".metrics.json")
+    try:
+        found: dict[str, float | None] = json.loads(kept.read_text())
+    except (OSError, ValueError):
+        found = {}
+    if new := [key for key in further if key not in found]:
+        x, x_hat = (data.read_image(path, lambda _: None) for path in (original, decoded))
+        found |= further_metrics.measure(new, x, x_hat)
+        write_atomic(kept, json.dumps(found).encode())
+    return {key: found[key] for key in further}
 
 
 def rate_of(model: Codec, file: bytes) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from common import pages
 from common.comparison import deltas, table
 from common.comparison.gather import KINDS, Curve
 from common.comparison.style import Style
+from common.evaluation.further_metrics import METRICS
 from common.files import write_atomic
 
 PARTS = Path(__file__).parent / "page"
@@ -19,15 +20,19 @@ QUALITIES = {"psnr-rgb": "PSNR (dB)", "ms-ssim-rgb": "MS-SSIM (dB)"}
 
 
 def write(path: Path, title: str, curves: Sequence[Curve], styles: Sequence[Style], anchor: Curve,
-          pictures: dict[str, Any] | None, notes: Sequence[str]) -> None:
-    """Write the page; pictures: of `viewer`, or None; notes: lines below the tables."""
+          pictures: dict[str, Any] | None, notes: Sequence[str], further: Sequence[str] = ()
+          ) -> None:
+    """Write the page; pictures: of `viewer`, or None; notes: lines below the tables; further: keys
+    of `further_metrics`.
+    """
+    qualities = QUALITIES | {key: f"{METRICS[key].name} (dB)" for key in further}
     content: dict[str, Any] = {
         "title": f"{title}: comparison of image codecs", "notes": list(notes),
         "anchor": anchor.name, "kinds": dict(KINDS), "method": deltas.METHOD, "macs": table.MACS,
-        "head": table.HEAD, "qualities": QUALITIES,
-        "curves": [_curve(curve, style, anchor)
+        "head": table.head(further), "qualities": qualities,
+        "curves": [_curve(curve, style, list(qualities), table.curve_row(curve, anchor, further))
                    for curve, style in zip(curves, styles, strict=True)],
-        "matrices": _matrices(curves), "viewer": pictures}
+        "matrices": _matrices(curves, list(qualities)), "viewer": pictures}
     html = pages.assemble(PARTS, "page", SCRIPTS, content)
     while pictures and len(pictures["images"]) > 1 and len(html) > LIMIT:
         name = _drop_last(pictures)
@@ -37,22 +42,21 @@ def write(path: Path, title: str, curves: Sequence[Curve], styles: Sequence[Styl
     write_atomic(path, html)
 
 
-def _curve(curve: Curve, style: Style, anchor: Curve) -> dict[str, Any]:
+def _curve(curve: Curve, style: Style, qualities: list[str], row: list[str]) -> dict[str, Any]:
     points = range(len(curve.values("bpp")))
     return {"name": curve.name, "kind": curve.kind, "shown": curve.shown,
             "color": style.color, "symbol": style.symbol, "glyph": style.glyph, "dash": style.dash,
             "width": style.width, "source": next((s for s in curve.meta("source") if s), ""),
             "description": curve.results.get("description", ""),
             "labels": [table.point_name(curve, i) for i in points],
-            "qualities": {key: curve.points(key) for key in QUALITIES},
-            "row": table.curve_row(curve, anchor)}
+            "qualities": {key: curve.points(key) for key in qualities}, "row": row}
 
 
-def _matrices(curves: Sequence[Curve]) -> dict[str, Any]:
+def _matrices(curves: Sequence[Curve], qualities: list[str]) -> dict[str, Any]:
     """BD-rates between all curves that are shown and have several points."""
     shown = [c for c in curves if c.shown and len(c.points()[0]) > 1]
     return {"names": [c.name for c in shown],
-            "values": {key: deltas.matrix(shown, key) for key in QUALITIES}}
+            "values": {key: deltas.matrix(shown, key) for key in qualities}}
 
 
 def _drop_last(pictures: dict[str, Any]) -> str:

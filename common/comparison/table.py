@@ -8,12 +8,19 @@ from typing import Any
 from common.comparison import deltas, gather
 from common.comparison.gather import KINDS, Curve
 from common.evaluation.curve_values import count, markdown, number
+from common.evaluation.further_metrics import METRICS
 
 HEAD = ["curve", "from", "points", "bpp", "PSNR", "MS-SSIM", "BD-rate %", "overlap dB", "M param.",
         "GMAC", "GMAC thop", "encode s", "decode s", "hardware", "steps"]
 MACS = ("GMAC: multiply-accumulates of a forward pass over one 768x512 image, with GDN, masked "
         "convolutions and attention, a transposed convolution counted per input pixel; \"thop\" "
         "counts as that tool does, per output pixel and without GDN and masked convolutions.")
+
+
+def head(further: Sequence[str] = ()) -> list[str]:
+    """HEAD with columns of further metrics after that of MS-SSIM."""
+    at = HEAD.index("MS-SSIM") + 1
+    return [*HEAD[:at], *(METRICS[key].name for key in further), *HEAD[at:]]
 
 
 def classical_name(name: str) -> str:
@@ -62,23 +69,24 @@ def _timed(curve: Curve) -> bool:
                for v in curve.values(key))
 
 
-def curve_row(curve: Curve, anchor: Curve) -> list[str]:
-    """Cells of a curve's row, in the order of HEAD."""
+def curve_row(curve: Curve, anchor: Curve, further: Sequence[str] = ()) -> list[str]:
+    """Cells of a curve's row, in the order of `head`."""
     found = None if curve is anchor else deltas.delta(anchor, curve)
     rate = "anchor" if curve is anchor else "-" if found is None else str(found)
     params = curve.cost.get("params_total")
     every, thop = macs(curve)
     return [curve.name, KINDS[curve.kind], str(len(curve.values("bpp"))),
             span(curve.values("bpp"), ".3f"), span(curve.values("psnr-rgb"), ".2f"),
-            span(curve.values("ms-ssim-rgb"), ".4f"), rate,
+            span(curve.values("ms-ssim-rgb"), ".4f"),
+            *(span(curve.values(key), ".4f") for key in further), rate,
             found.overlap if found else "-", number(params and params / 1e6, ".2f"),
             number(every, ".1f"), number(thop, ".1f"), span(curve.values("encoding_time"), ".3f"),
             span(curve.values("decoding_time"), ".3f"), hardware(curve), steps(curve)]
 
 
-def curves_table(curves: Sequence[Curve], anchor: Curve) -> str:
+def curves_table(curves: Sequence[Curve], anchor: Curve, further: Sequence[str] = ()) -> str:
     """A row per curve, and how its numbers are to be read."""
-    rows = [HEAD, *(curve_row(curve, anchor) for curve in curves)]
+    rows = [head(further), *(curve_row(curve, anchor, further) for curve in curves)]
     return f"{markdown(rows)}\n\nAnchor: {anchor.name}. {deltas.METHOD}\n\n{MACS}"
 
 
@@ -94,12 +102,13 @@ def point_name(curve: Curve, i: int) -> str:
     return ", ".join(words) or str(i + 1)
 
 
-def points_table(curves: Sequence[Curve]) -> str:
+def points_table(curves: Sequence[Curve], further: Sequence[str] = ()) -> str:
     """A row per operating point."""
-    rows = [["curve", "from", "point", "bpp", "PSNR", "MS-SSIM", "encode s", "decode s"]]
+    rows = [["curve", "from", "point", "bpp", "PSNR", "MS-SSIM",
+             *(METRICS[key].name for key in further), "encode s", "decode s"]]
     for curve in curves:
-        keys = {"bpp": ".4f", "psnr-rgb": ".2f", "ms-ssim-rgb": ".4f", "encoding_time": ".3f",
-                "decoding_time": ".3f"}
+        keys = {"bpp": ".4f", "psnr-rgb": ".2f", "ms-ssim-rgb": ".4f",
+                **dict.fromkeys(further, ".4f"), "encoding_time": ".3f", "decoding_time": ".3f"}
         columns = {key: curve.values(key) for key in keys}
         rows += [[curve.name, KINDS[curve.kind], point_name(curve, i),
                   *(number(columns[key][i], form) for key, form in keys.items())]

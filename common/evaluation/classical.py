@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, cli, data, processes
-from common.evaluation import intra_video
+from common.evaluation import further_metrics, intra_video
 from common.evaluation.image_sets import image_digest
 from common.evaluation.results import image_record, merge_points, operating_point, save_results
 from common.image_io import to_pillow
@@ -121,9 +121,12 @@ CODECS: dict[str, Classical] = {
 }
 
 
-def code_image(codec: str, path: Path, values: Sequence[int] | None = None, ms_ssim: bool = True
-               ) -> dict[int, dict[str, Any]]:
-    """Code one image with a codec in CODECS; rows of results by the values of its parameter."""
+def code_image(codec: str, path: Path, values: Sequence[int] | None = None, ms_ssim: bool = True,
+               further: Sequence[str] = ()) -> dict[int, dict[str, Any]]:
+    """Code one image with a codec in CODECS; rows of results by the values of its parameter.
+
+    further: keys of `further_metrics` to measure, too.
+    """
     classical, x = CODECS[codec], data.read_image(path)
     if need := classical.missing():  # it also registers the plug-in of Pillow
         raise UserError(f"{classical.name} is not installed; it needs: {need}")
@@ -131,7 +134,8 @@ def code_image(codec: str, path: Path, values: Sequence[int] | None = None, ms_s
     for value in values or classical.values:
         file, decoded, encoding, decoding = classical.code(x, value)
         rows[value] = (image_record(path.stem, x, decoded, len(file), ms_ssim, digest)
-                       | {"encoding_time": encoding, "decoding_time": decoding})
+                       | {"encoding_time": encoding, "decoding_time": decoding}
+                       | further_metrics.measure(further, x, decoded))
     return rows
 
 

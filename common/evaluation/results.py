@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, metrics
-from common.evaluation import image_sets
+from common.evaluation import further_metrics, image_sets
 from common.files import read_file, write_atomic
 
 from torch import Tensor
@@ -46,7 +46,8 @@ def operating_point(name: str, description: str, rows: list[dict[str, Any]], met
     """Results of one operating point: the means over the rows of its images."""
     if not rows:
         raise UserError("there are no images to evaluate: name a folder that holds some")
-    results = {key: [_mean([r.get(key) for r in rows])] for key in MEASURES}
+    further = [key for key in further_metrics.METRICS if all(key in row for row in rows)]
+    results = {key: [mean([r.get(key) for r in rows])] for key in (*MEASURES, *further)}
     meta = meta | {"images": len(rows)}
     if all("digest" in row for row in rows):
         meta["images_digest"] = image_sets.set_digest([row["digest"] for row in rows])
@@ -136,7 +137,8 @@ def _checked(curve: Any, path: str | Path) -> dict[str, Any]:
     return curve
 
 
-def _mean(values: list[float | None]) -> float | None:
+def mean(values: list[float | None]) -> float | None:
+    """The mean; None if a value is None."""
     numbers = [value for value in values if value is not None]
     return sum(numbers) / len(numbers) if len(numbers) == len(values) else None
 
