@@ -17,6 +17,7 @@ import argparse
 from pathlib import Path
 
 from common import UserError, cli, processes
+from common.coding import codecs
 from common.complexity import complexity_of_parts
 from common.evaluation import compare, evaluate, reproduction
 
@@ -68,8 +69,8 @@ def find(args: argparse.Namespace) -> dict[str, list[Path]]:
         return {name: [last_checkpoint(folder)]
                 for name, folder in zip(names, args.model_dir, strict=True)}
     bundled: dict[str, list[Path]] = {}
-    for path in sorted((HERE / "weights").glob("small-*.pth")):
-        experiment = path.stem.removeprefix("small-").rsplit("-", 1)[0]
+    for stem, path in codecs.bundled(HERE / "weights").items():
+        experiment = stem.rsplit("-", 1)[0]
         if args.experiment in (None, experiment):
             bundled.setdefault(experiment, []).append(path)
     if args.reproduce:

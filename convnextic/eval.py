@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, cli, processes
+from common.coding import codecs
 from common.coding.precision import use_precision
 from common.complexity import complexity
 from common.evaluation import compare, evaluate, reproduction
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
     """Weights to evaluate, by the name of the curve."""
-    small = sorted((HERE / "weights").glob("small-*.pth"))
+    small = list(codecs.bundled(HERE / "weights").values())
     if args.snapshot or args.checkpoint:
         paths = [args.snapshot] if args.snapshot else args.checkpoint
         return {evaluate.curve_name(paths): paths}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, cli, processes
+from common.coding import codecs
 from common.coding.precision import use_precision
 from common.evaluation import compare, evaluate, reproduction
 from common.files import write_atomic
@@ -106,8 +107,8 @@ def find_checkpoints(args: argparse.Namespace) -> dict[str, list[Path]]:
     if paths := args.path or args.checkpoint:
         return {evaluate.curve_name(paths): paths}
     bundled: dict[str, list[Path]] = {}
-    for path in sorted((HERE / "weights").glob("small-*.pth")):
-        name, lmbda = path.stem.removeprefix("small-").rsplit("-", 1)
+    for stem, path in codecs.bundled(HERE / "weights").items():
+        name, lmbda = stem.rsplit("-", 1)
         wanted = args.architecture in (None, f"zyc2022-{name}", name)
         if wanted and (args.quality is None or lmbda in args.quality.split(",")):
             bundled.setdefault(name, []).append(path)

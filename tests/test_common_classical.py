@@ -3,6 +3,7 @@
 HEVC, VVC and JPEG XL are tested where their optional packages are installed.
 """
 
+import dataclasses
 import io
 import json
 
@@ -82,6 +83,13 @@ def test_a_codec_that_is_not_installed_is_named(monkeypatch, tmp_path, tiny_imag
     assert problems == ["NEW is left out: it needs pip install a-new-codec"]
 
 
+def test_an_ffmpeg_without_the_encoder_is_named():
+    codec = installed("hevc")
+    assert intra_video.has_encoder("libx265") and not intra_video.has_encoder("libx26")
+    missing = dataclasses.replace(codec, encoder="libx999")
+    assert missing.missing() == "libx999 in ffmpeg: pip install 'imageio-ffmpeg>=0.8'"
+
+
 def test_what_was_measured_is_not_measured_again(monkeypatch, tmp_path, tiny_image):
     """An interrupted file is; and an image under another name is the same image."""
     for name in "ab":
@@ -112,7 +120,7 @@ def test_what_was_measured_is_not_measured_again(monkeypatch, tmp_path, tiny_ima
 def test_jpeg_is_within_three_percent_of_the_published_curve():
     """Same 24 images, same encoder: what is left is another version of Pillow and of libjpeg."""
     curves = gather.published(gather.ROOT, image_sets.KNOWN["Kodak"], [])
-    theirs = gather.find(curves, gather.same_codecs()["JPEG"])
+    theirs = gather.find(curves, gather.same_codecs()["JPEG"][0])
     paths = data.list_images(data.KODAK)
     ours = gather.Curve("ours", "classical", classical.jpeg(paths, (10, 30, 50, 70, 90), False))
     found = deltas.delta(theirs, ours)

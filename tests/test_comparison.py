@@ -310,4 +310,9 @@ def test_the_front_page_is_written_from_files(tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| JPEG (measured)"))
     vtm = gather.find(gather.published(ROOT, KODAK, []), "VTM")
     assert f"{deltas.delta(vtm, jpeg).rate:+.1f} |" in row
+    webp = curve([0.3, 0.6], [27.0, 30.0], "WebP", "classical")
+    front_page.save_classical(root, [webp])  # what is not measured this time stays
+    kept = load_published(root / "common/results/classical.json")
+    assert {c["name"]: c["results"] for c in kept} == {c.name: c.results["results"]
+                                                       for c in (jpeg, webp)}
     assert (root / "common/results/compare.png").read_bytes().startswith(b"\x89PNG")

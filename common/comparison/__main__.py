@@ -4,8 +4,8 @@
     python -m common.comparison --dataset DIR         any folder: bundled weights are coded on it
     python -m common.comparison --anchor "JPEG (measured)" --codecs jpeg webp
 
-Writes compare.md, compare.json, compare.png and compare.html, a page that works without a network, into the
-folder of --into, and keeps there what was measured: a second call takes seconds.
+Writes compare.md, compare.json, compare.png and compare.html, a page that works without a network,
+into the folder of --into, and keeps there what was measured: a second call takes seconds.
 """
 
 from __future__ import annotations

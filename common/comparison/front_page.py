@@ -16,6 +16,7 @@ from typing import Any
 from common.comparison import gather, plot, style, table
 from common.comparison.gather import Curve
 from common.evaluation import image_sets
+from common.evaluation.classical import CODECS
 from common.evaluation.curve_values import entry, markdown, number, psnr_at
 from common.evaluation.results import format_json, load_published, load_results
 from common.files import write_atomic
@@ -30,9 +31,16 @@ COLUMNS = {"curve": "curve", "from": "from", "points": "points", "bpp": "bits pe
 
 
 def save_classical(root: Path, curves: Sequence[Curve]) -> None:
-    """Write the results of classical codecs, without those of each image."""
-    kept = [{key: value for key, value in curve.results.items() if key != "per_image"}
-            for curve in curves]
+    """Write the results of classical codecs, without those of each image.
+
+    Codecs that were not measured this time keep their results.
+    """
+    old = load_published(_classical(root)) if _classical(root).exists() else []
+    new = [curve.results for curve in curves]
+    by_name = {curve["name"]: {key: value for key, value in curve.items()
+                               if key not in ("per_image", "dataset")} for curve in [*old, *new]}
+    kept = [by_name.pop(codec.name) for codec in CODECS.values() if codec.name in by_name]
+    kept += by_name.values()  # codecs that are no longer in CODECS
     content: dict[str, Any] = {
         "source": "make compare, with --publish", "dataset": f"{DATASET}, 24 images, mean over "
         "images", "reference": kept[0]["name"], "curves": kept}
@@ -58,7 +66,8 @@ def text_of(curves: Sequence[Curve]) -> str:
         cells = table.curve_row(curve, anchor)
         rows.append([cells[i] for i in indexes])
     lines = [f"Anchor: {anchor.name}.", *table.checks(curves)]
-    return "\n\n".join([markdown(rows), *(textwrap.fill(line, 100) for line in lines)])
+    return "\n\n".join([markdown(rows), *(textwrap.fill(line, 100, break_on_hyphens=False)
+                                          for line in lines)])
 
 
 def at_equal_rate(root: Path) -> str:

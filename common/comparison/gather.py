@@ -153,7 +153,7 @@ def published(root: Path, digest: str, problems: list[str]) -> list[Curve]:
     return found
 
 
-def same_codecs() -> dict[str, str]:
+def same_codecs() -> dict[str, list[str]]:
     """Names of published curves, by the classical codec that we measure too."""
     return dict(_general([]).get("same_codec", {}))
 

@@ -116,6 +116,7 @@ def _measure(codec: str, path: Path, file: Path, further: Sequence[str]) -> str:
         return f"{path.name}: {e}"
     old = _rows(file)  # whose times and further metrics stay
     merged = {value: row | old.get(str(value), {}) for value, row in rows.items()}
-    text = json.dumps({"rows": merged, "hardware": processes.describe_hardware(torch.device("cpu"))})
+    hardware = processes.describe_hardware(torch.device("cpu"))
+    text = json.dumps({"rows": merged, "hardware": hardware})
     write_atomic(file, text.replace("NaN", "null").replace("Infinity", "null").encode())
     return ""

@@ -120,10 +120,11 @@ def checks(curves: Sequence[Curve]) -> list[str]:
     """Lines that compare the classical codecs measured here with published curves of them."""
     lines = []
     by_name = {(curve.kind, curve.name): curve for curve in curves}
-    for ours, theirs in gather.same_codecs().items():
+    pairs = [(ours, theirs) for ours, names in gather.same_codecs().items() for theirs in names]
+    for ours, theirs in pairs:
         a, b = by_name.get(("published", theirs)), by_name.get(("classical", classical_name(ours)))
         if a and b and (found := deltas.delta(a, b)):
-            version = next((v for v in a.meta("version") if v), theirs)
-            lines.append(f"{ours} measured here against the published {theirs} ({version}): "
+            version = next((f" ({v})" for v in a.meta("version") if v and v != theirs), "")
+            lines.append(f"{ours} measured here against the published {theirs}{version}: "
                          f"BD-rate {found} %, over {found.overlap} dB.")
     return lines

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common import UserError, cli, data, processes
-from common.coding import entropy
+from common.coding import codecs, entropy
 from common.coding.contract import Codec, Coded
 from common.evaluation.results import save_results
 from common.loss import RateDistortionLoss
@@ -178,7 +178,7 @@ def lacks(paper: str) -> str:
 
 
 def weights(paper: str) -> list[Path]:
-    return sorted((ROOT / paper / "weights").glob("*.pth"))
+    return list(codecs.bundled(codecs.weights_folder(paper)).values())
 
 
 def among_papers(papers: list[str], rounds: int) -> None:

@@ -38,6 +38,7 @@ class Classical:
 
     code: (image (3, H, W) uint8, value) -> file, decoded image, seconds to encode and to decode.
     package: name on the package index and name to import, if Pillow alone is not enough.
+    encoder: what the ffmpeg of imageio-ffmpeg must have, as in "libvvenc".
     feature: what Pillow must have been built with.
     """
 
@@ -47,6 +48,7 @@ class Classical:
     values: Sequence[int]
     code: Callable[[Tensor, int], Coded]
     package: tuple[str, str] | None = None
+    encoder: str | None = None
     feature: str | None = None
     suffix: str = ""  # of its files, where browsers show them
     version: Callable[[], str] = field(default=lambda: f"Pillow {PIL.__version__}")
@@ -59,6 +61,8 @@ class Classical:
                 importlib.import_module(module)
             except ImportError:
                 return f"pip install {distribution}"
+        if self.encoder and not intra_video.has_encoder(self.encoder):
+            return f"{self.encoder} in ffmpeg: pip install 'imageio-ffmpeg>=0.8'"
         if self.feature and not features.check(self.feature):
             return f"a Pillow that is built with {self.feature}"
         return ""
@@ -116,7 +120,7 @@ CODECS: dict[str, Classical] = {
         package=("imageio-ffmpeg", "imageio_ffmpeg"), version=intra_video.version),
     "vvc": Classical(
         "VVC intra", "VVenC, 4:2:0 (it has no 4:4:4), 10 bit, BT.709, preset fast", "QP",
-        (49, 43, 37, 32, 27, 22), intra_video.vvc,
+        (49, 43, 37, 32, 27, 22), intra_video.vvc, encoder="libvvenc",
         package=("imageio-ffmpeg", "imageio_ffmpeg"), version=intra_video.version),
 }
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common import UserError, cli, data, image_check, locks, processes
-from common.coding import bitstream, precision
+from common.coding import bitstream, codecs, precision
 from common.coding.contract import Codec
 from common.coding.image_file import crop, decode_images, encode_images, pad
 from common.coding.model_file import load_checkpoint
@@ -67,7 +67,7 @@ def find_checkpoints(args: argparse.Namespace, bundled: Path, prefix: str,
     prefix: default of train.py. names: the spellings of --model_name; an epoch is searched for in
     all runs of this model under ./ckpts.
     """
-    small = sorted(bundled.glob("small-*.pth"))
+    small = list(codecs.bundled(bundled).values())
     if args.checkpoint:
         if args.load_model_epoch is not None:
             raise UserError("--checkpoint, --load_model_epoch: give one of them")

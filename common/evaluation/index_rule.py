@@ -18,9 +18,9 @@ from pathlib import Path
 from unittest import mock
 
 from common import UserError, cli, data
-from common.coding import exact, image_file
+from common.coding import codecs, exact, image_file
 from common.files import write_atomic
-from common.papers import ROOT, papers
+from common.papers import papers
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     images = [data.to_float(data.read_image(path)) for path in paths]
     rows = {}
     for paper in args.papers or papers():
-        for weights in sorted((ROOT / paper / "weights").glob("*.pth")):
+        for weights in codecs.bundled(codecs.weights_folder(paper)).values():
             try:
                 sizes = measure(paper, weights, images)
             except UserError as e:  # a variable rate without a default

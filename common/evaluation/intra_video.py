@@ -41,6 +41,14 @@ def version() -> str:
     return f"ffmpeg {lines.split()[2]}"
 
 
+@functools.cache
+def has_encoder(name: str) -> bool:
+    """Whether it was built with this encoder; that of imageio-ffmpeg 0.6 has none for VVC."""
+    lines = subprocess.run([ffmpeg(), "-hide_banner", "-encoders"], capture_output=True, text=True,
+                           check=True).stdout.splitlines()
+    return any(line.split()[1:2] == [name] for line in lines)
+
+
 def to_ycbcr(x: Tensor) -> Tensor:
     """RGB x (3, H, W), uint8 -> Y in [0, 1], Cb and Cr in [-1/2, 1/2], float64."""
     r, g, b = x.double() / 255

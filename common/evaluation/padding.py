@@ -29,16 +29,14 @@ are multiples of the step are not padded, and their files are the same.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Iterator
-from pathlib import Path
 
 from common import cli, data, metrics
-from common.coding import bitstream
+from common.coding import bitstream, codecs
 from common.coding.contract import Codec
 from common.coding.image_file import decode_images, pack_images, pad
-from common.papers import ROOT, papers
+from common.papers import papers
 
 import torch
 import torch.nn.functional as F
@@ -96,9 +94,8 @@ def main(argv: list[str] | None = None) -> None:
                         help="lmbda for weights of a variable rate")
     args = parser.parse_args(argv)
     for paper in args.papers:
-        load = importlib.import_module(f"{paper}.model").load
-        for path in sorted(Path(ROOT, paper, "weights").glob("small-*.pth")):
-            model = load(path)
+        for path in codecs.bundled(codecs.weights_folder(paper)).values():
+            model = codecs.loader(paper)(path)
             for size in SIZES:
                 print(f"{paper} {path.stem}, {size[0]}x{size[1]}: {cost(model, size, args.lmbda)}",
                       flush=True)

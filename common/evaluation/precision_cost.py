@@ -9,14 +9,13 @@ the hardware, so the costs hold for every machine; speed needs bfloat16 products
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from pathlib import Path
 from typing import Any
 
 from common import cli, data
-from common.coding import bitstream
+from common.coding import bitstream, codecs
 from common.coding.contract import Codec
 from common.coding.image_file import decode_image, encode_image
 from common.coding.precision import PRECISIONS, use_precision
@@ -75,9 +74,8 @@ def main() -> None:
     args = parser.parse_args()
     images, rows = crops(), {}
     for paper in papers():
-        load = importlib.import_module(f"{paper}.model").load
-        for path in ends(sorted((ROOT / paper / "weights").glob("small-*.pth"))):
-            model = load(path)
+        for path in ends(list(codecs.bundled(codecs.weights_folder(paper)).values())):
+            model = codecs.loader(paper)(path)
             rate = LMBDA if getattr(model, "variable_rate", False) else {}
             row = rows[f"{paper} {path.stem}"] = cost(model, list(images.values()), **rate)
             print(f"{paper} {path.stem}: bits {row['rate_percent']:+.3f} %, decoder "
