@@ -250,6 +250,17 @@ def test_without_piq_the_rest_is_compared(compared, monkeypatch):
     assert "JPEG (measured)" in text and f"| {comparison_cases.PAPER}, small" in text
 
 
+def test_metrics_go_to_the_curve_that_was_coded():
+    """Results files hold eight digits; another paper, or another rate, is another curve."""
+    results = {"results": {"bpp": [0.123456789, 0.2], "vif": [0.4, 0.5]}}
+    bundled = [own.Bundled("a", "small", [], results, [])]
+    for paper, rates, taken in (("a", [0.12345679, 0.2], True), ("b", [0.12345679, 0.2], False),
+                                ("a", [0.12345679, 0.21], False), ("a", [0.12345679], False)):
+        ours = Curve("x", "ours", {"results": {"bpp": rates}}, paper)
+        own.take_metrics(ours, bundled, ["vif"])
+        assert (ours.results["results"].get("vif") == [0.4, 0.5]) is taken
+
+
 def test_names_and_scales_of_further_metrics():
     assert further_metrics.chosen("") == []
     assert further_metrics.chosen("all") == list(further_metrics.METRICS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -120,16 +121,14 @@ def add_metrics(bundled: Sequence[Bundled], paths: Sequence[Path], further: Sequ
 
 
 def take_metrics(curve: Curve, bundled: Sequence[Bundled], further: Sequence[str]) -> None:
-    """Give a curve the further metrics of the bundled weights, where the rates are the same."""
-    for other in map(as_curve, bundled):
-        same = other.paper == curve.paper and _rates(other) == _rates(curve)
-        if same and other.results is not curve.results:
-            curve.results["results"] |= {key: other.results["results"][key] for key in further}
-
-
-def _rates(curve: Curve) -> list[str]:
-    """Rates to the eight digits that results files hold."""
-    return [f"{rate:.7g}" for rate in curve.results["results"]["bpp"]]
+    """Give a curve the further metrics of the bundled weights, where paper and rates are the same.
+    """
+    rates = curve.results["results"]["bpp"]
+    for other in bundled:
+        found = other.results["results"]
+        if other.paper == curve.paper and len(found["bpp"]) == len(rates) and all(
+                math.isclose(a, b, rel_tol=1e-6) for a, b in zip(found["bpp"], rates, strict=True)):
+            curve.results["results"] |= {key: found[key] for key in further}
 
 
 def _metrics(original: Path, decoded: Path, further: Sequence[str]) -> dict[str, float | None]:
