@@ -3,7 +3,7 @@
 import json
 import time
 
-from common import UserError, pages
+from common import UserError, html_page
 from common.evaluation import curves, curves_page, runs
 from common.training.log import Log
 
@@ -86,7 +86,7 @@ def test_long_series_are_thinned_and_keep_their_end(monkeypatch):
 
 
 def test_missing_plotly_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(pages, "missing", lambda: "pip install plotly")
+    monkeypatch.setattr(html_page, "missing", lambda: "pip install plotly")
     with pytest.raises(UserError, match="^--html needs Plotly: pip install plotly$"):
         curves.main([str(tmp_path), "--html", str(tmp_path / "a.html")])
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import UserError, cli, data, pages
+from common import UserError, cli, data, html_page
 from common.comparison import front_page, gather, measured, own, page, plot, style, table, viewer
 from common.comparison.gather import Curve, Kind
 from common.datasets import Item
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
     written = ["compare.md", "compare.json", "compare.png"]
     styles = style.styles(found.curves)
     plot.plot(found.curves, styles, f"{found.title}, mean", args.into / "compare.png")
-    if need := pages.missing():
+    if need := html_page.missing():
         found.problems.append(f"compare.html is not written: {need}")
     else:
         pictures = None if args.no_viewer else viewer.pictures(

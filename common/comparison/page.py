@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import pages
+from common import html_page
 from common.comparison import deltas, table
 from common.comparison.gather import KINDS, Curve
 from common.comparison.style import Style
@@ -14,7 +14,7 @@ from common.evaluation.further_metrics import METRICS
 from common.files import write_atomic
 
 PARTS = Path(__file__).parent / "page"
-SCRIPTS = ("plots.js", "tables.js", "viewer.js", "page.js")  # over those of `common.pages`
+SCRIPTS = ("plots.js", "tables.js", "viewer.js", "page.js")  # over those of `common.html_page`
 LIMIT = 15_000_000  # bytes of the page; the last images are left out beyond
 QUALITIES = {"psnr-rgb": "PSNR (dB)", "ms-ssim-rgb": "MS-SSIM (dB)"}
 
@@ -33,12 +33,12 @@ def write(path: Path, title: str, curves: Sequence[Curve], styles: Sequence[Styl
         "curves": [_curve(curve, style, list(qualities), table.curve_row(curve, anchor, further))
                    for curve, style in zip(curves, styles, strict=True)],
         "matrices": _matrices(curves, list(qualities)), "viewer": pictures}
-    html = pages.assemble(PARTS, "page", SCRIPTS, content)
+    html = html_page.assemble(PARTS, "page", SCRIPTS, content)
     while pictures and len(pictures["images"]) > 1 and len(html) > LIMIT:
         name = _drop_last(pictures)
         content["notes"].append(f"{name} is left out, as the page would exceed "
                                 f"{LIMIT / 1e6:g} MB")
-        html = pages.assemble(PARTS, "page", SCRIPTS, content)
+        html = html_page.assemble(PARTS, "page", SCRIPTS, content)
     write_atomic(path, html)
 
 

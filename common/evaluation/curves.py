@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common import UserError, cli, pages
+from common import UserError, cli, html_page
 from common.evaluation import compare
 from common.evaluation.curves_page import write_page
 from common.evaluation.runs import read_epochs, read_run
@@ -32,7 +32,7 @@ def flags() -> cli.Parser:
 
 def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
-    if args.html and (need := pages.missing()):
+    if args.html and (need := html_page.missing()):
         raise UserError(f"--html needs Plotly: {need}")
     names = compare.distinct([f.resolve().parts[-4:][0] for f in args.folders],  # paper
                              [str(f) for f in args.folders])

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from common import pages
+from common import html_page
 from common.evaluation.curve_values import number
 from common.evaluation.runs import Points, TrainingRun
 from common.files import write_atomic
@@ -32,7 +32,7 @@ def write_page(path: Path, runs: dict[str, TrainingRun]) -> None:
                "runs": [{"name": name, "row": _row(name, run),
                          "series": [_series(*key, points) for key, points in run.series.items()]}
                         for name, run in runs.items()]}
-    write_atomic(path, pages.assemble(PARTS, "curves", ["curves.js"], content))
+    write_atomic(path, html_page.assemble(PARTS, "curves", ["curves.js"], content))
 
 
 def _series(name: str, kind: str, points: Points) -> dict[str, Any]:
