@@ -24,6 +24,7 @@ def flags() -> cli.Parser:
     add = parser.add_argument
     add("folders", type=Path, nargs="+", metavar="RUN",
         help="log folder of a run, which holds its log.txt: <paper>/logs/<prefix>/<exp_version>")
+    add("--names", nargs="+", help="names of the runs in table, plot and page")
     add("--plot", type=Path, help="PNG file to write; curves.png if neither it nor --html is given")
     add("--html", type=Path, help="page to write, one file that works from disk: curves of all "
         "logged quantities that can be switched on and off, and a table of the runs")
@@ -34,8 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
     if args.html and (need := html_page.missing()):
         raise UserError(f"--html needs Plotly: {need}")
-    names = compare.distinct([f.resolve().parts[-4:][0] for f in args.folders],  # paper
-                             [str(f) for f in args.folders])
+    if args.names and len({*args.names}) != len(args.folders):
+        raise UserError(f"--names: give {len(args.folders)} different names, one for each run")
+    names = args.names or compare.distinct(
+        [f.resolve().parts[-4:][0] for f in args.folders],  # paper
+        [str(f) for f in args.folders])
     rows = {name: read_epochs(folder) for name, folder in zip(names, args.folders, strict=True)}
     print(last_epochs(rows))
     if args.plot or not args.html:

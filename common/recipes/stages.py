@@ -251,6 +251,11 @@ class Curve(Job):
             dataset=[*self.dataset, images] if images else [], threads=self.settings.threads,
             device=self.settings.device, flags=self.evaluate, into=self.outputs()[-1].parent,
             evaluated=self.copy_weights)
+        logs = {stage.name: log.parent for stage in self.files.values()
+                for folder in stage.folders for log in sorted(folder.rglob("log.txt"))[-1:]}
+        if logs:
+            yield ["-m", "common.evaluation.curves", *logs.values(), "--names", *logs,
+                   "--plot", self.outputs()[-1].with_name(f"{self.name}-training.png")]
         print(self.output(), end="", flush=True)
         for file in self.files if self.bundle else ():
             (self.folder / file).unlink()

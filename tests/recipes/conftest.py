@@ -4,7 +4,7 @@ from common import cli
 from common.recipes import weights
 
 import pytest
-from recipes_cases import EVAL, EXPORT, PAGES, TRAIN, WEIGHTS
+from recipes_cases import CURVES, EVAL, EXPORT, PAGES, TRAIN, WEIGHTS
 
 
 @pytest.fixture
@@ -13,6 +13,7 @@ def root(tmp_path, monkeypatch):
     monkeypatch.setattr(weights.os, "nice", lambda _: 0)
     for name, text in {"fake/weights.yaml": WEIGHTS, "fake/train.py": TRAIN, "fake/eval.py": EVAL,
                        "common/recipes/export.py": EXPORT, "common/recipes/pages.py": PAGES,
+                       "common/evaluation/curves.py": CURVES,
                        "common/__init__.py": ""}.items():
         path = tmp_path / "root" / name
         path.parent.mkdir(parents=True, exist_ok=True)

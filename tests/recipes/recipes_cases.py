@@ -71,6 +71,12 @@ from pathlib import Path
 paper, checkpoint, _, output, _, steps = sys.argv[1:]
 Path(output).write_text(f"{Path(checkpoint).read_text()} {steps}")
 """
+CURVES = """
+import sys
+from pathlib import Path
+words = sys.argv[1:]
+Path(words[-1]).write_text(" ".join(words[:-2]))
+"""
 PAGES = """
 import shutil, sys
 from pathlib import Path

@@ -21,6 +21,9 @@ def test_chain(root, make):
     assert [Path(file).name for file in files] == ["small-0.0035.pth", "small-0.013.pth"]
     record = json.loads((home / "ckpts" / "weights" / "13" / "stage.json").read_text())
     assert record["done"] and record["checkpoint"] == "epoch_2.pth" and record["ended"]
+    logs = (home / "results" / "small-training.png").read_text().split()
+    assert logs == [str(home / "logs" / "weights" / run) for run in ("35", "13")] + [
+        "--names", "0.0035", "0.013"]
     assert make() == ["nothing to do: fake/small is done"]
     assert any("0.013" in line and "done" in line for line in make("--list"))
 
