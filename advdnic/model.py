@@ -281,7 +281,7 @@ class Experiment(Codec):
         batch, _, height, width = psi.shape
         assert isinstance(self.context_model, PixelCNN)
         first, rest = exact.rows_of(self.entropy_parameters, "entropy_parameters", psi.device)
-        known = first.sums(psi.permute(0, 2, 3, 1).reshape(batch * height * width, -1))
+        known = first(psi.permute(0, 2, 3, 1).reshape(batch * height * width, -1))
         known = known.unflatten(0, (batch, -1))
         kind = Steps if self.context_model.stages else Waves
         decoded = kind(self.context_model, batch, height, width, psi.device)

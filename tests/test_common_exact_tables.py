@@ -42,6 +42,25 @@ def test_smooth_activations_are_read_from_a_table(layer):
     assert ((exact_units % 1) - 0.5).abs().min() > 2.0**-30
 
 
+@pytest.mark.parametrize("boundaries, by_table", [
+    (exact.scale_boundaries(torch.logspace(-1, 2.4, 64)), True),
+    (exact.scale_boundaries(torch.logspace(-1, 2.4, 64)) / 3.7, True),
+    (torch.tensor([1.0, 1.001, 5.0], dtype=torch.float64), False),  # too close for the table
+    (torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64), False)])
+def test_intervals_equal_bucketize(boundaries, by_table):
+    """At the boundaries, right below and above them, between, and outside."""
+    intervals = exact.Intervals(boundaries)
+    assert (intervals.below is not None) == by_table
+    infinity = torch.full_like(boundaries, torch.inf)
+    x = torch.cat([boundaries, torch.nextafter(boundaries, infinity),
+                   torch.nextafter(boundaries, -infinity), torch.linspace(-3, 400, 5000).double(),
+                   torch.tensor([0.0, -0.0, 1e-300, 1e300, -1e300, torch.inf]).double()])
+    x = x[: len(x) // 2 * 2].view(2, -1)
+    expected = torch.bucketize(x, boundaries, out_int32=True)
+    assert torch.equal(intervals(x), expected) and intervals(x).dtype == torch.int32
+    assert torch.equal(intervals(x[:, 7:]), expected[:, 7:])  # not contiguous, as a chunk
+
+
 def test_scale_indexes_are_nearest_in_ratio():
     table = torch.exp(torch.linspace(math.log(0.11), math.log(256), 64))
     gaussian = GaussianConditional(None)

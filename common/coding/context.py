@@ -93,6 +93,7 @@ class Context:
         device, channels = params.device, layers[0].in_channels
         self.shape = (batch, channels, height, width)
         self.boundaries = exact.scale_boundaries(scale_table.to(device)) / gain
+        self.intervals = exact.Intervals(self.boundaries)
         self.gain = gain
         mantissa, exponent = math.frexp(gain)
         self.mean_bits = MEAN_BITS + max(0, exponent - (mantissa == 0.5))
@@ -129,15 +130,14 @@ class Context:
         sums: Tensor | None = None
         for rows, place in self.known:
             rows = rows if places is None else rows.index_select(0, places)
-            sums = self.first.sums(rows, place, sums)
+            sums = self.first(rows, place, sums)
         assert sums is not None  # `params` is always known
         return sums
 
     def predict(self, positions: Tensor, context: int | bool = True) -> tuple[Tensor, Tensor]:
         """CDF indexes and means, each (B, n, M), of the latents at positions (n,)."""
         scales, means = self.parameters(positions, context)
-        return (torch.bucketize(scales.contiguous(), self.boundaries, out_int32=True),
-                exact.round_to_grid(means, self.mean_bits))
+        return self.intervals(scales), exact.round_to_grid(means, self.mean_bits)
 
     def parameters(self, positions: Tensor, context: int | bool = True) -> tuple[Tensor, Tensor]:
         """Scales and means, each (B, n, M) float64, of the latents at positions (n,).
@@ -157,8 +157,6 @@ class Context:
             taps = self.row_of.index_select(0, places)[:, None] + self.taps[which]
             seen = self._seen(self.neighbours[which], taps)
             x = self.first(seen, self.places_in_first[which], x)
-        else:
-            x = x * self.first.scale
         for layer in self.rest:
             x = layer(x)
         scales, means = x[:n].view(batch, len(positions), -1).chunk(2, dim=2)
@@ -168,7 +166,7 @@ class Context:
         """The context of positions whose neighbours are in the rows `taps` (n, t)."""
         if self.digits is None or layer.digits is None:
             return layer(self.rows.index_select(0, taps.view(-1)).view(len(taps), -1))
-        return self.digits.sums(layer.digits, taps).add_(layer.bias).mul_(layer.scale)
+        return torch.addcmul(layer.offset, self.digits.sums(layer.digits, taps), layer.scale)
 
     def walk(self, groups: Iterable[Tensor], symbols: Symbols, context: int | bool = True) -> None:
         """Code one group of positions after the other, as encoder or as decoder.

@@ -96,12 +96,17 @@ class Rows:
     A layer can be summed in parts: `sums` of some inputs may be computed beforehand. The weight is
     stored as (inputs, outputs): with few rows, MKL multiplies by a transposed matrix several times
     slower.
+
+    Each output channel of the weight is multiplied by the power of two of its unit, so a sum needs
+    no scaling: its terms are integers times that power, and remain exact. For a layer behind this
+    one, outputs can be multiplied by 2^out_bits, too; inputs that come so have in_bits.
     """
 
     @torch.no_grad()
-    def __init__(self, layer: Linear, name: str, device: torch.device):
+    def __init__(self, layer: Linear, name: str, device: torch.device, in_bits: int = 0,
+                 out_bits: int = 0):
         prepared = exact_layers.prepare(layer, name, device)
-        if prepared.rows is None:
+        if (known := prepared.rows.get(out_bits)) is None:
             out, inputs, kh, kw = prepared.weight.shape
             mask = mask_of(layer)
             if prepared.groups != 1 or (mask is None and kh * kw > 1):
@@ -114,11 +119,14 @@ class Rows:
             bits = prepared.grid_bits + prepared.clamp_bits
             small = len(taps) == 1 or bits > exact_int8.INPUT_BITS
             digits = None if small else exact_int8.TapDigits.of(weight)
-            prepared.rows = weight.t().contiguous(), digits, taps
-        self.weight, self.digits, self.taps = prepared.rows
-        self.bias = prepared.bias.view(-1)
-        self.scale = prepared.scale.view(-1)
+            scale = prepared.scale.view(-1) * 2.0**out_bits
+            known = (weight.t() * scale).contiguous(), scale, digits, taps
+            prepared.rows[out_bits] = known
+        self.weight, self.scale, self.digits, self.taps = known
+        self.bias = prepared.bias.view(-1)  # integers, in units of the scale
+        self.offset = self.bias * self.scale
         self.grid_bits, self.clamp_bits = prepared.grid_bits, prepared.clamp_bits
+        self.in_bits = in_bits
 
     def reorder(self, order: Tensor) -> None:
         """Let input k be what was input order[k]; order: a permutation of the inputs of a 1x1
@@ -127,28 +135,41 @@ class Rows:
         self.weight = self.weight[order]
 
     def quantise(self, x: Tensor) -> Tensor:
-        """Inputs as integers, in float64."""
-        return exact_tables.quantise(x, self.grid_bits, self.clamp_bits)
-
-    def sums(self, x: Tensor, first: int = 0, begun: Tensor | None = None) -> Tensor:
-        """Partial sums over the inputs from `first` on, added to `begun` (by default the bias).
-
-        They are integers, so parts can be summed in any order.
-        """
-        x = self.quantise(x)
-        products = torch.mm(x, self.weight[first : first + x.shape[1]])
-        return products.add_(self.bias if begun is None else begun)
+        """Inputs as integers, in float64; overwrites x if it comes in their unit."""
+        if self.in_bits == self.grid_bits:
+            limit = 2.0 ** (self.grid_bits + self.clamp_bits)
+            return x.round_().clamp_(-limit, limit)
+        return exact_tables.quantise(x, self.grid_bits - self.in_bits,
+                                     self.clamp_bits + self.in_bits)
 
     def __call__(self, x: Tensor, first: int = 0, begun: Tensor | None = None) -> Tensor:
-        """x: (n, inputs), float64; or the inputs from `first` on, with the `sums` of all others."""
-        return self.sums(x, first, begun).mul_(self.scale)
+        """Sums over the inputs x (n, inputs), float64, from input `first` on.
+
+        begun: sums over other inputs, to which these are added; by default the bias. As all terms
+        are integers times the same power of two, parts can be summed in any order.
+        """
+        weight = self.weight[first : first + x.shape[1]]
+        # faster with few rows than torch.addmm
+        return torch.mm(self.quantise(x), weight).add_(self.offset if begun is None else begun)
 
 
 def rows_of(layers: nn.Sequential, name: str, device: torch.device
             ) -> tuple[Rows, list[Callable[[Tensor], Tensor]]]:
-    """The first layer of a chain of 1x1 convolutions and activations, for rows; and the others."""
-    first, *rest = (Rows(layer, f"{name}.{i}", device) if isinstance(layer, nn.Conv2d)
-                    else partial(activate, layer, f"{name}.{i}") for i, layer in enumerate(layers))
+    """The first layer of a chain of 1x1 convolutions and activations, for rows; and the others.
+
+    Between two convolutions, values are in the unit of the second one's input where the activation
+    permits it. They are for the other layers only, which overwrite them.
+    """
+    chain = [*layers]
+    bits = [0] * (len(chain) + 1)  # values before layer i are multiplied by 2^bits[i]
+    for i in range(len(chain) - 2):
+        conv, act, after = chain[i : i + 3]
+        if (isinstance(conv, nn.Conv2d) and isinstance(after, nn.Conv2d)
+                and isinstance(act, (nn.ReLU, nn.LeakyReLU))):  # which commute with a factor
+            bits[i + 1] = bits[i + 2] = exact_layers.settings_of(after)["grid_bits"]
+    first, *rest = (Rows(layer, f"{name}.{i}", device, bits[i], bits[i + 1])
+                    if isinstance(layer, nn.Conv2d) else partial(activate, layer, f"{name}.{i}")
+                    for i, layer in enumerate(chain))
     if not isinstance(first, Rows):
         raise UserError(f"layer {name}.0 cannot be applied to rows")
     return first, list(rest)
@@ -220,6 +241,39 @@ def scale_boundaries(scale_table: Tensor) -> Tensor:
     """Boundaries (float64) between neighbouring entries of `scale_table`, for `scale_indexes`."""
     table = scale_table.double()
     return sqrt(table[:-1] * table[1:])
+
+
+class Intervals:
+    """torch.bucketize(x, boundaries, out_int32=True) for float64, several times faster on CPUs.
+
+    The leading bits of a positive float64 number the bins of a table: 32 for each power of two. A
+    bin holds at most one boundary, with which x is compared; boundaries that are closer together,
+    or not positive, leave the work to torch.bucketize, which searches through all of them.
+    """
+
+    SHIFT = 52 - 5
+
+    def __init__(self, boundaries: Tensor):
+        """boundaries: float64, increasing."""
+        self.boundaries = boundaries
+        self.lowest = 0
+        self.below: Tensor | None = None
+        if boundaries.device.type != "cpu" or not len(boundaries) or not boundaries[0] > 0:
+            return
+        bins = boundaries.view(torch.int64) >> self.SHIFT
+        self.lowest, count = int(bins[0]), int(bins[-1] - bins[0]) + 1
+        bins -= self.lowest
+        if len(bins.unique()) == len(bins):
+            self.below = torch.searchsorted(bins, torch.arange(count)).int()
+            self.inside = torch.full((count,), math.inf, dtype=torch.float64)
+            self.inside[bins] = boundaries
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """For each x, float64, the number of boundaries that are smaller (int32)."""
+        if self.below is None:
+            return torch.bucketize(x.contiguous(), self.boundaries, out_int32=True)
+        bins = (x.view(torch.int64) >> self.SHIFT).sub_(self.lowest).clamp_(0, len(self.below) - 1)
+        return self.below.take(bins).add_(x > self.inside.take(bins))
 
 
 def sqrt(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ DIGITS_MAX = 127 * 257  # two digits of base 256 cover -128 * 257 to this
 DIGITS_WORK = 2**24  # number of multiplications from which int8 digits pay off
 TAPS_WORK = 2**15  # the same for `TapDigits`, per position
 INPUT_BITS = 24  # of the integers that `LatentDigits` accepts, without the sign
+_ONES = [0, 1, 0x101, 0x10101]  # integers of 1, 2 and 3 digits that are all 1
 
 
 def digits_of(layer: PreparedLayer, x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -121,27 +123,39 @@ class LatentDigits:
     UNITS = (1, 2**4, 2**12, 2**20)
 
     def __init__(self, count: int, channels: int):
-        self.count, self.starts = count, torch.arange(len(self.UNITS))[:, None] * count
-        self.units = torch.tensor(self.UNITS, dtype=torch.float64)
         self.digits = torch.zeros(len(self.UNITS) * count, channels, dtype=torch.int8)
-        self.used = slice(1, 2)
+        self.planes = self.digits.view(len(self.UNITS), count, channels)
+        self._use(slice(1, 2))
+
+    def _use(self, used: slice) -> None:
+        """Multiply with these digits from now on."""
+        self.used = used
+        self.units = torch.tensor(self.UNITS[used], dtype=torch.float64)
+        self.starts = torch.arange(len(self.UNITS))[used, None] * self.planes.shape[1]
 
     def put(self, rows: Tensor, q: Tensor) -> None:
         """Store latents q (n, channels) as these rows; integers in float64 up to 2^INPUT_BITS."""
         low = q.int()
-        higher = _digits(low >> self.LOW_BITS, 3)
-        digits = torch.cat([(low & (2**self.LOW_BITS - 1)).to(torch.int8), *higher])
-        found = digits.view(len(self.UNITS), -1).any(1).nonzero().flatten().tolist()
-        if found:
-            self.used = slice(min(found[0], self.used.start), max(found[-1] + 1, self.used.stop))
-        self.digits.index_copy_(0, (self.starts + rows).view(-1), digits)
+        high = low >> self.LOW_BITS
+        least, most = (int(v) for v in high.aminmax())
+        count = next(k for k in (1, 2, 3) if -128 * _ONES[k] <= least and most <= 127 * _ONES[k])
+        start, used = 1, self.used
+        if used.start == 0 or np.bitwise_or.reduce(low.numpy(), None) & (2**self.LOW_BITS - 1):
+            start = 0
+            self.planes[0].index_copy_(0, rows, (low & (2**self.LOW_BITS - 1)).to(torch.int8))
+        if start < used.start or 1 + count > used.stop:
+            self._use(slice(start, max(1 + count, used.stop)))
+        # With 128 added to each digit, the digits are the bytes of the sum, from the lowest to the
+        # highest; as signed bytes, those less 128 have the other highest bit.
+        high = high.add_(128 * _ONES[3]).bitwise_xor_(128 * _ONES[3])
+        digits = high.view(torch.int8).view(*high.shape, 4)[..., :3]
+        self.planes[1:].index_copy_(1, rows, digits.permute(2, 0, 1))
 
     def sums(self, weight: TapDigits, taps: Tensor) -> Tensor:
         """taps (n, t): rows whose latents, one after the other, are multiplied with the weight."""
-        units = self.units[self.used]
-        places = (self.starts[self.used] + taps.view(-1)).view(-1)
+        places = (self.starts + taps.view(-1)).view(-1)
         digits = self.digits.index_select(0, places)
-        return weight.sums(digits.view(len(units) * len(taps), -1), units)
+        return weight.sums(digits.view(len(self.units) * len(taps), -1), self.units)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypedDict
 
 from common import UserError
@@ -49,8 +49,10 @@ class PreparedLayer:
     groups: int
     grid_bits: int
     clamp_bits: int
-    # weight (inputs, out), the same as int8, and used taps, for `Rows`
-    rows: tuple[Tensor, exact_int8.TapDigits | None, list[int]] | None = None
+    # for `Rows`, by the bits of its output: weight (inputs, out) times scale, scale, weight as int8
+    # digits, and used taps
+    rows: dict[int, tuple[Tensor, Tensor, exact_int8.TapDigits | None, list[int]]] = field(
+        default_factory=dict)
     # weight as int8 and signs, for exact_int8.py; empty: does not fit
     digits: tuple[Tensor, Tensor] | tuple[()] | None = None
 
