@@ -1,23 +1,30 @@
 """Compare the speed with CompressAI's, for the same weights, symbols and images.
 
     python -m common.evaluation.bench hyperprior factorized        or  make bench
+    python -m common.evaluation.bench hyperprior --cpu-time --publish
 
 Times on a shared machine drift, so the two sides take turns, and the result is the median of the
 ratios. CompressAI runs unchanged: float32, contiguous tensors, its own coder calls. Coding and
 training are also timed in separate processes, because the allocator setting of `common` affects a
-whole process, and users of CompressAI do not have it.
+whole process, and users of CompressAI do not have it. On a machine that is busy with other work,
+--cpu-time measures the CPU time of one thread in place of the time on the clock.
+
+--publish writes the ratios to common/results/bench.json, where those of other papers are kept, and
+the table of RESULTS.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import platform
 import resource
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +33,11 @@ from typing import Any, TypeVar
 from common import UserError, cli, data, processes
 from common.coding import codecs, entropy
 from common.coding.contract import Codec, Coded
+from common.evaluation.curve_values import markdown
 from common.evaluation.results import save_results
 from common.loss import RateDistortionLoss
 from common.papers import ROOT, papers
+from common.recipes.tables import write_table
 from common.training.network import autocast, prepare_network
 from common.training.optimizers import make_optimizers
 
@@ -42,6 +51,9 @@ Step = Callable[[], object]
 Model = Codec | Any  # ours, or one of CompressAI with the same parts
 AnyModel = TypeVar("AnyModel", bound=CompressionModel)
 measured: dict[str, dict[str, float]] = {}  # medians by the name of the comparison
+clock = time.perf_counter  # or time.process_time
+CPU_TIME = "--cpu-time"
+TABLE = "speed"  # of RESULTS.md
 
 
 @torch.no_grad()
@@ -91,9 +103,9 @@ def pair(paper: str, N: int | None = None, M: int | None = None) -> tuple[Codec,
 
 
 def seconds(step: Step) -> float:
-    start = time.perf_counter()
+    start = clock()
     step()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def timed(step: Step) -> float:
@@ -113,7 +125,8 @@ def compare(name: str, ours: Step, baseline: Step, rounds: int) -> None:
 def show(name: str, times: list[tuple[float, float]]) -> None:
     theirs, mine = (statistics.median(column) for column in zip(*times, strict=True))
     ratio = statistics.median(a / b for a, b in times)
-    measured[name] = {"compressai_ms": 1e3 * theirs, "ours_ms": 1e3 * mine, "ratio": ratio}
+    measured[name] = {"compressai_ms": 1e3 * theirs, "ours_ms": 1e3 * mine, "ratio": ratio,
+                      "runs": len(times)}
     print(f"{name:58s} {1e3 * theirs:9.1f} ms {1e3 * mine:9.1f} ms   {ratio:5.2f}x", flush=True)
 
 
@@ -317,7 +330,8 @@ def separate_processes(job: str, paper: str, side: str, rounds: int) -> None:
 
     def once(which: str) -> float:
         env = dict(os.environ, **({"LIC_DEFAULT_MALLOC": "1"} if which == "baseline" else {}))
-        command = [sys.executable, "-m", "common.evaluation.bench", "--worker", job, paper, which]
+        command = [sys.executable, "-m", "common.evaluation.bench", "--worker", job, paper, which,
+                   *([CPU_TIME] if clock is time.process_time else [])]
         out = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
         return float(out.stdout.split()[-1])
 
@@ -333,11 +347,18 @@ def main() -> None:
                         help=f"papers to time, from {', '.join(known)}; all if not given")
     parser.add_argument("--rounds", type=int, default=3, help="number of turns per comparison")
     parser.add_argument("--results", type=Path, help="JSON file of the ratios to write")
+    parser.add_argument("--publish", action="store_true",
+                        help="also write them to common/results/bench.json and RESULTS.md")
+    parser.add_argument(CPU_TIME, action="store_true",
+                        help="measure the CPU time of one thread, for machines that are shared")
+    parser.add_argument("--no-training", action="store_true", help="leave out the training steps")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if unknown := set(args.papers) - set(known):
         raise UserError(f"no paper {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     args.papers = args.papers or known
+    if args.cpu_time:
+        use_cpu_time()
     if args.worker:
         worker(*args.worker)
         return
@@ -359,21 +380,54 @@ def main() -> None:
         coding(paper, args.rounds if context else 3 * args.rounds)
         if not context:
             separate_processes("codec", paper, "ours", args.rounds)
-            for side in ("bf16", "compiled"):
+            for side in () if args.no_training else ("bf16", "compiled"):
                 separate_processes("train", paper, side, args.rounds)
     if len(args.papers) > 1:
         among_papers(args.papers, 3 * args.rounds)
     if args.results:
-        save_measured(args.results, hardware, args.rounds)
+        save_results(args.results, facts(hardware))
+        print(f"{args.results}: written")
+    if args.publish:
+        publish(ROOT, facts(hardware))
 
 
-def save_measured(path: Path, hardware: str, rounds: int) -> None:
-    """Write all that `show` has printed, with the machine and the versions."""
-    facts = {"source": "python -m common.evaluation.bench --results", "hardware": hardware,
-             "rounds": rounds, "python": platform.python_version(), "torch": torch.__version__,
-             "compressai": compressai.__version__, "rows": measured}
-    save_results(path, facts)
-    print(f"{path}: written")
+def use_cpu_time() -> None:
+    """Measure the CPU time of one thread from now on."""
+    global clock
+    clock = time.process_time
+    torch.set_num_threads(1)
+
+
+def facts(hardware: str) -> dict[str, Any]:
+    """All that `show` has printed, with the machine and the versions."""
+    kind = "CPU time of one thread" if clock is time.process_time else "time"
+    return {"source": "python -m common.evaluation.bench", "hardware": hardware, "measured": kind,
+            "python": platform.python_version(), "torch": torch.__version__,
+            "compressai": compressai.__version__, "rows": measured}
+
+
+def publish(root: Path, found: dict[str, Any]) -> None:
+    """Add the rows to common/results/bench.json, and write the table of RESULTS.md.
+
+    Rows of other papers are kept if machine and versions are the same.
+    """
+    path = root / "common" / "results" / "bench.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    same = all(known.get(key) == found[key] for key in found if key != "rows")
+    found = found | {"rows": (known["rows"] if same else {}) | found["rows"]}
+    save_results(path, found)
+    write_table(root / "RESULTS.md", TABLE, speed_table(found))
+
+
+def speed_table(found: dict[str, Any]) -> str:
+    """The rows of bench.json as Markdown, below a line with machine and versions."""
+    what = found["measured"]
+    rows = [[what, "CompressAI", "here", "ratio", "runs"]]
+    rows += [[name, *(f"{row[key]:,.0f} ms" for key in ("compressai_ms", "ours_ms")),
+              f"{row['ratio']:.1f}x", str(row["runs"])] for name, row in found["rows"].items()]
+    about = (f"{what[0].upper()}{what[1:]}; medians of interleaved runs. {found['hardware']}; "
+             f"torch {found['torch']}, CompressAI {found['compressai']}.")
+    return f"{textwrap.fill(about, 100)}\n\n{markdown(rows)}"
 
 
 if __name__ == "__main__":
