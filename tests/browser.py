@@ -6,6 +6,7 @@
 Chromium reads commands from file descriptor 3 and answers on 4, as JSON that a zero byte ends.
 """
 
+import base64
 import json
 import os
 import select
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -28,10 +30,14 @@ def program():
 
 
 class Browser:
-    """A page in a new browser; `errors` lists what went wrong in it, `requests` its addresses."""
+    """A page in a new browser; `errors` lists what went wrong in it, `requests` its addresses.
 
-    def __init__(self, path, width=1280, height=900):
-        self.path, self.size = path, (width, height)
+    page: path of a file, or an address.
+    """
+
+    def __init__(self, page, width=1280, height=900):
+        self.address = page if "://" in str(page) else f"file://{page}"
+        self.size = width, height
         self.errors, self.requests = [], []
         self._number, self._buffer, self._session = 0, b"", None
 
@@ -60,7 +66,7 @@ class Browser:
             self.call(f"{domain}.enable")
         self.call("Emulation.setDeviceMetricsOverride", width=self.size[0], height=self.size[1],
                   deviceScaleFactor=1, mobile=self.size[0] < 600)
-        self.call("Page.navigate", url=f"file://{self.path}")
+        self.call("Page.navigate", url=self.address)
         self.wait("document.readyState === 'complete'")
         return self
 
@@ -129,3 +135,20 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type=kind, key=key,
                       code="Space" if key == " " else key, windowsVirtualKeyCode=codes[key],
                       **({"text": text} if text and kind == "keyDown" else {}))
+
+    def give_file(self, selector, path):
+        """Choose a file in the input element that a CSS selector finds."""
+        element = self.call("Runtime.evaluate", expression=f"document.querySelector({selector!r})")
+        self.call("DOM.setFileInputFiles", files=[str(path)],
+                  objectId=element["result"]["objectId"])
+
+    def keep_downloads(self, folder):
+        """Write what is downloaded from now on into a folder."""
+        self.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+
+    def screenshot(self, path, dark=False):
+        """Write a picture of the whole page, in the light or the dark colour scheme."""
+        self.call("Emulation.setEmulatedMedia", features=[
+            {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+        Path(path).write_bytes(base64.b64decode(answer["data"]))
