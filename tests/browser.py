@@ -15,7 +15,6 @@ import signal
 import subprocess
 import tempfile
 import time
-from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -146,9 +145,7 @@ class Browser:
         """Write what is downloaded from now on into a folder."""
         self.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
 
-    def screenshot(self, path, dark=False):
-        """Write a picture of the whole page, in the light or the dark colour scheme."""
-        self.call("Emulation.setEmulatedMedia", features=[
-            {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+    def screenshot(self):
+        """A picture of the whole page, as the content of a PNG file."""
         answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
-        Path(path).write_bytes(base64.b64decode(answer["data"]))
+        return base64.b64decode(answer["data"])

@@ -19,11 +19,11 @@ import browser
 import forks
 import pytest
 import torch
+from demo_page import choose, download, encode, shown, upload, wait_for_change
 from PIL import Image
 
 PAPERS = list(coding.choices())
 VARIABLE = ("qvrf", "balle")
-NUMBERS = "(document.querySelector('#numbers dl')?.textContent ?? '')"
 needs_browser = pytest.mark.skipif(not browser.program(),
                                    reason="needs Chromium (apt-get install chromium)")
 needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None,
@@ -250,50 +250,6 @@ def opened(server, started):
     assert started.errors == []
     assert [url for url in started.requests
             if not url.startswith((server, "data:", "blob:", "about:"))] == []
-
-
-def choose(page, field, text):
-    """Choose the option `text` of a drop-down list, as a click would."""
-    page.run(f"document.querySelector('#{field} input').focus()")
-    option = ("[...document.querySelectorAll('ul[role=listbox] li')]"
-              f".find((o) => o.getAttribute('aria-label') === '{text}')")
-    page.wait(f"{option} !== undefined")
-    page.run(f"{option}.dispatchEvent(new MouseEvent('mousedown', {{bubbles: true}}))")
-    page.wait(f"document.querySelector('#{field} input').value === '{text}'")
-
-
-def upload(page, path):
-    page.give_file("#image input[type=file]", path)
-    page.wait(f"document.querySelector('#image').textContent.includes('{path.stem}')")
-
-
-def encode(page):
-    """Press the button and wait for new numbers; returns their text."""
-    before = shown(page)
-    page.run("document.querySelector('#encode').click()")
-    return wait_for_change(page, before)
-
-
-def shown(page):
-    return page.run(NUMBERS)
-
-
-def wait_for_change(page, before):
-    page.wait(f"!['', {before!r}].includes({NUMBERS})"
-              " && document.querySelector('#decoded img')?.complete")
-    return shown(page)
-
-
-def download(page, folder, button, name):
-    """Click on a button and return the content of the file that it downloads."""
-    page.keep_downloads(folder)
-    page.run(f"document.querySelector('#{button}').click()")
-    path, deadline = Path(folder, name), time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline, [*Path(folder).iterdir()]
-        page.run("0")  # so that the browser's messages are read
-        time.sleep(0.05)
-    return path.read_bytes()
 
 
 def decoded_by_codec(paper, file, folder):

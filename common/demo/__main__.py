@@ -9,12 +9,14 @@ for nothing from the network. One image is coded at a time; further ones wait.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
 import socket
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from common import UserError, cli, processes
@@ -39,13 +41,18 @@ def main(argv: list[str] | None = None) -> None:
     port = free_port(args.port)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes the folder
     processes.start("cpu", threads=args.threads)
-    with tempfile.TemporaryDirectory(prefix="licodecs-demo-") as folder:
+    with tempfile.TemporaryDirectory(prefix="licodecs-demo-",
+                                     ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "uploads"))
+        for name in ("NO_PROXY", "no_proxy"):  # Gradio asks its own server whether it runs
+            os.environ[name] = ",".join(filter(None, (os.environ.get(name), ADDRESS)))
         from common.demo import page  # after the variable is set
 
         blocks = page.build(Path(folder))
-        print(f"the page is at http://{ADDRESS}:{port}; Ctrl-C ends it", flush=True)
         page.launch(blocks, port, browser=not args.no_browser)
+        print(f"the page is at http://{ADDRESS}:{port}; Ctrl-C ends it", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
 
 
 def free_port(wanted: int | None) -> int:

@@ -91,8 +91,10 @@ def build(folder: Path) -> gr.Blocks:
                 file = gr.DownloadButton("Download the file (.bin)", elem_id="file")
                 png = gr.DownloadButton("Download the decoded image (.png)", elem_id="png")
             with gr.Row(equal_height=False):
-                rate = gr.HTML(container=True, padding=True, min_width=WIDE, elem_id="bytes")
-                times = gr.HTML(container=True, padding=True, min_width=WIDE, elem_id="times")
+                with gr.Column(min_width=WIDE):
+                    rate = gr.HTML(container=True, padding=True, elem_id="bytes")
+                with gr.Column(min_width=WIDE):
+                    times = gr.HTML(container=True, padding=True, elem_id="times")
             with gr.Row(equal_height=False):
                 bits = _picture("Bits at each latent position", "bits")
                 latents = gr.Gallery(label="Latent: the channels that vary most", columns=4,
@@ -166,14 +168,14 @@ def _values(result: coding.Result, paths: tuple[Path, Path, Path]) -> list[Updat
             decoded, inside[0], times, *inside[1:]]
 
 
-def launch(page: gr.Blocks, port: int, browser: bool, block: bool = True) -> None:
-    """Serve the page on the loopback address until the process is interrupted.
+def launch(page: gr.Blocks, port: int, browser: bool) -> None:
+    """Serve the page on the loopback address, from a thread, until the process ends.
 
-    block: False returns at once, and the page is served by a thread.
+    browser: open it in the browser of this machine.
     """
     theme = Default(font=SIMPLE_FONTS, font_mono=MONO_FONTS)
     page.queue(max_size=QUEUED, default_concurrency_limit=1)
     page.launch(server_name="127.0.0.1", server_port=port, share=False, inbrowser=browser,
-                quiet=True, show_error=False, prevent_thread_lock=not block, max_file_size=UPLOAD,
+                quiet=True, show_error=False, prevent_thread_lock=True, max_file_size=UPLOAD,
                 footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False,
                 pwa=False, mcp_server=False, theme=theme, css_paths=STYLE)
