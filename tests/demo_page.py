@@ -6,6 +6,12 @@ from pathlib import Path
 NUMBERS = "(document.querySelector('#numbers dl')?.textContent ?? '')"
 
 
+def wait_until_ready(page):
+    """Wait until all that a reader can use is there: Gradio loads it part by part."""
+    for part in ("#image input[type=file]", "#paper input", "#weights input", "#encode"):
+        page.wait(f"document.querySelector('{part}') !== null")
+
+
 def choose(page, field, text):
     """Choose the option `text` of a drop-down list, as a click would."""
     page.run(f"document.querySelector('#{field} input').focus()")
@@ -18,7 +24,7 @@ def choose(page, field, text):
 
 def upload(page, path):
     """Choose a file as the image."""
-    page.wait("document.querySelector('#image input[type=file]') !== null")
+    wait_until_ready(page)
     page.give_file("#image input[type=file]", path)
     page.wait(f"document.querySelector('#image').textContent.includes('{path.stem}')")
 

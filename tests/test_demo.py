@@ -19,7 +19,15 @@ import browser
 import forks
 import pytest
 import torch
-from demo_page import choose, download, encode, shown, upload, wait_for_change
+from demo_page import (
+    choose,
+    download,
+    encode,
+    shown,
+    upload,
+    wait_for_change,
+    wait_until_ready,
+)
 from PIL import Image
 
 PAPERS = list(coding.choices())
@@ -245,7 +253,7 @@ def opened(server, started):
     """The page as it is at first; whatever a test does on it must not raise an error."""
     started.call("Page.navigate", url="about:blank")
     started.call("Page.navigate", url=server)
-    started.wait("document.querySelector('#image input[type=file]') !== null")
+    wait_until_ready(started)
     yield started
     assert started.errors == []
     assert [url for url in started.requests

@@ -103,6 +103,5 @@ def table(title: str, unit: str, rows: Sequence[Row]) -> str:
         lines.append(f'<tr{" class=sum" if row.is_sum else ""}>'
                      f'<th scope="row">{escape(row.name)}</th><td>{escape(row.text)}</td>'
                      f'<td><span class="bar" style="width:{width:.1f}%"></span></td></tr>')
-    return (f'<table class="bars"><thead><tr><th scope="col">{escape(title)}</th>'
-            f'<th scope="col">{escape(unit)}</th><td></td></tr></thead>'
+    return (f'<table class="bars"><caption>{escape(title)} ({escape(unit)})</caption>'
             f'<tbody>{"".join(lines)}</tbody></table>')
