@@ -74,7 +74,8 @@ def build(folder: Path) -> gr.Blocks:
                 paper = gr.Dropdown(list(papers), value=first, label="Paper", elem_id="paper",
                                     info=_missing(coding.without_weights()))
                 weights = gr.Dropdown(papers[first], value=coding.default_weights(first),
-                                      label="Weights", elem_id="weights",
+                                      label="Weights", elem_id="weights", filterable=False,
+                                      allow_custom_value=True,  # that of the paper before
                                       info="a number is the lmbda of the training")
                 position = gr.Slider(0, 100, value=50, step=0.5, visible=False, elem_id="rate",
                                      label="Rate, in percent of the range that was trained",
@@ -109,6 +110,8 @@ def build(folder: Path) -> gr.Blocks:
             try:
                 if not path:
                     raise UserError("There is no image yet: drop one into the field.")
+                if weights not in papers[paper]:  # its list follows the paper a moment later
+                    weights = coding.default_weights(paper)
                 result = coding.code(path, paper, weights, position / 100,
                                      lambda share, text: progress(share, text))
                 return _values(result, results.write(result))
