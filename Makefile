@@ -8,6 +8,7 @@ SHORT ?=
 CODECS ?=
 METRICS ?=
 LESSONS ?=
+PORT ?=
 LMBDAS ?=
 STAGE ?=
 RUNS ?=
@@ -20,6 +21,7 @@ VENV := .venv
 STAMP := $(VENV)/.stamp
 DEV := $(VENV)/.stamp-dev
 JUPYTER := $(VENV)/.stamp-notebooks
+GRADIO := $(VENV)/.stamp-demo
 PY := $(VENV)/bin/python
 # Every folder with a model.py and a train.py is a paper (common/papers.py).
 PAPERS := $(patsubst %/model.py,%,$(wildcard $(patsubst %/train.py,%/model.py,$(wildcard */train.py))))
@@ -27,7 +29,7 @@ PAPERS := $(patsubst %/model.py,%,$(wildcard $(patsubst %/train.py,%/model.py,$(
 ABLATIONS := $(patsubst %/ablate.py,%,$(wildcard */ablate.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint torture fuzz bench compare claims curves notebooks clean weights $(ABLATIONS:%=ablate-%) \
+.PHONY: help setup test lint torture fuzz bench compare claims curves demo notebooks clean weights $(ABLATIONS:%=ablate-%) \
     $(PAPERS:%=reproduce-%) $(PAPERS:%=weights-%) $(PAPERS:%=sweep-%) $(PAPERS:%=report-%)
 
 help:
@@ -55,6 +57,8 @@ help:
 	@echo "                        PUBLISH=1 also writes it to RESULTS.md"
 	@echo "make curves RUNS='hyperprior/logs/quick/0 joint_ar/logs/quick/0'    curves of training runs as a"
 	@echo "                        plot and as a page, with their flags and hardware: curves.png, curves.html"
+	@echo "make demo               a page in the browser that codes your images with the bundled weights;"
+	@echo "                        PORT=8000 chooses its port (installs Gradio into $(VENV))"
 	@echo "make notebooks          install Jupyter into $(VENV); execute the lessons in lessons/, as notebooks"
 	@echo "                        and HTML pages; LESSONS='3 6' chooses some; SHORT=1 tries it all"
 	@echo "make torture            kill a training of each paper 20 times; it must end as if nothing happened"
@@ -76,7 +80,7 @@ $(STAMP): requirements.txt requirements-nodeps.txt pyproject.toml
 	@$(INSTALL) $(if $(TORCH),--torch '$(TORCH)')
 	@touch $@
 
-$(DEV): $(STAMP) requirements-dev.txt
+$(DEV): $(STAMP) $(GRADIO) requirements-dev.txt
 	@$(INSTALL) --dev
 	@touch $@
 
@@ -112,6 +116,13 @@ notebooks: $(JUPYTER)
 
 claims: $(STAMP)
 	$(PY) -m common.comparison.claims $(if $(filter-out 0,$(PUBLISH)),--publish)
+
+$(GRADIO): $(STAMP) requirements-demo.txt
+	@$(INSTALL) --demo
+	@touch $@
+
+demo: $(GRADIO)
+	$(PY) -m common.demo $(if $(PORT),--port $(PORT)) $(if $(THREADS),--threads $(THREADS))
 
 compare: $(STAMP)
 	$(PY) -m common.comparison $(if $(DATASET),--dataset "$(DATASET)") \

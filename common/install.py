@@ -1,6 +1,6 @@
 """Make the environment .venv with the pinned packages; `make setup` runs this file.
 
-    python3 common/install.py [--torch cpu] [--uv] [--dev] [--notebooks]
+    python3 common/install.py [--torch cpu] [--uv] [--dev] [--demo] [--notebooks]
 
 It needs Python 3.10 or newer and nothing else, as no package is installed yet. What is there
 already is kept, so that an interrupted installation goes on where it was.
@@ -44,14 +44,15 @@ def main(argv: list[str] | None = None) -> None:
                         "or cu126 for example; the one of pip's index if not given")
     parser.add_argument("--uv", action="store_true", help="install with uv in place of pip")
     parser.add_argument("--dev", action="store_true", help="only add what tests and lint need")
+    parser.add_argument("--demo", action="store_true", help="only add Gradio")
     parser.add_argument("--notebooks", action="store_true", help="only add Jupyter")
     args = parser.parse_args(argv)
     try:
         check(args.torch, args.uv)
         install = Installer(args.uv)
-        if args.dev or args.notebooks:
-            for name in ["dev"] * args.dev + ["notebooks"] * args.notebooks:
-                install.packages("-r", f"requirements-{name}.txt")
+        if more := [name for name in ("dev", "demo", "notebooks") if getattr(args, name)]:
+            for name in more:  # with the versions that are installed already
+                install.packages("-r", f"requirements-{name}.txt", "-c", "requirements.txt")
             return
         make_environment()
         install_compressai(install)

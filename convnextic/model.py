@@ -17,7 +17,7 @@ from typing import Any
 
 from common import UserError
 from common.coding import entropy, exact
-from common.coding.contract import Codec, Coded
+from common.coding.contract import Codec, Coded, RateRange
 from common.coding.model_file import load_model
 from common.coding.tiles import LIMIT, tiled
 from common.compiling import not_compiled
@@ -226,6 +226,14 @@ class ConvNeXTIC(Codec):
             raise UserError(f"the file's header states lmbda {lmbda:g}, from {SMALLEST_LMBDA:g} to "
                             f"{1 / SMALLEST_LMBDA:g} is possible: encode the image again")
         return {"lmbda": lmbda}
+
+    def rate_range(self) -> RateRange | None:
+        """The values of lmbda that a variable-rate model was trained with."""
+        if not self.variable_rate:
+            return None
+        config = self.provenance.config
+        return RateRange("lmbda", config.get("lambda_min", LMBDAS[0]),
+                         config.get("lambda_max", LMBDAS[-1]))
 
     def coding_steps(self, shape: tuple[int, int, int]) -> tuple[str, Tensor]:
         """The lattices of MCM, or both passes over each group of channels of SCCTX."""

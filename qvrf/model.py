@@ -19,7 +19,7 @@ from typing import Any
 from common import UserError
 from common.coding import entropy, exact
 from common.coding.context import CausalConv, Context, wave_numbers, wavefront
-from common.coding.contract import Codec, Coded
+from common.coding.contract import Codec, Coded, RateRange
 from common.coding.model_file import load_model
 from common.coding.tiles import tiled
 from common.compiling import not_compiled
@@ -107,6 +107,11 @@ class QVRF(Codec):
         if s is None or not 0 <= s < self.levels:
             raise UserError(f"level {s}: this model has 0 to {self.levels - 1}")
         return (self.Gain[s] if s else self.Gain[0].detach()).clamp_min(SMALLEST_GAIN) + unused
+
+    def rate_range(self) -> RateRange:
+        """The factors between those of the lowest and the highest level."""
+        gains = [self.gain(s).item() for s in range(self.levels)]
+        return RateRange("factor", min(gains), max(gains))
 
     # ------------------------------------------------------------------------------- training
     def forward(self, x: Tensor, s: int = 2, factor: float | None = None, ste: bool = False

@@ -6,6 +6,7 @@
 Chromium reads commands from file descriptor 3 and answers on 4, as JSON that a zero byte ends.
 """
 
+import base64
 import json
 import os
 import select
@@ -28,10 +29,14 @@ def program():
 
 
 class Browser:
-    """A page in a new browser; `errors` lists what went wrong in it, `requests` its addresses."""
+    """A page in a new browser; `errors` lists what went wrong in it, `requests` its addresses.
 
-    def __init__(self, path, width=1280, height=900):
-        self.path, self.size = path, (width, height)
+    page: path of a file, or an address.
+    """
+
+    def __init__(self, page, width=1280, height=900):
+        self.address = page if "://" in str(page) else f"file://{page}"
+        self.size = width, height
         self.errors, self.requests = [], []
         self._number, self._buffer, self._session = 0, b"", None
 
@@ -60,7 +65,7 @@ class Browser:
             self.call(f"{domain}.enable")
         self.call("Emulation.setDeviceMetricsOverride", width=self.size[0], height=self.size[1],
                   deviceScaleFactor=1, mobile=self.size[0] < 600)
-        self.call("Page.navigate", url=f"file://{self.path}")
+        self.call("Page.navigate", url=self.address)
         self.wait("document.readyState === 'complete'")
         return self
 
@@ -129,3 +134,18 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type=kind, key=key,
                       code="Space" if key == " " else key, windowsVirtualKeyCode=codes[key],
                       **({"text": text} if text and kind == "keyDown" else {}))
+
+    def give_file(self, selector, path):
+        """Choose a file in the input element that a CSS selector finds."""
+        element = self.call("Runtime.evaluate", expression=f"document.querySelector({selector!r})")
+        self.call("DOM.setFileInputFiles", files=[str(path)],
+                  objectId=element["result"]["objectId"])
+
+    def keep_downloads(self, folder):
+        """Write what is downloaded from now on into a folder."""
+        self.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+
+    def screenshot(self):
+        """A picture of the whole page, as the content of a PNG file."""
+        answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+        return base64.b64decode(answer["data"])

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 def checkout(tmp_path):
     """The files that `make setup` reads, and a small environment with pip."""
     for name in ("Makefile", "pyproject.toml", "requirements.txt", "requirements-nodeps.txt",
-                 "requirements-dev.txt", "requirements-notebooks.txt", "common/install.py"):
+                 "requirements-dev.txt", "requirements-demo.txt", "requirements-notebooks.txt",
+                 "common/install.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
@@ -74,12 +75,13 @@ def test_a_half_made_environment_is_taken_up(checkout):
     subprocess.run([checkout / ".venv/bin/python", "-m", "pip", "--version"], check=True)
 
 
-def test_jupyter_that_cannot_be_installed(checkout):
+def test_jupyter_and_gradio_that_cannot_be_installed(checkout):
     venv.create(checkout / ".venv", with_pip=True)
     (checkout / ".venv/.stamp").touch()
-    status, stderr = make(checkout, "notebooks", f"PYTHON={sys.executable}")
-    assert status and "there is no jupytext==" in error(stderr)
-    assert not (checkout / ".venv/.stamp-notebooks").exists()
+    for target, package in (("notebooks", "jupytext"), ("demo", "gradio")):
+        status, stderr = make(checkout, target, f"PYTHON={sys.executable}")
+        assert status and f"there is no {package}==" in error(stderr)
+        assert not (checkout / f".venv/.stamp-{target}").exists()
 
 
 @pytest.mark.parametrize("fault, expected", [

@@ -32,7 +32,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PAPERS = papers()
 SOURCES = sorted(p for name in ("common", *PAPERS) for p in (ROOT / name).rglob("*.py"))
 PINS = ("requirements.txt", "requirements-nodeps.txt", "requirements-dev.txt",
-        "requirements-notebooks.txt")
+        "requirements-demo.txt", "requirements-notebooks.txt")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml", "pytorch_msssim": "pytorch-msssim"}
 
@@ -103,7 +103,7 @@ def test_pins_are_exact_and_within_the_ranges(python):
     """Each Python gets exactly one version of each package."""
     project = PROJECT["project"]
     extras = project["optional-dependencies"]
-    declared = project["dependencies"] + extras["dev"] + extras["notebooks"]
+    declared = project["dependencies"] + extras["dev"] + extras["demo"] + extras["notebooks"]
     here = {"python_version": python}
     pinned = [r for r in pins(*PINS) if r.marker is None or r.marker.evaluate(here)]
     by_name = {r.name: r for r in pinned}
@@ -140,8 +140,10 @@ def test_what_is_said_to_be_missing_is_what_is_declared():
 def test_imported_packages_are_declared():
     declared = {Requirement(text).name for text in PROJECT["project"]["dependencies"]}
     known = set(sys.stdlib_module_names) | {"common", *PAPERS}
+    demo = {Requirement(text).name for text in PROJECT["project"]["optional-dependencies"]["demo"]}
     for path in SOURCES:
-        for name in set(imports(path)) - known:
+        page = demo if path == ROOT / "common/demo/page.py" else set()
+        for name in set(imports(path)) - known - page:
             assert DISTRIBUTION.get(name, name) in declared, f"{path.relative_to(ROOT)}: {name}"
 
 

@@ -97,14 +97,18 @@ def _lmbda(name: str) -> float:
         return math.nan
 
 
+def default_prefix(paper: str) -> str:
+    """Beginning of the names of the bundled weights that the paper's codec.py prefers."""
+    return getattr(importlib.import_module(f"{paper}.codec"), "BUNDLED", "")
+
+
 def load(paper: str, lmbda: float | None, weights: str | None, checkpoint: str | Path | None,
          device: str) -> Codec:
     """`licodecs.load`."""
     check_paper(paper)
     if sum(value is not None for value in (lmbda, weights, checkpoint)) > 1:
         raise UserError("lmbda, weights, checkpoint: give one of them")
-    prefix = getattr(importlib.import_module(f"{paper}.codec"), "BUNDLED", "")
-    path = checkpoint or choose(weights_folder(paper), weights, lmbda, prefix)
+    path = checkpoint or choose(weights_folder(paper), weights, lmbda, default_prefix(paper))
     return loader(paper)(path, torch.device(device))
 
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from common.coding import exact, exact_int8
+from common.coding.stages import PARAMETERS, stage
 
 import torch
 from compressai.layers import MaskedConv2d
@@ -83,6 +84,7 @@ class Context:
     Positions are y * W + x, the same for all images of the batch.
     """
 
+    @stage(PARAMETERS)
     @torch.no_grad()
     def __init__(self, context_prediction: nn.Conv2d | Sequence[nn.Conv2d],
                  entropy_parameters: nn.Sequential, params: Tensor, scale_table: Tensor,
@@ -168,6 +170,7 @@ class Context:
             return layer(self.rows.index_select(0, taps.view(-1)).view(len(taps), -1))
         return torch.addcmul(layer.offset, self.digits.sums(layer.digits, taps), layer.scale)
 
+    @stage(PARAMETERS)
     def walk(self, groups: Iterable[Tensor], symbols: Symbols, context: int | bool = True) -> None:
         """Code one group of positions after the other, as encoder or as decoder.
 

@@ -61,6 +61,24 @@ class Provenance:
         return None if self.step is None else self.step + before
 
 
+@dataclass(frozen=True)
+class RateRange:
+    """The operating points of a variable-rate model: all values of one argument of `compress`.
+
+    name: that argument, such as "lmbda"; low, high: the values that the weights are trained for.
+    The rate increases with the value.
+    """
+
+    name: str
+    low: float
+    high: float
+
+    def at(self, position: float) -> float:
+        """The value at a position from 0 (low) to 1 (high) on a logarithmic scale, in float32."""
+        value = self.low * (self.high / self.low) ** position
+        return float(torch.tensor(value, dtype=torch.float32))
+
+
 class Codec(CompressionModel):
     """A codec that can be trained, and whose files can be decoded on every machine.
 
@@ -102,6 +120,10 @@ class Codec(CompressionModel):
     def read_parameters(self, parameters: bytes) -> dict[str, Any]:
         """Return the `rate` arguments of `decompress` from the parameters of `compress`."""
         return {}
+
+    def rate_range(self) -> RateRange | None:
+        """The operating points of a variable-rate model; None if it has one rate."""
+        return None
 
     def coding_steps(self, shape: tuple[int, int, int]) -> tuple[str, Tensor]:
         """What the steps are called in which y of the shape (M, h, w) is coded, and the number of

@@ -24,6 +24,7 @@ from common.coding.cdf_tables import (
     TOO_SHORT,
     Tables,
 )
+from common.coding.stages import CODING, stage
 from common.compiling import not_compiled
 
 import numpy as np
@@ -74,6 +75,7 @@ class EntropyBottleneck(entropy_models.EntropyBottleneck):
         return z_hat, likelihoods
 
 
+@stage(CODING)
 def encode(symbols: Tensor, indexes: Tensor, tables: Tables) -> list[bytes]:
     """Code each image's symbols into one string.
 
@@ -95,6 +97,7 @@ def encode(symbols: Tensor, indexes: Tensor, tables: Tables) -> list[bytes]:
     ]
 
 
+@stage(CODING)
 def decode(strings: list[bytes], indexes: Tensor, tables: Tables) -> Tensor:
     """Inverse of `encode`: int32 symbols on the CPU, in the shape of indexes (B, ...).
 
@@ -234,6 +237,7 @@ class Decoders:
         self.decoders = [Decoder(string, count, tables) for string in strings]
         self.tables = tables
 
+    @stage(CODING)
     def decode(self, indexes: Tensor) -> Tensor:
         """Decode the next symbols of all images, int32 on the CPU; indexes: (B, ...)."""
         rows = _rows(indexes, tuple(indexes.shape), self.tables)

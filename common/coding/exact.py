@@ -27,6 +27,7 @@ from common import UserError
 from common.coding import exact_int8, exact_layers, exact_tables, schema
 from common.coding.contract import ExactModule, Layers
 from common.coding.exact_layers import Linear, Settings
+from common.coding.stages import PARAMETERS, stage
 from common.layers import mask_of
 
 import numpy as np
@@ -42,6 +43,7 @@ SMOOTH = (nn.GELU, nn.SiLU, nn.ELU, nn.Softplus, nn.Mish, nn.Sigmoid, nn.Tanh)
 
 
 @torch.no_grad()
+@stage(PARAMETERS)
 def run(layers: Layers, x: Tensor) -> Tensor:
     """Apply convolutional layers in exact arithmetic.
 
