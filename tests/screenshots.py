@@ -54,7 +54,7 @@ def demo():
         port = free.getsockname()[1]
     process = forks.start("-m", "common.demo", "--no-browser", "--port", str(port), cwd=ROOT)
     try:
-        address = re.search(r"http://127\.0\.0\.1:\d+", process.first_line(120))[0]
+        address = re.search(r"http://127\.0\.0\.1:\d+", process.first_line(300))[0]
         with browser.Browser(address, *SIZE) as page:
             demo_page.upload(page, data.KODAK / IMAGE)
             demo_page.choose(page, "paper", PAPER)

@@ -235,7 +235,7 @@ def server():
         port = free.getsockname()[1]
     process = forks.start("-m", "common.demo", "--no-browser", "--port", str(port), "--threads",
                           "1", cwd=forks.ROOT)
-    address = re.search(r"http://127\.0\.0\.1:\d+", process.first_line(120))[0]
+    address = re.search(r"http://127\.0\.0\.1:\d+", process.first_line(300))[0]
     yield address
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(60)
