@@ -3,7 +3,7 @@
 import json
 import statistics
 
-from common import UserError
+from common import UserError, cli
 from common.comparison import claims
 from common.evaluation.curve_values import cost
 from common.papers import ROOT
@@ -98,6 +98,47 @@ def test_unknown_names_are_errors(tmp_path):
         ours(tmp_path, {"b": {"J": 1, "bpp": 1}})
     with pytest.raises(UserError, match="has no curve nothing"):
         claims.published_percent(ROOT, {"published": {"this": "nothing", "other": "VTM"}})
+
+
+BROKEN = {
+    "a: [": "not YAML", "": "must hold a list of claims",
+    "claims: {}": "must hold a list of claims",
+    "claims: [1]": "claim 1: must hold 'key: value' lines",
+    "claims: [{claim: x}]": "claim 1: paper is missing"}
+MISTAKES = [
+    ({"publishd": {}}, "claim 1: there is no key publishd"),
+    ({"published": {"this": "VTM"}}, "claim 1: published: other is missing"),
+    ({"published": {"percent": "four", "source": "x"}}, "percent: 'four' is not a value"),
+    ({"published": {"percent": 0, "source": "x"}}, "percent: 0 has no direction"),
+    ({"ours": {"this": "a", "other": "b"}}, "claim 1: ours: budget is missing"),
+    ({"within": "five"}, "claim 1: within: 'five' is not a value"),
+    ({"unit": "costs"}, "unit: 'costs' is neither rate nor cost")]
+
+
+@pytest.mark.parametrize(("text", "words"), [*BROKEN.items(), *(
+    (json.dumps({"claims": [CONTENT[0] | change]}), words) for change, words in MISTAKES)])
+def test_mistakes_in_claims_yaml_are_one_line(tmp_path, capsys, text, words):
+    (tmp_path / "claims.yaml").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: claims.main([], tmp_path))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("error: claims.yaml: ") and words in error
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("{", "not JSON"), ("{}", 'has no "rows"'), ('{"rows": {"a": {"bpp": 1}}}', "row a needs bpp")])
+def test_results_of_the_wrong_form_are_named(tmp_path, text, words):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(UserError, match=words):
+        claims.measured(tmp_path, {"ours": {"file": "rows.json", "this": "a", "other": "a"}})
+
+
+def test_curves_without_lmbda_are_named(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text(json.dumps(curve(None, [(0.2, 28.0), (0.4, 31.0)])))
+    with pytest.raises(UserError, match="do not state their lmbda"):
+        claims.measured(tmp_path, {"ours": {"this": "a", "other": "b"}})
 
 
 def test_the_page_is_up_to_date():

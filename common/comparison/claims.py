@@ -15,6 +15,7 @@ one run of each, that of two runs whose costs vary by SPREAD.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping
@@ -26,7 +27,9 @@ from common import UserError, cli
 from common.comparison.deltas import delta_of_points
 from common.evaluation.curve_values import cost, entry, markdown, rates_and_psnrs
 from common.evaluation.results import load_published, load_results
+from common.files import read_file
 from common.papers import ROOT
+from common.recipes.recipe_file import NUMBER, check
 from common.recipes.tables import write_table
 
 import yaml
@@ -34,6 +37,12 @@ import yaml
 SPREAD = 0.007  # relative standard deviation of J between runs, from joint_ar/results/curves.json
 COSTS = ("J", "loss", "test_loss")  # names of J in results files
 NAME = "claims"
+# keys and types of claims.yaml: those that are required, and those that may be left out
+CLAIM = {"claim": str, "paper": str, "published": dict, "ours": dict}, {
+    "within": NUMBER, "unit": str}
+CURVES = {"this": str, "other": str}, {"in": str}
+STATED = {"percent": NUMBER, "source": str}
+OURS = {"this": str, "other": str, "budget": str}, {"file": str}
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,27 @@ class Run:
 
     costs: list[float]
     rate: float
+
+
+def read_claims(path: Path) -> list[dict[str, Any]]:
+    """The checked claims of claims.yaml; UserError names the claim, by its number, and the key."""
+    try:
+        content = yaml.safe_load(read_file(path))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path.name}: not YAML ({' '.join(str(e).split())})") from None
+    claims = content.get("claims") if isinstance(content, dict) else None
+    if not isinstance(claims, list) or not claims:
+        raise UserError(f'{path.name}: must hold a list of claims under the key "claims"')
+    for i, claim in enumerate(claims, 1):
+        check(claim, where := f"{path.name}: claim {i}", *CLAIM)
+        known = claim["published"]
+        check(known, f"{where}: published", *((STATED,) if "percent" in known else CURVES))
+        check(claim["ours"], f"{where}: ours", *OURS)
+        if known.get("percent") == 0:
+            raise UserError(f"{where}: published: percent: 0 has no direction to compare with")
+        if claim.get("unit", "rate") not in ("rate", "cost"):
+            raise UserError(f"{where}: unit: {claim['unit']!r} is neither rate nor cost")
+    return claims
 
 
 def published_percent(root: Path, claim: Mapping[str, Any]) -> tuple[float, str]:
@@ -105,7 +135,7 @@ def _of_curves(root: Path, ours: Mapping[str, Any]) -> Measured | None:
     found = delta_of_points(*rates_and_psnrs(other), *rates_and_psnrs(this))
     if found is None:
         raise UserError(f"claims.yaml: {ours['this']} and {ours['other']} do not overlap")
-    ratios = [cost(rate, psnr, entry(other["meta"], "lmbda", i)) / rate for i, (rate, psnr)
+    ratios = [cost(rate, psnr, _lmbda(other, i)) / rate for i, (rate, psnr)
               in enumerate(zip(*rates_and_psnrs(other), strict=True))]
     return Measured(found.rate, 100 * math.sqrt(2) * SPREAD * statistics.mean(ratios), 1)
 
@@ -113,20 +143,36 @@ def _of_curves(root: Path, ours: Mapping[str, Any]) -> Measured | None:
 def _repetitions(curve: Mapping[str, Any]) -> Run | None:
     """The points of a results JSON as repetitions, if they have one lmbda; else None."""
     rates, psnrs = rates_and_psnrs(dict(curve))
-    lmbdas = {entry(curve["meta"], "lmbda", i) for i in range(len(rates))}
+    lmbdas = {_lmbda(curve, i) for i in range(len(rates))}
     if len(lmbdas) != 1:
         return None
-    lmbda = float(lmbdas.pop())
+    lmbda = lmbdas.pop()
     return Run([cost(*point, lmbda) for point in zip(rates, psnrs, strict=True)],
                statistics.mean(rates))
 
 
+def _lmbda(curve: Mapping[str, Any], i: int) -> float:
+    """lmbda of a point of a results JSON; UserError if the file does not state it."""
+    value = entry(curve.get("meta", {}), "lmbda", i)
+    if value is None:
+        raise UserError(f"claims.yaml: the results {curve['name']} do not state their lmbda")
+    return float(value)
+
+
 def _run(path: Path, name: str) -> Run:
-    rows = yaml.safe_load(path.read_text())["rows"]
+    try:
+        content = json.loads(read_file(path))
+    except ValueError as e:
+        raise UserError(f"{path}: not JSON ({e})") from None
+    rows = content.get("rows") if isinstance(content, dict) else None
+    if not isinstance(rows, dict):
+        raise UserError(f'{path}: has no "rows" to compare')
     if name not in rows:
         raise UserError(f"claims.yaml: {path.name} has no row {name}; it has {', '.join(rows)}")
     row = rows[name]
-    costs = next(row[key] for key in COSTS if key in row)
+    costs = next((row[key] for key in COSTS if key in row), None)
+    if costs is None or "bpp" not in row:
+        raise UserError(f"{path}: row {name} needs bpp and one of {', '.join(COSTS)}")
     return Run(costs if isinstance(costs, list) else [costs], _mean(row["bpp"]))
 
 
@@ -160,9 +206,8 @@ def verdict(claim: Mapping[str, Any], published: float, ours: Measured) -> str:
 
 def table(root: Path) -> str:
     """The claims as a Markdown table; those without results of ours are named below it."""
-    content = yaml.safe_load((root / "claims.yaml").read_text())
     rows, missing = [["claim", "paper", "published", "ours", "trained", "verdict"]], []
-    for claim in content["claims"]:
+    for claim in read_claims(root / "claims.yaml"):
         percent, _ = published_percent(root, claim)
         ours = measured(root, claim)
         if ours is None:
