@@ -67,7 +67,7 @@ def jobs_of(settings: Settings, paper: str, lmbdas: list[float], name: str | Non
     """The stages of a sweep, those that they start from, and the curve as the last.
 
     name: of the stage that is varied; None for the first one of weights.yaml. UserError if there is
-    no such stage, or if it has no lmbda.
+    no such stage, if it has no lmbda, or if the name of the curve is that of other results.
     """
     made = settings if settings.short else dataclasses.replace(settings, run="weights")
     plan = Plan(made, [paper])  # what the stage starts from is shared with `make weights`
@@ -83,6 +83,9 @@ def jobs_of(settings: Settings, paper: str, lmbdas: list[float], name: str | Non
     recipe = changes.apply(recipe, f"{paper}/weights.yaml: stage {stage}")
     parent = None if changes.scratch else plan.stage(paper, stage).parent
     curve = changes.name or (f"sweep-{stage}" if name else "sweep")
+    if curve in {"published", "quick", *content["curves"]}:
+        raise UserError(f"--name {curve}: this would replace other results of {paper}; give "
+                        "another name")
     points: dict[str, Stage] = {}
     for lmbda in sorted(set(lmbdas)):
         for seed in dict.fromkeys(changes.seeds) or [None]:
@@ -103,9 +106,19 @@ def jobs_of(settings: Settings, paper: str, lmbdas: list[float], name: str | Non
 def flag(text: str) -> tuple[str, Any]:
     """KEY=VALUE as a flag of train.py; numbers, true and false as YAML reads them."""
     key, found, value = text.partition("=")
-    if not found or not key:
+    if not (found and key and value):
         raise ValueError(text)
-    return key, yaml.safe_load(value)
+    try:
+        return key.lstrip("-"), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(text) from None
+
+
+def file_name(text: str) -> str:
+    """A name of results, which are one file of a folder."""
+    if not text or text != Path(text).name:
+        raise ValueError(text)
+    return text
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
@@ -123,7 +136,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
         help="start from random weights where the stage starts from another one")
     add("--set", nargs="+", type=flag, default=[], metavar="FLAG=VALUE",
         help="other flags of train.py")
-    add("--name", help="name of the results instead of sweep")
+    add("--name", type=file_name, help="name of the results instead of sweep")
     add_flags(parser)
     args = parser.parse_args(argv)
     changes = Changes(args.seeds, args.steps, args.from_scratch, dict(args.set), args.name)

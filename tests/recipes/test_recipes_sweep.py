@@ -75,3 +75,7 @@ def test_mistakes_are_one_line(root, run):
         "error: fake/weights.yaml: there is no stage 7; choose from 0.013, 0.0035")
     assert "stage 0.0035 has no lmbda to vary" in run(0.01, "--stage", "0.0035", status=2)[-1]
     assert "argument LMBDA: invalid" in run(-1, status=2)[-1]
+    assert "argument --set: invalid" in run(0.01, "--set", "N=[", status=2)[-1]
+    assert "argument --name: invalid" in run(0.01, "--name", "../a", status=2)[-1]
+    for name in ("small", "published"):
+        assert "would replace other results" in run(0.01, "--name", name, status=2)[-1]
