@@ -270,6 +270,8 @@ def test_training_curves_of_two_runs(tmp_path, capsys, monkeypatch):
     assert rows == [f"| {name} | 20 | {loss:.4f} | 0.5000 | 1.5000 | 0.4000 | 27.25 |"
                     for name, loss in (("a", 2.0), ("b", 1.0))]
     assert Image.open("c.png").width > 500
+    curves.main([str(tmp_path / "b"), "--plot", "c.png"])  # not in the folder of a paper
+    assert capsys.readouterr().out.splitlines()[2].startswith(f"| {tmp_path / 'b'} |")
 
 
 def test_mistake_exit_status_of_the_script(tmp_path):

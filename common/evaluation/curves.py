@@ -16,7 +16,7 @@ from pathlib import Path
 from common import UserError, cli, html_page
 from common.evaluation import compare
 from common.evaluation.curves_page import write_page
-from common.evaluation.runs import read_epochs, read_run
+from common.evaluation.runs import paper_of, read_epochs, read_run
 
 
 def flags() -> cli.Parser:
@@ -38,8 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.names and len({*args.names}) != len(args.folders):
         raise UserError(f"--names: give {len(args.folders)} different names, one for each run")
     names = args.names or compare.distinct(
-        [f.resolve().parts[-4:][0] for f in args.folders],  # paper
-        [str(f) for f in args.folders])
+        [paper_of(f, {}) or str(f) for f in args.folders], [str(f) for f in args.folders])
     rows = {name: read_epochs(folder) for name, folder in zip(names, args.folders, strict=True)}
     print(last_epochs(rows))
     if args.plot or not args.html:

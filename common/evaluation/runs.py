@@ -94,7 +94,7 @@ def read_run(folder: Path) -> TrainingRun:
             run.series.setdefault((name, kind), points)
     place = _config_file(folder)
     run.config = cli.read_yaml(place) if place else {}
-    run.paper = _paper_of(folder, run.config)
+    run.paper = paper_of(folder, run.config)
     run.flags = _flags(run.paper, run.config)
     run.hardware = _hardware([folder, *([place.parent] if place else []),
                               *([folder.parents[1]] if folder.parent.name == "logs" else [])])
@@ -143,7 +143,7 @@ def _config_file(folder: Path) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def _paper_of(folder: Path, config: dict[str, Any]) -> str:
+def paper_of(folder: Path, config: dict[str, Any]) -> str:
     """The paper of a run: its folder is in that of the paper, or the configuration is."""
     known = papers()
     parts = [*Path(str(config.get("config") or "")).parts, *folder.resolve().parts]
