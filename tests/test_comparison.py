@@ -263,7 +263,8 @@ def test_metrics_go_to_the_curve_that_was_coded():
 
 def test_names_and_scales_of_further_metrics():
     assert further_metrics.chosen("") == []
-    assert further_metrics.chosen("all") == list(further_metrics.METRICS)
+    for text in ("all", "vif all"):
+        assert further_metrics.chosen(text) == list(further_metrics.METRICS)
     assert further_metrics.chosen("mdsi, VIF") == ["mdsi", "vif"]
     with pytest.raises(UserError, match="--metrics lpips: there is no such metric; choose from: v"):
         further_metrics.chosen("vif,lpips")

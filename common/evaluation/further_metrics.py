@@ -39,12 +39,11 @@ def missing() -> str:
 def chosen(text: str) -> list[str]:
     """The keys in METRICS that a text such as "vif,fsim" or "all" names; "" names none."""
     keys = list(dict.fromkeys(text.lower().replace(",", " ").split()))
-    if keys == ["all"]:
-        return list(METRICS)
-    if unknown := [key for key in keys if key not in METRICS]:
+    known = [*METRICS, "all"]
+    if unknown := [key for key in keys if key not in known]:
         raise UserError(f"--metrics {unknown[0]}: there is no such metric; choose from: "
-                        f"{', '.join(METRICS)}, all")
-    return keys
+                        f"{', '.join(known)}")
+    return list(METRICS) if "all" in keys else keys
 
 
 def measure(keys: Sequence[str], x: Tensor, x_hat: Tensor) -> dict[str, float | None]:
