@@ -74,7 +74,7 @@ def build(folder: Path) -> gr.Blocks:
                 paper = gr.Dropdown(list(papers), value=first, label="Paper", elem_id="paper",
                                     info=_missing(coding.without_weights()))
                 weights = gr.Dropdown(papers[first], value=coding.default_weights(first),
-                                      label="Weights", elem_id="weights", filterable=False,
+                                      label="Weights", elem_id="weights",
                                       allow_custom_value=True,  # that of the paper before
                                       info="a number is the lmbda of the training")
                 position = gr.Slider(0, 100, value=50, step=0.5, visible=False, elem_id="rate",
