@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -148,8 +149,10 @@ class LatentDigits:
         # With 128 added to each digit, the digits are the bytes of the sum, from the lowest to the
         # highest; as signed bytes, those less 128 have the other highest bit.
         high = high.add_(128 * _ONES[3]).bitwise_xor_(128 * _ONES[3])
-        digits = high.view(torch.int8).view(*high.shape, 4)[..., :3]
-        self.planes[1:].index_copy_(1, rows, digits.permute(2, 0, 1))
+        digits = high.view(torch.int8).view(*high.shape, 4)
+        if sys.byteorder == "big":
+            digits = digits.flip(-1)
+        self.planes[1:].index_copy_(1, rows, digits[..., :3].permute(2, 0, 1))
 
     def sums(self, weight: TapDigits, taps: Tensor) -> Tensor:
         """taps (n, t): rows whose latents, one after the other, are multiplied with the weight."""
