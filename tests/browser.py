@@ -145,6 +145,11 @@ class Browser:
         """Write what is downloaded from now on into a folder."""
         self.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
 
+    def check_offline(self):
+        """The page has raised no error and asked for no address."""
+        assert self.errors == []
+        assert all(url.startswith(("file:", "data:", "blob:")) for url in self.requests)
+
     def screenshot(self):
         """A picture of the whole page, as the content of a PNG file."""
         answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
