@@ -75,6 +75,8 @@ def test_results_of_seeds_and_of_curves(tmp_path):
     found = claims.measured(tmp_path, claim)
     mean = [statistics.mean(cost(*point, 0.01) for point in points) for points in (a, b)]
     assert found.percent == pytest.approx(100 * (mean[0] - mean[1]) / 0.505)
+    of_cost = claims.measured(tmp_path, {**claim, "unit": "cost"})
+    assert of_cost.percent == pytest.approx(100 * (mean[0] / mean[1] - 1))
     for name, factor in (("a", 0.9), ("b", 1)):
         points = [(factor * rate, psnr) for rate, psnr in ((0.2, 28.0), (0.4, 31.0), (0.8, 34.0))]
         (tmp_path / f"{name}.json").write_text(json.dumps(curve([0.01, 0.02, 0.04], points)))

@@ -25,7 +25,7 @@ from typing import Any
 
 from common import UserError, cli
 from common.comparison.deltas import delta_of_points
-from common.evaluation.curve_values import cost, entry, markdown, rates_and_psnrs
+from common.evaluation.curve_values import Results, cost, entry, markdown, rates_and_psnrs
 from common.evaluation.results import load_published, load_results
 from common.files import read_file
 from common.papers import ROOT
@@ -107,31 +107,26 @@ def published_percent(root: Path, claim: Mapping[str, Any]) -> tuple[float, str]
 def measured(root: Path, claim: Mapping[str, Any]) -> Measured | None:
     """The difference that our results show; None if a results file does not exist yet."""
     ours = claim["ours"]
-    if "file" not in ours:
-        return _of_curves(root, ours)
-    path = root / ours["file"]
-    if not path.exists():
+    names = [ours["file"]] if "file" in ours else [ours["this"], ours["other"]]
+    if not all((root / name).exists() for name in names):
         return None
-    this, other = (_run(path, ours[side]) for side in ("this", "other"))
+    if "file" in ours:
+        return _of_runs(claim, *(_run(root / names[0], ours[side]) for side in ("this", "other")))
+    this, other = (load_results(root / name) for name in names)
+    runs = [run for run in map(_repetitions, (this, other)) if run]
+    return _of_runs(claim, *runs) if len(runs) == 2 else _of_curves(ours, this, other)
+
+
+def _of_runs(claim: Mapping[str, Any], this: Run, other: Run) -> Measured:
+    """The mean difference of cost, in percent of the unit of the claim."""
     scale = 1 / (other.rate if claim.get("unit") != "cost" else statistics.mean(other.costs))
     difference = statistics.mean(this.costs) - statistics.mean(other.costs)
-    error = math.hypot(*(_error(run.costs) for run in (this, other)))
+    error = math.hypot(_error(this.costs), _error(other.costs))
     return Measured(100 * scale * difference, 100 * scale * error, len(this.costs))
 
 
-def _of_curves(root: Path, ours: Mapping[str, Any]) -> Measured | None:
-    """The BD-rate between two results JSONs, or the mean difference of cost of their seeds."""
-    paths = [root / ours[side] for side in ("other", "this")]
-    if not all(path.exists() for path in paths):
-        return None
-    other, this = map(load_results, paths)
-    runs = [_repetitions(curve) for curve in (other, this)]
-    if all(runs):
-        before, after = (run for run in runs if run)
-        error = math.hypot(_error(before.costs), _error(after.costs))
-        difference = statistics.mean(after.costs) - statistics.mean(before.costs)
-        return Measured(100 * difference / before.rate, 100 * error / before.rate,
-                        len(after.costs))
+def _of_curves(ours: Mapping[str, Any], this: Results, other: Results) -> Measured:
+    """The BD-rate between two curves."""
     found = delta_of_points(*rates_and_psnrs(other), *rates_and_psnrs(this))
     if found is None:
         raise UserError(f"claims.yaml: {ours['this']} and {ours['other']} do not overlap")
