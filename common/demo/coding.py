@@ -85,7 +85,8 @@ def default_weights(paper: str) -> str:
 
 def without_weights() -> list[str]:
     """The papers without bundled weights."""
-    return [paper for paper in codecs.papers() if paper not in choices()]
+    known = choices()
+    return [paper for paper in codecs.papers() if paper not in known]
 
 
 def load(paper: str, weights: str) -> Loaded:
@@ -94,7 +95,7 @@ def load(paper: str, weights: str) -> Loaded:
     Raises UserError for a paper or weights that there are not.
     """
     codecs.check_paper(paper)
-    if paper in without_weights():
+    if not codecs.bundled(codecs.weights_folder(paper)):
         raise UserError(f"{paper} has no bundled weights: choose another paper, or train some with "
                         f"`make weights-{paper}`")
     path = codecs.choose(codecs.weights_folder(paper), weights)
