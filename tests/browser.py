@@ -154,3 +154,13 @@ class Browser:
         """A picture of the whole page, as the content of a PNG file."""
         answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         return base64.b64decode(answer["data"])
+
+
+def check_telephone(page, ready, element):
+    """On a narrow screen, page and element fit its width; ready: what to wait for."""
+    with Browser(page, 390, 800) as small:
+        small.wait(ready)
+        assert small.run("document.documentElement.scrollWidth") <= 390
+        width = f"document.getElementById('{element}').getBoundingClientRect().width"
+        assert small.run(width) <= 390
+        assert small.errors == []
