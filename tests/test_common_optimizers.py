@@ -3,7 +3,13 @@
 from pathlib import Path
 
 from common import UserError
-from common.training.optimizers import check_finite, make_optimizers, make_scheduler
+from common.training.optimizers import (
+    check_finite,
+    grouped_muon,
+    main_parameters,
+    make_optimizers,
+    make_scheduler,
+)
 
 import pytest
 import torch
@@ -52,3 +58,24 @@ def test_non_finite_loss_names_term_step_and_checkpoint():
     with pytest.raises(UserError, match="loss not finite in the batch of step 7; .*epoch_3.pth"):
         check_finite(losses, 7, Path("ckpts/epoch_3.pth"))
     check_finite({"bpp": torch.tensor(1.0)}, 7, None)
+
+
+def test_grouped_muon_is_timms(monkeypatch):
+    """Batching the kernels of equal shape changes the rounding in bf16, nothing else."""
+    from timm.optim import muon
+
+    trained = {}
+    for name, function in (("timm", muon._single_tensor_muon), ("grouped", grouped_muon)):
+        monkeypatch.setattr(muon, "_single_tensor_muon", function)
+        torch.manual_seed(0)
+        model = Hyperprior(8, 12)
+        start = {key: p.detach().clone() for key, p in main_parameters(model).items()}
+        optimizer, _ = make_optimizers(model, "muon", 0.01)
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        trained[name] = {key: p.detach() - start[key] for key, p in main_parameters(model).items()}
+    for key, moved in trained["timm"].items():
+        assert moved.norm() > 0
+        assert (trained["grouped"][key] - moved).norm() < 0.02 * moved.norm(), key

@@ -7,7 +7,8 @@ Times on a shared machine drift, so the two sides take turns, and the result is 
 ratios. CompressAI runs unchanged: float32, contiguous tensors, its own coder calls. Coding and
 training are also timed in separate processes, because the allocator setting of `common` affects a
 whole process, and users of CompressAI do not have it. On a machine that is busy with other work,
---cpu-time measures the CPU time of one thread in place of the time on the clock.
+--cpu-time measures the CPU time of one thread in place of the time on the clock. --device cuda
+compares on a GPU.
 
 --publish writes the ratios to common/results/bench.json, where those of other papers are kept, and
 the table of RESULTS.md.
@@ -38,6 +39,7 @@ from common.evaluation.results import save_results
 from common.loss import RateDistortionLoss
 from common.papers import ROOT, papers
 from common.recipes.tables import write_table
+from common.training.cuda_graph import WARM_UP, Recorded
 from common.training.network import autocast, prepare_network
 from common.training.optimizers import make_optimizers
 
@@ -52,6 +54,7 @@ Model = Codec | Any  # ours, or one of CompressAI with the same parts
 AnyModel = TypeVar("AnyModel", bound=CompressionModel)
 measured: dict[str, dict[str, float]] = {}  # medians by the name of the comparison
 clock = time.perf_counter  # or time.process_time
+device = torch.device("cpu")  # or a GPU, by --device
 CPU_TIME = "--cpu-time"
 TABLE = "speed"  # of RESULTS.md
 
@@ -99,13 +102,25 @@ def pair(paper: str, N: int | None = None, M: int | None = None) -> tuple[Codec,
     kind = (importlib.import_module(f"{paper}.baseline") if has_own else module).BASELINE
     baseline = kind(ours.N, ours.M).eval()
     baseline.load_state_dict(ours.state_dict())
-    return ours.to(memory_format=torch.channels_last), baseline
+    return ours.to(device, memory_format=torch.channels_last), baseline.to(device)
+
+
+def photograph() -> torch.Tensor:
+    """The image that is coded: (1, 3, 512, 768) in [0, 1]."""
+    return data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None].to(device)
 
 
 def seconds(step: Step) -> float:
+    synchronize()
     start = clock()
     step()
+    synchronize()
     return clock() - start
+
+
+def synchronize() -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def timed(step: Step) -> float:
@@ -160,7 +175,7 @@ def start_up(papers: list[str], rounds: int) -> None:
 def coding(paper: str, rounds: int) -> None:
     """Time the entropy coder, then compress + decompress, on a 512x768 image in this process."""
     ours, baseline = pair(paper)
-    x = data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None]
+    x = photograph()
     if not has_context(ours):
         calls = entropy_calls(ours, x), entropy_calls(baseline, x, theirs=True)
         for (name, mine), (_, theirs) in zip(*calls, strict=True):
@@ -196,7 +211,7 @@ def weights(paper: str) -> list[Path]:
 
 def among_papers(papers: list[str], rounds: int) -> None:
     """Time our decoders at equal widths, in turns, also relative to the first paper's."""
-    x = data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None]
+    x = photograph()
     steps = [decode(pair(paper, 192, 192)[0], x) for paper in papers]
     times = [[timed(step) for step in steps] for _ in range(rounds)]
     for i, paper in enumerate(papers):
@@ -272,11 +287,12 @@ def worker(job: str, paper: str, side: str) -> None:
     """Run one side of one job in this process and print its median seconds."""
     if job == "codec":
         model = pair(paper)[side == "baseline"]
-        x = data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None]
+        x = photograph()
         step, rounds = code(model, x), 5
     else:
         step, rounds = training_step(paper, side), 5
-        step()
+        for _ in range(WARM_UP + 1 if device.type == "cuda" else 1):
+            step()
     step()
     print(statistics.median(seconds(step) for _ in range(rounds)))
 
@@ -293,10 +309,10 @@ def training_step(paper: str, side: str) -> Step:
         model = module.BASELINE(model.N, model.M)
     model.train()
     layout = torch.channels_last if ours else torch.contiguous_format
-    model = model.to(memory_format=layout)
+    model = model.to(device, memory_format=layout)
     net = prepare_network(model, compile=side == "compiled")
-    return descent(model, net, tiles().contiguous(memory_format=layout), 0.013,
-                   "auto" if ours else "fp32")
+    return descent(model, net, tiles().to(device, memory_format=layout), 0.013,
+                   "auto" if ours else "fp32", graph=ours)
 
 
 def tiles() -> torch.Tensor:
@@ -306,23 +322,29 @@ def tiles() -> torch.Tensor:
 
 
 def descent(model: CompressionModel, net: Callable[[torch.Tensor], dict[str, Any]],
-            x: torch.Tensor, lmbda: float, precision: str) -> Step:
-    """A step of both optimisers of `model`, whose forward pass is net(x)."""
+            x: torch.Tensor, lmbda: float, precision: str, graph: bool = False) -> Step:
+    """A step of both optimisers of `model`, whose forward pass is net(x).
+
+    graph: on a GPU, replay it from a CUDA graph, as train.py does.
+    """
     optimizer, aux_optimizer = make_optimizers(model, "adam", 1e-4)
     criterion = RateDistortionLoss(lmbda)
 
-    def step() -> None:
+    def step(x: torch.Tensor) -> dict[str, torch.Tensor]:
         with autocast(x.device, precision):
             output = net(x)
+        losses = criterion(output, x)
         optimizer.zero_grad()
         aux_optimizer.zero_grad()
-        criterion(output, x)["loss"].backward()
+        losses["loss"].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         model.aux_loss().backward()
         aux_optimizer.step()
+        return losses
 
-    return step
+    recorded = Recorded(step, optimizer, aux_optimizer, enabled=graph)
+    return lambda: recorded(x)
 
 
 def separate_processes(job: str, paper: str, side: str, rounds: int) -> None:
@@ -331,7 +353,7 @@ def separate_processes(job: str, paper: str, side: str, rounds: int) -> None:
     def once(which: str) -> float:
         env = dict(os.environ, **({"LIC_DEFAULT_MALLOC": "1"} if which == "baseline" else {}))
         command = [sys.executable, "-m", "common.evaluation.bench", "--worker", job, paper, which,
-                   *([CPU_TIME] if clock is time.process_time else [])]
+                   "--device", device.type, *([CPU_TIME] if clock is time.process_time else [])]
         out = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
         return float(out.stdout.split()[-1])
 
@@ -351,18 +373,21 @@ def main() -> None:
                         help="also write them to common/results/bench.json and RESULTS.md")
     parser.add_argument(CPU_TIME, action="store_true",
                         help="measure the CPU time of one thread, for machines that are shared")
+    parser.add_argument("--device", default="cpu", help="device to compare on: cpu or cuda")
     parser.add_argument("--no-training", action="store_true", help="leave out the training steps")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if unknown := set(args.papers) - set(known):
         raise UserError(f"no paper {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     args.papers = args.papers or known
+    global device
+    device = processes.parse_device(args.device)
     if args.cpu_time:
         use_cpu_time()
     if args.worker:
         worker(*args.worker)
         return
-    hardware = processes.describe_hardware(torch.device("cpu"))
+    hardware = processes.describe_hardware(device)
     print(f"{hardware}, torch {torch.__version__}; the papers' widths")
     print(f"{'':58s} {'CompressAI':>12s} {'ours':>12s}   ratio")
     if codecs := [paper for paper in args.papers if weights(paper)]:

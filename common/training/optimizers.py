@@ -38,6 +38,8 @@ def make_optimizers(model: nn.Module, name: str, lr: float,
     elif name == "muon":
         from timm.optim import Muon, muon
 
+        if device.type == "cuda":
+            muon._single_tensor_muon = grouped_muon
         if device.type == "cpu" and default_precision(device) == "fp32":
             # timm orthogonalises in bf16, which takes four times as long where that is emulated
             function = muon.zeropower_via_newtonschulz
@@ -54,6 +56,30 @@ def make_optimizers(model: nn.Module, name: str, lr: float,
         raise UserError(f"--optimizer {name}: choose adam or muon")
     aux_rate = torch.tensor(aux_lr, device=device) if graph else aux_lr
     return optimizer, torch.optim.Adam(aux, lr=aux_rate, **graph)
+
+
+def grouped_muon(params: list[Tensor], grads: list[Tensor], momentum_bufs: list[Tensor], *,
+                 lr: float | Tensor, momentum: float, ns_steps: int, ns_coefficients: Any,
+                 eps: float, safety_factor: float, **settings: Any) -> None:
+    """timm's `_single_tensor_muon` for the settings of `make_optimizers`, with all kernels of equal
+    shape orthogonalised in one batch: on a GPU, a small network otherwise spends a third of a step
+    on launching these products.
+    """
+    from timm.optim import muon
+
+    coefficients = muon.resolve_ns_coefficients(ns_coefficients, muon._COEFFICIENTS)
+    torch._foreach_lerp_(momentum_bufs, grads, 1.0 - momentum)
+    updates = torch._foreach_lerp(grads, momentum_bufs, momentum)  # Nesterov
+    groups: dict[torch.Size, list[int]] = {}
+    for i, update in enumerate(updates):
+        groups.setdefault(update.flatten(1).shape, []).append(i)
+    for members in groups.values():
+        batch = torch.stack([updates[i].flatten(1) for i in members])
+        batch = muon.zeropower_via_newtonschulz(batch, ns_steps, coefficients, eps=eps,
+                                                safety_factor=safety_factor)
+        scale = muon.get_lr_scale(batch.shape[1:], settings["adjust_lr_fn"])
+        for i, update in zip(members, (batch * (-lr * scale)).unbind(), strict=True):
+            params[i].add_(update.reshape(params[i].shape))
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float | Tensor:
