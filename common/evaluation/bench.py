@@ -10,8 +10,8 @@ whole process, and users of CompressAI do not have it. On a machine that is busy
 --cpu-time measures the CPU time of one thread in place of the time on the clock. --device cuda
 compares on a GPU.
 
---publish writes the ratios to common/results/bench.json, where those of other papers are kept, and
-the table of RESULTS.md.
+--publish writes the ratios to common/results/bench.json, or those of a GPU to bench-gpu.json, where
+those of other papers are kept, and the table of RESULTS.md.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ measured: dict[str, dict[str, float]] = {}  # medians by the name of the compari
 clock = time.perf_counter  # or time.process_time
 device = torch.device("cpu")  # or a GPU, by --device
 CPU_TIME = "--cpu-time"
-TABLE = "speed"  # of RESULTS.md
+TABLES = {"cpu": ("speed", "bench.json"), "cuda": ("speed-gpu", "bench-gpu.json")}  # of RESULTS.md
 
 
 @torch.no_grad()
@@ -370,7 +370,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="number of turns per comparison")
     parser.add_argument("--results", type=Path, help="JSON file of the ratios to write")
     parser.add_argument("--publish", action="store_true",
-                        help="also write them to common/results/bench.json and RESULTS.md")
+                        help="also write them to common/results/ and RESULTS.md")
     parser.add_argument(CPU_TIME, action="store_true",
                         help="measure the CPU time of one thread, for machines that are shared")
     parser.add_argument("--device", default="cpu", help="device to compare on: cpu or cuda")
@@ -432,20 +432,21 @@ def facts(hardware: str) -> dict[str, Any]:
 
 
 def publish(root: Path, found: dict[str, Any]) -> None:
-    """Add the rows to common/results/bench.json, and write the table of RESULTS.md.
+    """Add the rows to the file in common/results/, and write the table of RESULTS.md.
 
     Rows of other papers are kept if machine and versions are the same.
     """
-    path = root / "common" / "results" / "bench.json"
+    table, file = TABLES[device.type]
+    path = root / "common" / "results" / file
     known = json.loads(path.read_text()) if path.exists() else {}
     same = all(known.get(key) == found[key] for key in found if key != "rows")
     found = found | {"rows": (known["rows"] if same else {}) | found["rows"]}
     save_results(path, found)
-    write_table(root / "RESULTS.md", TABLE, speed_table(found))
+    write_table(root / "RESULTS.md", table, speed_table(found))
 
 
 def speed_table(found: dict[str, Any]) -> str:
-    """The rows of bench.json as Markdown, below a line with machine and versions."""
+    """The rows of a results file as Markdown, below a line with machine and versions."""
     what = found["measured"]
     rows = [[what, "CompressAI", "here", "ratio", "runs"]]
     rows += [[name, *(f"{row[key]:,.0f} ms" for key in ("compressai_ms", "ours_ms")),
