@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common import UserError, cli, data, processes
-from common.coding import codecs, entropy
+from common.coding import codecs, entropy, precision
 from common.coding.contract import Codec, Coded
 from common.evaluation.curve_values import markdown
 from common.evaluation.results import save_results
@@ -40,7 +40,7 @@ from common.loss import RateDistortionLoss
 from common.papers import ROOT, papers
 from common.recipes.tables import write_table
 from common.training.cuda_graph import WARM_UP, Recorded
-from common.training.network import autocast, prepare_network
+from common.training.network import autocast, default_precision, prepare_network
 from common.training.optimizers import make_optimizers
 
 import compressai
@@ -180,16 +180,21 @@ def coding(paper: str, rounds: int) -> None:
         calls = entropy_calls(ours, x), entropy_calls(baseline, x, theirs=True)
         for (name, mine), (_, theirs) in zip(*calls, strict=True):
             compare(f"{paper}: {name}, 512x768", mine, theirs, 3 * rounds)
-        compare(f"{paper}: compress + decompress, same process", code(ours, x), code(baseline, x),
-                rounds)
-        return
-    compare(f"{paper}: compress, same process", lambda: ours.compress(x),
-            lambda: baseline.compress(x), rounds)
-    compare(f"{paper}: decompress, same process", decode(ours, x), decode(baseline, x), rounds)
-    files = ours.compress(x), baseline.compress(x)
-    ours.g_s = baseline.g_s = nn.Identity()
-    compare(f"{paper}: decompress without g_s", decode(ours, x, files[0]),
-            decode(baseline, x, files[1]), rounds)
+    for which in ("fp32", "bf16") if default_precision(device) == "bf16" else ("fp32",):
+        precision.use_precision(ours, which)
+        of = f"{', bf16' * (which == 'bf16')}, same process"
+        if has_context(ours):
+            compare(f"{paper}: compress{of}", lambda: ours.compress(x),
+                    lambda: baseline.compress(x), rounds)
+            compare(f"{paper}: decompress{of}", decode(ours, x), decode(baseline, x), rounds)
+        else:
+            compare(f"{paper}: compress + decompress{of}", code(ours, x), code(baseline, x), rounds)
+    precision.use_precision(ours, "fp32")
+    if has_context(ours):
+        files = ours.compress(x), baseline.compress(x)
+        ours.g_s = baseline.g_s = nn.Identity()
+        compare(f"{paper}: decompress without g_s", decode(ours, x, files[0]),
+                decode(baseline, x, files[1]), rounds)
 
 
 def has_context(model: nn.Module) -> bool:
@@ -322,16 +327,16 @@ def tiles() -> torch.Tensor:
 
 
 def descent(model: CompressionModel, net: Callable[[torch.Tensor], dict[str, Any]],
-            x: torch.Tensor, lmbda: float, precision: str, graph: bool = False) -> Step:
+            x: torch.Tensor, lmbda: float, which: str, graph: bool = False) -> Step:
     """A step of both optimisers of `model`, whose forward pass is net(x).
 
-    graph: on a GPU, replay it from a CUDA graph, as train.py does.
+    which: precision of training; graph: on a GPU, replay it from a CUDA graph, as train.py does.
     """
     optimizer, aux_optimizer = make_optimizers(model, "adam", 1e-4)
     criterion = RateDistortionLoss(lmbda)
 
     def step(x: torch.Tensor) -> dict[str, torch.Tensor]:
-        with autocast(x.device, precision):
+        with autocast(x.device, which):
             output = net(x)
         losses = criterion(output, x)
         optimizer.zero_grad()
