@@ -205,4 +205,5 @@ def describe_hardware(device: torch.device) -> str:
     with contextlib.suppress(OSError, IndexError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(x for x in lines if x.startswith("model name")).split(":")[1].strip()
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
