@@ -44,7 +44,7 @@ HERE = Path(__file__).parent
 SWEEP = (.5, .7, .9, 1.1, 1.25, 1.45, 1.7, 2, 2.4, 2.8, 3.3, 3.8, 4, 4.6, 5.4, 5.8, 6.5, 6.8, 7.5,
          7.9, 8.3, 9.1, 9.4, 9.7, 10.5, 11, 12)
 SOURCE_STEPS = 3_219_000  # 3,000 epochs of 1,073
-BUNDLED = "small-balle.pth"  # the better of two; small-minnen.pth has a context model
+BUNDLED = "small-balle.pth"
 COLUMNS = ("name", "bits", "pixels", "bpp", "y_bpp", "z_bpp", "mse", "psnr(dB)", "ms-ssim",
            "enc_time(s)", "dec_time(s)")
 
