@@ -1,6 +1,6 @@
 """The command `licodecs`: the codecs of all papers.
 
-    licodecs encode photo.jpg -o photo.bin --paper joint_ar --lmbda 0.0067
+    licodecs encode photo.jpg -o photo.bin --paper joint_ar --lmbda 0.013
     licodecs decode photo.bin -o decoded.png       finds paper and weights by the file's header
     licodecs eval --paper joint_ar --images FOLDER real files of a folder of images
     licodecs info FILE                             what a .bin file or a checkpoint is

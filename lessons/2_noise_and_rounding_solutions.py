@@ -30,7 +30,7 @@ from factorized.model import load
 SHORT = os.environ.get("SHORT") == "1"  # SHORT=1: a few steps, to try the notebook
 STEPS = 3 if SHORT else 60
 BATCH, CROP = (2, 64) if SHORT else (8, 128)
-LMBDA = 0.0067
+LMBDA = 0.013
 
 model = load(ROOT / f"factorized/weights/small-{LMBDA}.pth")
 medians = model.entropy_bottleneck.quantiles[:, 0, 1].detach()[:, None, None]

@@ -118,9 +118,10 @@ per_channel = y_bits.sum((0, 2, 3))
 active = (per_channel > 0.01 * per_channel.sum()).nonzero().flatten().tolist()
 rows = [(c, neighbours(y[0, c]), neighbours(y[0, c].abs()),
          neighbours(y[0, c].abs() / sigma[0, c])) for c in active]
-print("correlation of neighbours")
+least = min(rows, key=lambda row: abs(row[1]))[0]
+print(f"correlation of neighbours; the latents of channel {least} depend least on each other")
 print("channel      y      |y|   |y|/sigma")
-for c, *values in [row for row in rows if row[0] in top]:
+for c, *values in [row for row in rows if row[0] in {*top, least}]:
     print(f"{c:7}" + "".join(f"{value:8.2f}" for value in values))
 means = [sum(abs(row[i]) for row in rows) / len(rows) for i in (1, 2, 3)]
 print("mean of" + "".join(f"{value:8.2f}" for value in means) + "  (of the magnitudes)")

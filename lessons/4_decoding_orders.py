@@ -47,7 +47,7 @@ import joint_ar.model
 import tbtc.model
 
 SHORT = os.environ.get("SHORT") == "1"  # SHORT=1: small images, to try the notebook
-LMBDAS = (0.0035, 0.0067)
+LMBDAS = (0.0035, 0.013)
 NAMES = ["kodim23"] if SHORT else ["kodim05", "kodim15", "kodim23"]
 
 models = {paper: [module.load(ROOT / paper / f"weights/small-{prefix}{lmbda}.pth")
@@ -59,8 +59,9 @@ pictures = [data.read_image(data.KODAK / f"{name}.png") for name in NAMES]
 if SHORT:
     pictures = [x[:, 128:256, 256:448] for x in pictures]
 for paper, pair in models.items():
-    print(f"{paper:13} N, M = {pair[0].N}, {pair[0].M}; "
-          f"{' and '.join(f'{net.provenance.total_steps:,}' for net in pair)} steps of training")
+    for lmbda, net in zip(LMBDAS, pair, strict=True):
+        print(f"{paper:13} lmbda {lmbda:<6}  N, M = {net.N}, {net.M:<3}  "
+              f"{net.provenance.total_steps:6,} steps of training")
 
 # %% [markdown]
 # ## The orders
@@ -87,7 +88,7 @@ slices = models["tbtc"][0].slices
 figure, axes = plt.subplots(1, 4, figsize=(14, 3), layout="constrained")
 pictures_of_orders = [(maps[0].view(h, w), "raster"), (maps[1].view(h, w), "wavefront"),
                       ((~anchors).float(), "checkerboard"),
-                      (torch.arange(len(slices)).repeat_interleave(h // len(slices) + 1)
+                      (torch.arange(len(slices)).repeat_interleave(-(-h // len(slices)))
                        [:h, None].expand(h, w), "channel slices (rows: channels)")]
 for axis, (order, title) in zip(axes, pictures_of_orders, strict=True):
     axis.imshow(order, cmap="viridis")
@@ -280,15 +281,15 @@ plt.show()
 # %% [markdown]
 # Down and left is better. Two points lie at the same height by construction, as they are one model
 # in two orders. Read the other heights with care: joint_ar and checkerboard have the same widths,
-# the model with slices has wider latents and was trained for fewer steps (see the first cell), so
-# its height compares models, not orders. All four run in exact arithmetic (notebook 6), whose cost
-# is a part of the times.
+# but the model with slices has others, and was trained for fewer steps (see the first cell), so its
+# height compares models, not orders. All four run in exact arithmetic (notebook 6), whose cost is a
+# part of the times.
 #
 # ## Exercises
 #
 # Solutions: `4_decoding_orders_solutions.py`.
 #
-# **Exercise 1.** How many steps do raster, wavefront, checkerboard and three slices take for
+# **Exercise 1.** How many steps do raster, wavefront, checkerboard and four slices take for
 # images of 512x768, 1024x1536 and 4096x6144 pixels? How does each number grow with the number of
 # pixels, and what follows for a machine that computes any number of latents at once?
 #

@@ -42,7 +42,7 @@ SHORT = os.environ.get("SHORT") == "1"  # SHORT=1: a small image, to try the not
 print("image            raster   wavefront  checkerboard  slices")
 for height, width in ((512, 768), (1024, 1536), (4096, 6144)):
     h, w = height // 16, width // 16
-    print(f"{height}x{width:<8} {h * w:10,} {w + 3 * (h - 1):11,} {2:13} {3:7}")
+    print(f"{height}x{width:<8} {h * w:10,} {w + 3 * (h - 1):11,} {2:13} {4:7}")
 assert len(wavefront(32, 48)) == 48 + 3 * 31
 
 
@@ -118,10 +118,10 @@ def size(model, passes):
 
 
 h, w = x.shape[-2] // 16, x.shape[-1] // 16
-joint = joint_ar.model.load(ROOT / "joint_ar/weights/small-0.0067.pth")
+joint = joint_ar.model.load(ROOT / "joint_ar/weights/small-0.013.pth")
 print("joint_ar:     with context {:,} bytes, with zeros {:,}".format(
     *size(joint, [(True, wavefront(h, w))]), *size(joint, [(False, wavefront(h, w))])))
-board = checkerboard.model.load(ROOT / "checkerboard/weights/small-0.0067.pth")
+board = checkerboard.model.load(ROOT / "checkerboard/weights/small-0.013.pth")
 first = checkerboard.model.anchors(h, w).flatten()
 halves = [mask.nonzero().flatten() for mask in (first, ~first)]
 for name, use in (("with context", True), ("with zeros", False)):

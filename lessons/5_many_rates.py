@@ -25,9 +25,9 @@
 #    p(q \mid \hat z) = \int_{q - 1/2}^{q + 1/2} \mathcal{N}\bigl(t; 0, (a\sigma)^2\bigr)\,dt . $$
 #
 # The step of the quantiser is $1/a$. The transforms, $\hat z$, $\mu$ and $\sigma$ do not depend on
-# $a$. Training draws a level $s$ in each step and uses its own $\lambda_s$ and $a_s$; the
-# regulators start at $a_s = \sqrt{\lambda_s / \lambda_0}$ and are learned, but for $a_0 = 1$. The
-# base codec here is the scale hyperprior, where $\mu = 0$.
+# $a$. Training draws a level $s$ in each step and uses its own $\lambda_s$ and $a_s$. In the paper,
+# the regulators start at $a_s = \sqrt{\lambda_s / \lambda_0}$; they are learned, but for $a_0 = 1$.
+# The base codec here is the scale hyperprior, where $\mu = 0$.
 
 # %%
 import os
@@ -57,14 +57,18 @@ print(f"N = {model.N}, M = {model.M}, {model.levels} levels")
 # %% [markdown]
 # ## The regulators
 #
-# What training made of the initial values.
+# The bundled model did not start from the regulators of the paper. It was made from a fixed-rate
+# codec, and its regulators rose in equal ratios from 1 to `start_gain` when training began. The
+# last columns show what training made of them, and the steps of the quantiser that they give.
 
 # %%
 gains = [model.gain(s).item() for s in range(model.levels)]
-start = [(LMBDAS[s] / LMBDAS[0]) ** 0.5 for s in range(model.levels)]
-print("level   lambda   start   learned   step 1/a")
-for s, (first, gain) in enumerate(zip(start, gains, strict=True)):
-    print(f"{s:5} {LMBDAS[s]:8} {first:7.3f} {gain:9.3f} {1 / gain:10.3f}")
+paper = [(LMBDAS[s] / LMBDAS[0]) ** 0.5 for s in range(model.levels)]
+highest = model.provenance.config["start_gain"]
+start = [highest ** (s / (model.levels - 1)) for s in range(model.levels)]
+print("level   lambda   paper's start    start   learned   step 1/a")
+for s, (first, own, gain) in enumerate(zip(paper, start, gains, strict=True)):
+    print(f"{s:5} {LMBDAS[s]:8} {first:15.3f} {own:8.3f} {gain:9.3f} {1 / gain:10.3f}")
 
 # %% [markdown]
 # ## One analysis, eight files
@@ -153,8 +157,9 @@ print(f"the step from level {model.levels - 2} to {model.levels - 1} gains {gain
 
 # %% [markdown]
 # The rate rises with $a$ without end, but the PSNR does not: even with infinitely fine steps,
-# $g_s(g_a(x))$ is not $x$. This small network has few latents, so that its ceiling is low, as the
-# next cell shows. Where the curve flattens, another model, with more channels, is due.
+# $g_s(g_a(x))$ is not $x$. The transforms of this small network lose much, so that its ceiling is
+# low, and the last level nearly reaches it, as the next cell shows. Where the curve flattens,
+# another model, with more channels, is due.
 
 # %%
 with torch.no_grad():
@@ -212,7 +217,7 @@ assert bpp <= target
 #
 # Solutions: `5_many_rates_solutions.py`.
 #
-# **Exercise 1.** Replace the learned regulators by their initial values,
+# **Exercise 1.** Replace the learned regulators by the initial values of the paper,
 # $\sqrt{\lambda_s / \lambda_0}$, by passing them as `factor`. Do the points leave the
 # rate-distortion curve? What, then, do the learned values decide?
 #

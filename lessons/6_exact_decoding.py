@@ -158,7 +158,7 @@ print(f"under the worst setting, {moved:.2g} other tables are expected per image
 # asks for their tables, and reads the symbols. In one group, we add 1 to the index of one latent.
 
 # %%
-joint = joint_ar.model.load(ROOT / "joint_ar/weights/small-0.0067.pth")
+joint = joint_ar.model.load(ROOT / "joint_ar/weights/small-0.013.pth")
 with torch.no_grad():
     coded = joint.compress(x)
 y_strings, z_strings = coded["strings"]
@@ -249,11 +249,15 @@ axis.set(xlabel="wave", ylabel="share of wrong latents", title="dashed: the wave
 plt.show()
 print(f"no wrong latent before wave {hit}: {max(wrong[:hit], default=0.0) == 0}; "
       f"in the 10 waves behind it, {sum(wrong[hit + 1:hit + 11]) / 10:.0%} are wrong")
+behind = torch.cat(waves[hit + 1:])
+near = (torch.maximum(right.abs(), y_hat.abs()) < 0.5).flatten(1)[:, behind].float().mean()
+print(f"{near:.0%} of the latents behind it are below 0.5 in magnitude in both decodes")
 
 # %% [markdown]
-# Not every wrong value is visible: most latents are 0, and are so in the wrong decode, too. But a
-# file is lost from the flip on. The decoder notices at the very end, as the string does not end
-# where it should; then it is too late.
+# Nearly all latents behind the flip differ, as a wrong mean is enough for that. Not every wrong
+# value is visible: most latents are close to 0, and are so in the wrong decode, too. But a file is
+# lost from the flip on. The decoder notices at the very end, as the string does not end where it
+# should; then it is too late.
 #
 # ## Exact arithmetic
 #

@@ -104,7 +104,7 @@ def test_a_variable_rate_is_in_the_file_and_rises_with_the_slider(photo):
 def test_models_used_last_are_kept():
     first = coding.load("factorized", "0.0035")
     assert coding.load("factorized", "0.0035") is first
-    for paper, weights in (("factorized", "0.0067"), ("hyperprior", "0.0035"),
+    for paper, weights in (("factorized", "0.013"), ("hyperprior", "0.0035"),
                            ("hyperprior", "0.013")):
         coding.load(paper, weights)
     assert coding.load("factorized", "0.0035") is not first

@@ -28,7 +28,7 @@ INSTRUCTIONS = {  # name: what the libraries read before they compute anything
     "no vector instructions": {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default",
                                "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
 }
-BUNDLED = {  # one of each architecture: small-0.0035.pth and small-0.0067.pth are alike
+BUNDLED = {  # one of each architecture: small-0.0035.pth and small-0.013.pth have the same layers
     re.sub(r"[\d.]+", "", f"{paper}-{path.stem}"): (paper, path) for paper in papers()
     for path in sorted((ROOT / paper / "weights").glob("*.pth"))}
 NAMES = [*BUNDLED, *NETWORKS]
