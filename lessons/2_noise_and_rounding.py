@@ -300,7 +300,8 @@ for name, (bpp, psnr) in results.items():
 # distortion? Measure the norms of the gradients of $g_a$ and $g_s$ for one batch.
 #
 # **Exercise 2.** Train only $g_s$ on rounded latents, with everything else frozen: then the files
-# stay as they are. How much PSNR is won, and why would this gain shrink at a higher rate?
+# stay as they are. How much PSNR is won, and how much is won by as many steps on noisy latents? Why
+# would the difference of the two shrink at a higher rate?
 #
 # **Exercise 3.** The noise in training is drawn anew in each step. Measure the standard deviation
 # of the gradient of one kernel of $g_a$ over several draws for the same batch, relative to its

@@ -6,23 +6,22 @@ With the bundled weights of November 2026: bytes of a row of four Kodak images s
 and, for each size, the mean change of bpp + lmbda * 255^2 * MSE in percent:
 
                                      bytes  1x3000   700x1   9x700   33x47   65x65 127x129 333x449
-    advdnic base-0.0035        6131 > 2307   -58.4   -60.0   -29.7    -6.6   -16.7    -7.4    -4.3
-    advdnic base-0.0067        9119 > 3575   -57.1   -54.0   -29.5    -7.0   -17.7    -9.1    -4.0
+    advdnic base-0.0035        4631 > 1743   -57.5   -57.0   -30.9    -7.6   -16.1    -7.0    -3.8
+    advdnic base-0.013        11843 > 3355   -67.3   -63.9   -36.4    -9.0   -19.8    -8.1    -4.9
     checkerboard 0.0035        5605 > 2601   -49.8   -51.0   -26.7    -5.9   -16.0    -7.0    -3.8
-    checkerboard 0.0067        7937 > 3649   -50.2   -53.0   -26.8    -6.7   -16.5    -6.9    -3.7
-    convnextic vr              6935 > 1547   -68.0   -64.2   -28.0    -6.1   -13.0    -6.0    -2.9
-    factorized 0.0035           1377 > 821   -24.9   -29.5    -2.7    -1.8    -1.8    -1.1    -0.3
-    factorized 0.0067          1973 > 1181   -25.4   -26.5    -2.8    -0.6    -2.3    -0.9    -0.3
-    hyperprior 0.0035          5887 > 1791   -65.0   -63.2   -35.7    -8.8   -18.0    -8.5    -4.8
-    hyperprior 0.013          13507 > 3067   -73.0   -69.4   -42.2    -9.4   -22.7   -10.2    -6.0
-    joint_ar 0.0035            4631 > 1191   -69.1   -68.7   -34.2    -7.1   -16.6    -6.6    -3.7
-    joint_ar 0.0067            6819 > 1671   -70.2   -67.0   -35.2    -7.0   -16.2    -6.5    -3.8
-    qvrf balle                11668 > 3864   -64.6   -62.5   -38.9   -10.0   -22.9   -11.6    -6.4
-    qvrf minnen                7560 > 1904   -71.1   -70.6   -37.9    -9.8   -17.2    -7.7    -4.3
-    tbtc conv-charm-0.0035     6675 > 1759   -69.6   -64.6   -37.0    -6.7   -20.6   -10.1    -5.2
-    tbtc conv-charm-0.0067     9319 > 2403   -69.9   -65.0   -37.0    -7.9   -20.2    -9.8    -5.1
+    checkerboard 0.013         8193 > 2341   -65.8   -64.3   -35.2    -7.9   -19.1    -8.2    -4.3
+    convnextic vr              6919 > 1543   -67.9   -64.2   -28.1    -6.6   -14.5    -6.0    -2.8
+    factorized 0.0035           1293 > 813   -21.9   -23.9    -3.3    -1.5    -2.0    -1.0    -0.2
+    factorized 0.013           3141 > 1913   -25.3   -24.8    -4.3    -0.9    -3.2    -1.2    -0.3
+    hyperprior 0.0035          4295 > 1703   -55.2   -51.8   -29.3    -5.8   -14.1    -6.6    -3.5
+    hyperprior 0.013           9991 > 2795   -67.1   -63.0   -36.7   -10.8   -18.4    -8.2    -4.7
+    joint_ar 0.0035            3295 > 1071   -60.8   -59.0   -30.4    -5.7   -13.9    -6.4    -3.1
+    joint_ar 0.013             7471 > 2055   -66.2   -64.4   -34.3   -11.8   -17.0    -7.0    -3.9
+    qvrf balle                 7812 > 2396   -66.1   -61.0   -38.5   -15.2   -20.6    -8.8    -4.9
+    tbtc conv-charm-0.0035     5323 > 1399   -69.6   -65.6   -38.8    -6.5   -20.6    -9.1    -5.2
+    tbtc conv-charm-0.013     12851 > 2559   -76.3   -74.4   -43.9    -9.5   -23.3   -10.7    -6.0
 
-PSNR falls where the cost falls most (1.7 to 4.4 dB at 1x3000 and 700x1, 0.0 to 0.3 dB from 9x700
+PSNR falls where the cost falls most (2.4 to 4.6 dB at 1x3000 and 700x1, at most 0.4 dB from 9x700
 on): with the same weights, a border line that is not repeated gets fewer bits. Images whose sides
 are multiples of the step are not padded, and their files are the same.
 """
