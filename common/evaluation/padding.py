@@ -2,8 +2,8 @@
 
     python -m common.evaluation.padding [PAPER ...] [--lmbda 0.0067]
 
-With the bundled weights of November 2026: bytes of a row of four Kodak images side by side (1x3000)
-and, for each size, the mean change of bpp + lmbda * 255^2 * MSE in percent:
+With weights that were bundled before the present ones: bytes of a row of four Kodak images side by
+side (1x3000) and, for each size, the mean change of bpp + lmbda * 255^2 * MSE in percent:
 
                                      bytes  1x3000   700x1   9x700   33x47   65x65 127x129 333x449
     advdnic base-0.0035        4631 > 1743   -57.5   -57.0   -30.9    -7.6   -16.1    -7.0    -3.8

@@ -26,7 +26,7 @@ from common.papers import papers
 import torch
 from torch import Tensor, nn
 
-SMALL_KERNEL = 9_000  # kernels next to the image, where 8 bits hurt most and save least
+SMALL_KERNEL = 9_000  # below it: kernels next to the image (N < 120), where 8 bits hurt most
 SHARES = (1.0, 0.9, 0.8, 0.7)  # fractions of the largest weight that 127 steps may reach
 CROP = 256  # side of the central crops of the bundled photographs, for `calibrate`
 FACTORS = tuple(1.03**k for k in range(-2, 14))  # of the scales: 0.94 to 1.47
