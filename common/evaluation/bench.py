@@ -387,6 +387,8 @@ def main() -> None:
     args.papers = args.papers or known
     global device
     device = processes.parse_device(args.device)
+    if args.cpu_time and device.type != "cpu":
+        raise UserError(f"{CPU_TIME} measures a CPU: leave it out, or --device {args.device}")
     if args.cpu_time:
         use_cpu_time()
     if args.worker:
