@@ -311,7 +311,7 @@ def opening(stage: int, start: Path | None) -> str:
         return f"stage {stage} starts from {start or 'random weights'}"
     return (f"stage {stage} starts from RANDOM WEIGHTS, not from those of stage {stage - 1}: stop "
             f"it and train that first (`python train.py --stage {stage - 1}`), or start from "
-            "trained weights (`python train.py --stage 2 --model balle --N 64 --M 96 --checkpoint "
+            "trained weights (`python train.py --stage 2 --model balle --N 80 --M 192 --checkpoint "
             f"{BUNDLED} --refresh 1`)")
 
 

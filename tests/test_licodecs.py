@@ -152,7 +152,7 @@ def test_info_knows_checkpoints_of_others(make, expected, weights, tmp_path, cap
     path = tmp_path / "weights.pth"
     torch.save(make(weights), path)
     said = say(capsys, "info", path)
-    for text in [*expected, "hyperprior, Hyperprior, N = 64, M = 192",
+    for text in [*expected, "hyperprior, Hyperprior, N = 80, M = 192",
                  f"next: licodecs encode photo.png --paper hyperprior --checkpoint {path}"]:
         assert text in said, said
 

@@ -100,9 +100,9 @@ def test_waves_cover_each_position_once():
 
 
 # ------------------------------------------------------------------------------ bundled weights
-@pytest.fixture(scope="module", params=["balle", "minnen"])
-def trained(request):
-    return load(ROOT / "qvrf" / "weights" / f"small-{request.param}.pth")
+@pytest.fixture(scope="module")
+def trained():
+    return load(ROOT / "qvrf" / "weights" / "small-balle.pth")
 
 
 @pytest.fixture(scope="module")
