@@ -77,9 +77,16 @@ def final(stage: Stage, folder: Path) -> tuple[dict[str, torch.Tensor], list[str
     checkpoints = sorted((folder / where).rglob(stage.checkpoint), key=lambda p: p.stat().st_mtime)
     if not checkpoints:
         raise UserError(f"{folder}: the training left no checkpoint: {tail(folder)}")
-    lines = [line for path in sorted(folder.rglob("log.txt"))
+    lines = [line for path in sorted(folder.rglob("log.txt")) if not is_abandoned(path.parent)
              for line in path.read_text().splitlines()]
     return load_checkpoint(checkpoints[-1])["model"], lines
+
+
+def is_abandoned(run: Path) -> bool:
+    """Whether a version of tbtc was killed before its first checkpoint, perhaps after the first
+    line of its log: --resume auto then begins another version and leaves this one as it is.
+    """
+    return run.name.startswith("version_") and not any(run.rglob("*.ckpt"))
 
 
 def tail(folder: Path) -> str:
