@@ -2,13 +2,13 @@
 
     python -m common.evaluation.padding [PAPER ...] [--lmbda 0.0067]
 
-With weights that were bundled before the present ones: bytes of a row of four Kodak images side by
-side (1x3000) and, for each size, the mean change of bpp + lmbda * 255^2 * MSE in percent:
+With the bundled weights: bytes of a row of four Kodak images side by side (1x3000) and, for each
+size, the mean change of bpp + lmbda * 255^2 * MSE in percent:
 
                                      bytes  1x3000   700x1   9x700   33x47   65x65 127x129 333x449
     advdnic base-0.0035        4631 > 1743   -57.5   -57.0   -30.9    -7.6   -16.1    -7.0    -3.8
     advdnic base-0.013        11843 > 3355   -67.3   -63.9   -36.4    -9.0   -19.8    -8.1    -4.9
-    checkerboard 0.0035        5605 > 2601   -49.8   -51.0   -26.7    -5.9   -16.0    -7.0    -3.8
+    checkerboard 0.0035        4833 > 1497   -64.1   -55.5   -32.1    -4.9   -18.0    -8.4    -4.5
     checkerboard 0.013         8193 > 2341   -65.8   -64.3   -35.2    -7.9   -19.1    -8.2    -4.3
     convnextic vr              6919 > 1543   -67.9   -64.2   -28.1    -6.6   -14.5    -6.0    -2.8
     factorized 0.0035           1293 > 813   -21.9   -23.9    -3.3    -1.5    -2.0    -1.0    -0.2
