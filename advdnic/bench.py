@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import statistics
 
-from common import data
 from common.coding import entropy
 from common.evaluation import bench
 
 import torch
 from compressai.models import JointAutoregressiveHierarchicalPriors
-from torch import Tensor, nn
+from torch import nn
 
 from advdnic.model import EXPERIMENTS, Experiment, build
 
@@ -37,20 +36,16 @@ def lively(experiment: str) -> Experiment:
     torch.manual_seed(0)
     model = build(experiment).to(memory_format=torch.channels_last).eval()
     last = [m for m in model.g_a.modules() if isinstance(m, nn.Conv2d)][-1]
-    spread = model.g_a(photograph()[:, :, :256, :256]).std() / 1.5
+    spread = model.g_a(bench.photograph()[:, :, :256, :256]).std() / 1.5
     last.weight /= spread
     last.bias /= spread
     model.update(force=True)
     return model
 
 
-def photograph() -> Tensor:
-    return data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None]
-
-
 def coding(rounds: int) -> None:
     """Print the time of compress, of decompress, and of decompress without g_s."""
-    x = photograph()
+    x = bench.photograph()
     for experiment in EXPERIMENTS:
         model = lively(experiment)
         coded = model.compress(x)
@@ -70,7 +65,7 @@ def waves(rounds: int) -> None:
     ours = lively("variant3_old")
     theirs = JointAutoregressiveHierarchicalPriors(128, 128).eval()
     theirs.update(force=True)
-    x = photograph()
+    x = bench.photograph()
     files = ours.compress(x), theirs.compress(x)
     bench.compare("advdnic variant3_old: decompress, and CompressAI's joint model",
                   lambda: ours.decompress(files[0]["strings"], files[0]["shape"]),

@@ -197,6 +197,12 @@ def first_does(work: Callable[[], None]) -> None:
         raise UserError(problem[0])
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def describe_hardware(device: torch.device) -> str:
     """Describe the hardware in words, for results and checkpoints."""
     if device.type == "cuda":

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from common import data
 from common.evaluation import bench
 
 import torch
@@ -37,7 +36,7 @@ def run(rounds: int) -> None:
 def coding(variant: str, rounds: int) -> None:
     """Print the time of compress and decompress of 512x768, and the share of g_a, h_a, g_s."""
     model = lively(variant)
-    x = data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None]
+    x = bench.photograph()
     file = model.compress(x)
     decode = partial(model.decompress, file["strings"], file["shape"])
     decode()
@@ -80,7 +79,7 @@ def lively(variant: str) -> ConvNeXTIC:
     """A model with random weights whose latents take about one bit per pixel."""
     torch.manual_seed(0)
     model = build(variant).to(memory_format=torch.channels_last)
-    x = data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None, :, :256, :256]
+    x = bench.photograph()[..., :256, :256]
     model.g_a[3].down[-1].weight *= 0.6 / model.eval().analyse(x).std()
     context = model.context_model
     networks = [context.parameters_network] if model.context == "mcm" else (

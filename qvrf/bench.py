@@ -12,7 +12,6 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from common import data
 from common.evaluation import bench
 from common.training.network import autocast
 
@@ -37,7 +36,7 @@ def run(rounds: int) -> None:
 def decoding(base: str, rounds: int) -> None:
     """Time compress and decompress of a 512x768 image at level 0, where the base is equivalent."""
     ours, baseline = pair(base)
-    x = data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None]
+    x = bench.photograph()
     files = ours.compress(x, s=0), baseline.compress(x)
 
     def decode(model: nn.Module, file: dict, **rate: int) -> bench.Step:
@@ -73,7 +72,7 @@ def pair(base: str) -> tuple[QVRF, nn.Module]:
 def make_lively(model: QVRF) -> None:
     """Scale random weights so that not all latents are zero, with matching scales."""
     torch.manual_seed(0)
-    x = data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None, :, :256, :256]
+    x = bench.photograph()[..., :256, :256]
     y = model.g_a(x)
     last = model.g_a[-2] if model.model == "cheng" else model.g_a[-1]
     last.weight *= 1 / y.std()

@@ -19,9 +19,10 @@ from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
-from common import cli, data
+from common import cli, data, processes
 from common.coding import entropy, exact
 from common.evaluation import bench
+from common.evaluation.bench import photograph
 
 import torch
 import torch.nn.functional as F
@@ -66,10 +67,6 @@ def lively(name: str, quality: str = "M") -> ZYC2022:
     return model
 
 
-def photograph() -> Tensor:
-    return data.to_float(data.read_image(data.KODAK / "kodim01.png"))[None]
-
-
 # ---------------------------------------------------------------------------------- decoding
 def by_part(name: str, rounds: int, device: str) -> None:
     """Print the decoding time of 512x768: h_s, ChARM's networks, entropy decoding, g_s, rest."""
@@ -90,8 +87,7 @@ def by_part(name: str, rounds: int, device: str) -> None:
 
 def now(device: str) -> float:
     """Time in seconds, after the device has finished its work."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    processes.synchronize(torch.device(device))
     return time.perf_counter()
 
 

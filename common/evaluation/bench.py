@@ -111,16 +111,11 @@ def photograph() -> torch.Tensor:
 
 
 def seconds(step: Step) -> float:
-    synchronize()
+    processes.synchronize(device)
     start = clock()
     step()
-    synchronize()
+    processes.synchronize(device)
     return clock() - start
-
-
-def synchronize() -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def timed(step: Step) -> float:
@@ -175,22 +170,22 @@ def start_up(papers: list[str], rounds: int) -> None:
 def coding(paper: str, rounds: int) -> None:
     """Time the entropy coder, then compress + decompress, on a 512x768 image in this process."""
     ours, baseline = pair(paper)
-    x = photograph()
-    if not has_context(ours):
+    x, context = photograph(), has_context(ours)
+    if not context:
         calls = entropy_calls(ours, x), entropy_calls(baseline, x, theirs=True)
         for (name, mine), (_, theirs) in zip(*calls, strict=True):
             compare(f"{paper}: {name}, 512x768", mine, theirs, 3 * rounds)
     for which in ("fp32", "bf16") if default_precision(device) == "bf16" else ("fp32",):
         precision.use_precision(ours, which)
         of = f"{', bf16' * (which == 'bf16')}, same process"
-        if has_context(ours):
+        if context:
             compare(f"{paper}: compress{of}", lambda: ours.compress(x),
                     lambda: baseline.compress(x), rounds)
             compare(f"{paper}: decompress{of}", decode(ours, x), decode(baseline, x), rounds)
         else:
             compare(f"{paper}: compress + decompress{of}", code(ours, x), code(baseline, x), rounds)
     precision.use_precision(ours, "fp32")
-    if has_context(ours):
+    if context:
         files = ours.compress(x), baseline.compress(x)
         ours.g_s = baseline.g_s = nn.Identity()
         compare(f"{paper}: decompress without g_s", decode(ours, x, files[0]),

@@ -307,8 +307,7 @@ def in_half(module: nn.Module) -> None:
 
 def time_call(function: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
     def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        processes.synchronize(device)
         return time.perf_counter()
 
     start = now()
