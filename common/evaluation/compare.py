@@ -29,6 +29,8 @@ from common.evaluation.curve_values import (
 from common.evaluation.results import MEASURES, load_published, load_results, save_results
 from common.files import refuse_folder, write_atomic
 
+from PIL import Image
+
 CLASSICAL = Path(__file__).parents[1] / "results" / "classical.json"  # by `make compare`
 PUBLISHED_MARKERS = "+x1234|_"  # of bare lines, so that no published curve looks measured
 DPI, COLOURS = 150, 128  # of a plot as PNG
@@ -170,7 +172,6 @@ def save_figure(figure: Any, path: str | Path) -> None:
     A PNG is reduced to 128 colours, which looks the same and takes a third of the space.
     """
     from matplotlib import pyplot as plt
-    from PIL import Image
 
     refuse_folder(path)
     kind = Path(path).suffix.removeprefix(".").lower()

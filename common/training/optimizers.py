@@ -60,7 +60,7 @@ def make_optimizers(model: nn.Module, name: str, lr: float,
 
 def grouped_muon(params: list[Tensor], grads: list[Tensor], momentum_bufs: list[Tensor], *,
                  lr: float | Tensor, momentum: float, ns_steps: int, ns_coefficients: Any,
-                 eps: float, safety_factor: float, **settings: Any) -> None:
+                 eps: float, safety_factor: float, adjust_lr_fn: Any, **_: Any) -> None:
     """timm's `_single_tensor_muon` for the settings of `make_optimizers`, with all kernels of equal
     shape orthogonalised in one batch: on a GPU, a small network otherwise spends a third of a step
     on launching these products.
@@ -77,7 +77,7 @@ def grouped_muon(params: list[Tensor], grads: list[Tensor], momentum_bufs: list[
         batch = torch.stack([updates[i].flatten(1) for i in members])
         batch = muon.zeropower_via_newtonschulz(batch, ns_steps, coefficients, eps=eps,
                                                 safety_factor=safety_factor)
-        scale = muon.get_lr_scale(batch.shape[1:], settings["adjust_lr_fn"])
+        scale = muon.get_lr_scale(batch.shape[1:], adjust_lr_fn)
         for i, update in zip(members, (batch * (-lr * scale)).unbind(), strict=True):
             params[i].add_(update.reshape(params[i].shape))
 
