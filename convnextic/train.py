@@ -346,13 +346,15 @@ def set_aside(folder: Path) -> None:
 
 
 def load_weights(model: ConvNeXTIC, path: str) -> int:
-    """Load weights strictly; a variable-rate model also accepts those of a fixed-rate model.
+    """Load weights strictly, but for the scales of v5, which a fixed-rate model does not have.
 
-    Returns the number of steps that led to them.
+    v5 keeps its own, all 1, if the weights are of a fixed-rate model; a fixed-rate model leaves out
+    those of v5. Returns the number of steps that led to the weights.
     """
     state = load_checkpoint(path)
     scales = {n: t for n, t in model.state_dict().items() if n.startswith("scale_")}
-    weights = scales | state["model"]
+    weights = scales | {n: t for n, t in state["model"].items()
+                        if n in scales or not n.startswith("scale_")}
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:

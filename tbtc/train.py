@@ -125,7 +125,8 @@ def flags() -> cli.Parser:
         "or after it (paper)")
     add("--num_heads", type=cli.positive_int,
         help="number of attention heads; channels / 32 if not given (the first PyTorch code: 4)")
-    add("--init_ckpt", type=Path, help="checkpoint whose weights a new run starts from")
+    add("--init_ckpt", type=Path, help="checkpoint whose weights a new run starts from; of a model "
+        "with the same transforms and another prior, the parts that both have")
     add("--ckpt_dir", type=Path, default=Path("ckpt"), help="folder of runs")
     add_training_flags(parser, lr_schedule="step", without=(
         "--aux-lr", "--lr-schedule", "--milestones", "--clip-max-norm", "--patch-size",
@@ -365,15 +366,32 @@ class EMA:
 def start_from(model: SliceCoder, path: Path) -> int:
     """Load the weights of a checkpoint, ours or the source's; averaged ones if there are any.
 
-    Returns the number of steps that led to them.
+    If it is of another of the models, with the same transforms, the parts that both have (g_a, g_s,
+    h_a, h_s and the entropy bottleneck) are taken over; the others keep their random weights.
+    Returns the number of steps that led to the weights.
     """
     trained = load(path)
+    if trained.name != model.name and shapes(trained.g_a) == shapes(model.g_a):
+        theirs = dict(trained.named_children())
+        common = [name for name, part in model.named_children()
+                  if name in theirs and shapes(part) and shapes(part) == shapes(theirs[name])]
+        for name in common:
+            parameters = dict(theirs[name].named_parameters())
+            getattr(model, name).load_state_dict(parameters, strict=False)
+        if processes.rank() == 0:
+            print(f"{model.name} starts from {', '.join(common)} of {trained.name}")
+        return trained.provenance.total_steps or 0
     try:
         model.load_state_dict(trained.state_dict())
     except RuntimeError as e:
         raise UserError(f"{path}: holds weights of another {trained.name}, or of another model: "
                         f"{load_error(e)}") from None
     return trained.provenance.total_steps or 0
+
+
+def shapes(part: nn.Module) -> dict[str, torch.Size]:
+    """Names and shapes of the parameters of a part."""
+    return {name: parameter.shape for name, parameter in part.named_parameters()}
 
 
 def schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> Any:

@@ -56,7 +56,7 @@ def test_resumed_run_is_the_run(run, monkeypatch):
 
 
 def test_resume_from_a_file_takes_weights(run):
-    """As in the source: fixed rate to variable rate, first epoch as told."""
+    """As in the source: fixed rate to variable rate, first epoch as told; and back."""
     folder = run("--name", "fixed", "--variant", "v3_scctx", "--latent_dim", 24)
     start = folder / "fixed" / "3" / "snapshots" / "best.pt"
     run("--name", "vr", "--variant", "v5_vr", "--latent_dim", 24, "--resume", start,
@@ -65,6 +65,12 @@ def test_resume_from_a_file_takes_weights(run):
     assert state["step"] == 6 and (folder / "vr" / "3" / "snapshots" / "001.pt").exists()
     assert torch.allclose(state["model"]["g_a.0.down.0.weight"],
                           read(start)["model"]["g_a.0.down.0.weight"], atol=1e-6)
+    run("--name", "back", "--variant", "v3_scctx", "--latent_dim", 24, "--lr", 1e-9, "--lr_aux",
+        1e-9, "--resume", folder / "vr" / "3" / "snapshots" / "latest.pt")
+    back = read(folder / "back" / "3" / "snapshots" / "latest.pt")["model"]
+    assert not [key for key in back if key.startswith("scale_")]
+    assert torch.allclose(back["g_a.0.down.0.weight"], state["model"]["g_a.0.down.0.weight"],
+                          atol=1e-6)
 
 
 def test_a_run_from_weights_in_its_own_folder(images, run, tmp_path):

@@ -112,6 +112,20 @@ def test_checkpoints_of_the_source(name, tmp_path):
         load(tmp_path / "short.ckpt")
 
 
+def test_start_from_another_prior(tmp_path, capsys):
+    """Conv-Hyperprior starts from the transforms of Conv-ChARM, and not from those of SwinT."""
+    charm, conv = build("zyc2022-conv-charm", "XS"), build("zyc2022-conv-hyperprior", "XS")
+    swin = build("zyc2022-swint-hyperprior", "XS")
+    torch.save(charm.state_dict(), tmp_path / "charm.pt")
+    train.start_from(conv, tmp_path / "charm.pt")
+    assert "starts from entropy_bottleneck, g_a, g_s, h_a, h_s of" in capsys.readouterr().out
+    for key, value in conv.named_parameters():
+        assert torch.equal(value, charm.get_parameter(key))
+    train.start_from(charm, tmp_path / "charm.pt")
+    with pytest.raises(UserError, match="another model"):
+        train.start_from(swin, tmp_path / "charm.pt")
+
+
 def test_wrong_names_and_weights(tmp_path):
     with pytest.raises(UserError, match="choose from zyc2022-conv-hyperprior"):
         build("zyc2022-vit")
