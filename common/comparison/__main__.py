@@ -213,7 +213,7 @@ def write_tables(found: Comparison, anchor: Curve, into: Path) -> list[str]:
         found.problems.append("published curves are left out: they are not of these images "
                               f"({found.title})")
     checks = table.checks(found.curves)
-    summary = table.curves_table([c for c in found.curves if c.shown], anchor, found.further)
+    summary = table.curves_table([c for c in found.curves if c.listed], anchor, found.further)
     write_atomic(into / "compare.md", "\n\n".join([
         f"# {found.title}: comparison", summary, *checks,
         "## Operating points, ours and classical codecs",

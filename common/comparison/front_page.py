@@ -58,11 +58,11 @@ def curves_of(root: Path, problems: list[str]) -> list[Curve]:
 
 def text_of(curves: Sequence[Curve]) -> str:
     """The short table and the lines below it."""
-    shown = [curve for curve in curves if curve.shown]
+    listed = [curve for curve in curves if curve.listed]
     anchor = next(curve for curve in curves if curve.kind == "published")
     indexes = [table.HEAD.index(name) for name in COLUMNS]
     rows = [list(COLUMNS.values())]
-    for curve in shown:
+    for curve in listed:
         cells = table.curve_row(curve, anchor)
         rows.append([cells[i] for i in indexes])
     lines = [f"Anchor: {anchor.name}.", *table.checks(curves)]

@@ -18,6 +18,7 @@ from common.evaluation.curve_values import Results, entry
 from common.evaluation.results import load_published, load_results
 from common.papers import ROOT, papers
 
+SHORT = ("quick", "fixed")  # curves of ours that the plot leaves out at first: minutes of training
 PUBLISHED = Path(__file__).parents[1] / "results" / "published.json"
 Kind = Literal["ours", "classical", "published"]
 KINDS: dict[Kind, str] = {"ours": "ours, measured", "classical": "classical, measured",
@@ -37,6 +38,11 @@ class Curve:
     paper: str = ""
     shown: bool = True
     cost: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def listed(self) -> bool:
+        """Whether the short table has the curve."""
+        return self.shown or self.kind == "ours"
 
     def values(self, key: str) -> list[float | None]:
         """The value of each operating point; None where there is none, or where it is infinite."""
@@ -79,7 +85,8 @@ def own_results(root: Path, digest: str, problems: list[str]) -> list[Curve]:
             if repeated(curve):
                 continue  # seeds of one operating point, which `make claims` compares
             if take_if_of(digest, curve, _shown(path, root), problems):
-                found.append(Curve(f"{paper}, {path.stem}", "ours", curve, paper))
+                found.append(Curve(f"{paper}, {path.stem}", "ours", curve, paper,
+                                   shown=path.stem not in SHORT))
     return found
 
 
