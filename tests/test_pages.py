@@ -1,9 +1,10 @@
 """The numbers in the tables of the READMEs are those of the results files.
 
 Every table with a column for bpp has a file behind it: results/<name>.json for a table after
-`<!-- results: <name> -->`, otherwise the file in UNMARKED. Each of its rows must equal one record
-of that file in all columns that the file has, and each record must have a row. The columns "above
-JPEG" and of published networks, which `make report-<paper>` derives, are not computed again here.
+`<!-- results: <name> -->`, which may list several names, otherwise the file in UNMARKED. Each of
+its rows must equal one record of that file in all columns that the file has, and each record must
+have a row. The columns "above JPEG" and of published networks, which `make report-<paper>` derives,
+are not computed again here.
 """
 
 import json
@@ -35,7 +36,7 @@ def cells(line):
 def tables(text):
     """(name after the marker or None, head, rows) of each table."""
     found = []
-    form = r"(?:<!-- results(?:: ([\w-]+))? -->\n\n?)?((?:^\|.*\n)+)"
+    form = r"(?:<!-- results(?:: ([\w, -]+))? -->\n\n?)?((?:^\|.*\n)+)"
     for match in re.finditer(form, text, re.M):
         lines = match[2].splitlines()
         found.append((match[1], cells(lines[0]), [cells(line) for line in lines[2:]]))
@@ -94,13 +95,13 @@ def test_tables_of_a_paper(paper):
         name = name or UNMARKED[paper, head[0]]
         if name is None:
             continue
-        known = records(results / f"{name}.json")
+        known = [r for n in name.split(", ") for r in records(results / f"{n}.json")]
         shown = []
         for row in rows:
             theirs = row[0].startswith("the seminar report's")
             named = [r for r in known if r["name"] == row[0]]
             matching = [r for r in (published if theirs else named or known) if fits(head, row, r)]
-            assert matching, f"{paper}/README.md: {row} is not in results/{name}.json"
+            assert matching, f"{paper}/README.md: {row} is not in the results of {name}"
             shown += matching
         assert [r for r in known if r not in shown] == [], f"the table {name} lacks these"
 

@@ -4,8 +4,9 @@
 
 The rows of the curve are replaced in the table between `<!-- results: small -->` and `<!-- end of
 results -->` of the paper's README, and those of the paper (of the curve "small" only) in the table
-between `<!-- results -->` and `<!-- end of results -->` of RESULTS.md. Other rows are kept. The
-last column of these tables is the PSNR of the reference that the paper's published.json names.
+between `<!-- results -->` and `<!-- end of results -->` of RESULTS.md. Other rows are kept; a table
+of several curves names them all, as in `<!-- results: small-v2, small-v3 -->`. The last column of
+these tables is the PSNR of the reference that the paper's published.json names.
 """
 
 from __future__ import annotations
@@ -76,6 +77,13 @@ def replace(page: str, begin: str, name: str, labels: list[str], points: list[di
     return f"{before}{found}\n" + "\n".join(lines) + f"\n\n{end}{after}", texts
 
 
+def marker(page: str, curve: str) -> str:
+    """The line before the table of a curve, which may name other curves, too."""
+    lines = re.findall(r"^<!-- results: ([\w, -]+) -->$", page, re.M)
+    names = next((line for line in lines if curve in line.split(", ")), curve)
+    return f"<!-- results: {names} -->"
+
+
 def check_official(paper: str, digest: str | None) -> None:
     """Raise UserError if results on these images do not belong into the tables of the READMEs."""
     if digest not in image_sets.KNOWN.values():
@@ -117,7 +125,8 @@ def publish(root: Path, paper: str, results: dict[str, Any], into: Path | None,
     if into.resolve() != official.resolve():
         return into
     points = cells(results, published[0] if published else None, jpeg)
-    places = [(root / paper / "README.md", f"<!-- results: {curve} -->", curve,
+    readme = root / paper / "README.md"
+    places = [(readme, marker(readme.read_text(), curve), curve,
                [f"{curve}, lmbda {point['lmbda']}" if point["lmbda"] else curve
                 for point in points], points)]
     if curve == "small":  # the curve that `make compare` shows

@@ -55,6 +55,11 @@ def test_rows_of_the_pages():
     assert pages.replace(new, "<!-- results: small -->", "small", ["small, a", "small, b"],
                          points) == (new, rows)
     assert pages.replace("no table", "<!-- results -->", "x", ["x", "x"], points)[0] == "no table"
+    both = page.replace("results: small -->", "results: small, small-b -->")
+    assert pages.marker(page, "small") == "<!-- results: small -->" == pages.marker("", "small")
+    assert pages.marker(both, "small-b") == "<!-- results: small, small-b -->"
+    assert pages.replace(both, pages.marker(both, "small"), "small", ["small, a", "small, b"],
+                         points) == (new.replace("small -->", "small, small-b -->"), rows)
     front = ("<!-- results -->\n\n| codec | steps | theirs |\n|---|\n| x (b), level 0 | 1 | 1 |\n"
              "| x2 | 2 | 2 |\n| x, quick | 3 | 3 |\n| x (b), quick | 4 | 4 |\n\n"
              "<!-- end of results -->\n")
