@@ -77,11 +77,16 @@ def replace(page: str, begin: str, name: str, labels: list[str], points: list[di
     return f"{before}{found}\n" + "\n".join(lines) + f"\n\n{end}{after}", texts
 
 
+def begin_of(name: str) -> str:
+    """The line above the table `name` of a page."""
+    return f"<!-- results: {name} -->"
+
+
 def marker(page: str, curve: str) -> str:
-    """The line before the table of a curve, which may name other curves, too."""
-    lines = re.findall(r"^<!-- results: ([\w, -]+) -->$", page, re.M)
-    names = next((line for line in lines if curve in line.split(", ")), curve)
-    return f"<!-- results: {names} -->"
+    """The line above the table of a curve, which may name other curves, too."""
+    line = begin_of(r"([\w, -]+)")
+    tables = re.findall(f"^{line}$", page, re.M)
+    return begin_of(next((names for names in tables if curve in names.split(", ")), curve))
 
 
 def check_official(paper: str, digest: str | None) -> None:

@@ -5,12 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.files import write_atomic
-from common.recipes.pages import END
-
-
-def begin_of(name: str) -> str:
-    """The line above the table `name` of a paper's README."""
-    return f"<!-- results: {name} -->"
+from common.recipes.pages import END, begin_of
 
 
 def table_of(page: str, name: str) -> str | None:
