@@ -7,7 +7,7 @@ ours test them. Both are compared as percentages. Published curves give a BD-rat
 at one lmbda give costs J = bpp + lmbda * MSE; as J is minimal with respect to the quantisation of a
 trained model, a small difference of J at equal lmbda is the difference in rate at equal quality,
 and in percent of the rate it is 100 * (J - J_other) / bpp_other. Where the difference is not small,
-or where the published number is one, claims.yaml asks for the difference of J itself.
+or where the published number is a difference of J, claims.yaml asks for that of ours.
 
 A difference counts if it exceeds twice its standard error: that of the seeds, or, where there are
 one or two runs of each, that of runs whose costs vary by SPREAD.

@@ -30,7 +30,7 @@ KINDS: dict[Kind, str] = {"ours": "ours, measured", "classical": "classical, mea
 class Curve:
     """A rate-distortion curve with what is known of the codec; results: as of eval.py.
 
-    shown: whether the plot and the page show it at first. cost: `common.complexity`, or {}.
+    shown: whether the plots show it at first. cost: `common.complexity`, or {}.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Curve:
 
     @property
     def listed(self) -> bool:
-        """Whether the short table has the curve."""
+        """Whether the tables have the curve at first; all of ours, and those that are shown."""
         return self.shown or self.kind == "ours"
 
     def values(self, key: str) -> list[float | None]:
@@ -86,9 +86,10 @@ def own_results(root: Path, digest: str, problems: list[str]) -> list[Curve]:
             if repeated(curve):
                 continue  # seeds of one operating point, which `make claims` compares
             if take_if_of(digest, curve, _shown(path, root), problems):
-                found.append(Curve(f"{paper}, {path.stem}", "ours", curve, paper))
-                steps = [n for n in found[-1].meta("steps") if n]
-                found[-1].shown = path.stem not in SHORT and min(steps, default=STEPS) >= STEPS
+                own = Curve(f"{paper}, {path.stem}", "ours", curve, paper)
+                steps = [n for n in own.meta("steps") if n]
+                own.shown = path.stem not in SHORT and min(steps, default=STEPS) >= STEPS
+                found.append(own)
     return found
 
 

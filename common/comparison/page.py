@@ -45,6 +45,7 @@ def write(path: Path, title: str, curves: Sequence[Curve], styles: Sequence[Styl
 def _curve(curve: Curve, style: Style, qualities: list[str], row: list[str]) -> dict[str, Any]:
     points = range(len(curve.values("bpp")))
     return {"name": curve.name, "kind": curve.kind, "shown": curve.shown,
+            "listed": curve.listed,
             "color": style.color, "symbol": style.symbol, "glyph": style.glyph, "dash": style.dash,
             "width": style.width, "source": next((s for s in curve.meta("source") if s), ""),
             "description": curve.results.get("description", ""),
@@ -53,10 +54,10 @@ def _curve(curve: Curve, style: Style, qualities: list[str], row: list[str]) -> 
 
 
 def _matrices(curves: Sequence[Curve], qualities: list[str]) -> dict[str, Any]:
-    """BD-rates between all curves that are shown and have several points."""
-    shown = [c for c in curves if c.shown and len(c.points()[0]) > 1]
-    return {"names": [c.name for c in shown],
-            "values": {key: deltas.matrix(shown, key) for key in qualities}}
+    """BD-rates between all curves that are listed and have several points."""
+    listed = [c for c in curves if c.listed and len(c.points()[0]) > 1]
+    return {"names": [c.name for c in listed],
+            "values": {key: deltas.matrix(listed, key) for key in qualities}}
 
 
 def _drop_last(pictures: dict[str, Any]) -> str:

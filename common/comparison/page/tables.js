@@ -40,7 +40,7 @@ function compareCells(a, b) {
 function drawTable() {
   const words = get("search").value.toLowerCase();
   const every = get("every").checked;
-  const rows = DATA.curves.filter((curve) => (every || curve.shown || curve.kind === "ours") &&
+  const rows = DATA.curves.filter((curve) => (every || curve.listed) &&
     curve.row.join(" ").toLowerCase().includes(words));
   const { column, down } = sorted;
   if (column >= 0) {
