@@ -372,21 +372,25 @@ def start_from(model: SliceCoder, path: Path) -> int:
     """
     trained = load(path)
     if trained.name != model.name and shapes(trained.g_a) == shapes(model.g_a):
-        theirs = dict(trained.named_children())
-        common = [name for name, part in model.named_children()
-                  if name in theirs and shapes(part) and shapes(part) == shapes(theirs[name])]
-        for name in common:
-            parameters = dict(theirs[name].named_parameters())
-            getattr(model, name).load_state_dict(parameters, strict=False)
-        if processes.rank() == 0:
-            print(f"{model.name} starts from {', '.join(common)} of {trained.name}")
-        return trained.provenance.total_steps or 0
-    try:
-        model.load_state_dict(trained.state_dict())
-    except RuntimeError as e:
-        raise UserError(f"{path}: holds weights of another {trained.name}, or of another model: "
-                        f"{load_error(e)}") from None
+        take_parts(model, trained)
+    else:
+        try:
+            model.load_state_dict(trained.state_dict())
+        except RuntimeError as e:
+            raise UserError(f"{path}: holds weights of another {trained.name}, or of another "
+                            f"model: {load_error(e)}") from None
     return trained.provenance.total_steps or 0
+
+
+def take_parts(model: SliceCoder, trained: SliceCoder) -> None:
+    """Copy the parameters of the parts that both models have, with equal shapes; print which."""
+    theirs = dict(trained.named_children())
+    parts = {name: part for name, part in model.named_children()
+             if name in theirs and shapes(part) and shapes(part) == shapes(theirs[name])}
+    for name, part in parts.items():
+        part.load_state_dict(dict(theirs[name].named_parameters()), strict=False)
+    if processes.rank() == 0:
+        print(f"{model.name} starts from {', '.join(parts)} of {trained.name}")
 
 
 def shapes(part: nn.Module) -> dict[str, torch.Size]:
