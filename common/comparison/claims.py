@@ -25,7 +25,7 @@ from typing import Any
 
 from common import UserError, cli
 from common.comparison.deltas import delta_of_points
-from common.evaluation.curve_values import Results, cost, entry, markdown, rates_and_psnrs
+from common.evaluation.curve_values import Results, cost, entry, markdown, rates_and_psnrs, repeated
 from common.evaluation.results import load_published, load_results
 from common.files import read_file
 from common.papers import ROOT
@@ -135,18 +135,17 @@ def _of_curves(ours: Mapping[str, Any], this: Results, other: Results) -> Measur
     return Measured(found.rate, 100 * math.sqrt(2) * SPREAD * statistics.mean(ratios), 1)
 
 
-def _repetitions(curve: Mapping[str, Any]) -> Run | None:
-    """The points of a results JSON as repetitions, if they have one lmbda; else None."""
-    rates, psnrs = rates_and_psnrs(dict(curve))
-    lmbdas = {_lmbda(curve, i) for i in range(len(rates))}
-    if len(lmbdas) != 1:
+def _repetitions(curve: Results) -> Run | None:
+    """The costs of a results JSON, if its points are one point or its repetitions; else None."""
+    rates, psnrs = rates_and_psnrs(curve)
+    lmbda = _lmbda(curve, 0)
+    if len(rates) != 1 and not repeated(curve):
         return None
-    lmbda = lmbdas.pop()
     return Run([cost(*point, lmbda) for point in zip(rates, psnrs, strict=True)],
                statistics.mean(rates))
 
 
-def _lmbda(curve: Mapping[str, Any], i: int) -> float:
+def _lmbda(curve: Results, i: int) -> float:
     """lmbda of a point of a results JSON; UserError if the file does not state it."""
     value = entry(curve.get("meta", {}), "lmbda", i)
     if value is None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from common import UserError
 from common.evaluation import further_metrics, image_sets
-from common.evaluation.curve_values import Results, entry
+from common.evaluation.curve_values import Results, entry, repeated
 from common.evaluation.results import load_published, load_results
 from common.papers import ROOT, papers
 
@@ -91,14 +91,6 @@ def own_results(root: Path, digest: str, problems: list[str]) -> list[Curve]:
                 own.shown = path.stem not in SHORT and min(steps, default=STEPS) >= STEPS
                 found.append(own)
     return found
-
-
-def repeated(curve: Results) -> bool:
-    """Whether the points are repetitions of one, at the same lmbda and level."""
-    meta = curve.get("meta", {})
-    points = [tuple(entry(meta, key, i) for key in ("lmbda", "level", "factor"))
-              for i in range(len(curve["results"]["bpp"]))]
-    return len(points) > 1 and len(set(points)) == 1 and points[0][0] is not None
 
 
 def named_results(paths: Sequence[Path], digest: str, problems: list[str]) -> list[Curve]:

@@ -36,6 +36,14 @@ def entry(block: dict[str, Any], key: str, i: int) -> Any:
     return value[i] if isinstance(value, list) else value
 
 
+def repeated(curve: Results) -> bool:
+    """Whether the points are repetitions (seeds) of one, of the same lmbda, level and factor."""
+    meta = curve.get("meta", {})
+    points = [tuple(entry(meta, key, i) for key in ("lmbda", "level", "factor"))
+              for i in range(len(curve["results"]["bpp"]))]
+    return len(points) > 1 and len(set(points)) == 1 and points[0][0] is not None
+
+
 def cost(rate: float, psnr: float, lmbda: float) -> float:
     """bpp + lmbda * 255^2 * MSE, the MSE being that of the PSNR."""
     return rate + lmbda * 255**2 * 10 ** (-psnr / 10)
