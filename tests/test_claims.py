@@ -85,6 +85,20 @@ def test_results_of_seeds_and_of_curves(tmp_path):
     assert claims.measured(tmp_path, claim).percent == pytest.approx(-10, abs=0.01)
 
 
+def test_only_comparable_curves_are_compared(tmp_path):
+    """Of the same images; costs at one lmbda only."""
+    claim = {"ours": {"this": "a.json", "other": "b.json"}}
+    one, other = curve([0.01], [(0.4, 30.0)]), curve([0.02], [(0.5, 31.0)])
+    for name, content in (("a", one), ("b", other)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="do not overlap"):
+        claims.measured(tmp_path, claim)
+    one["meta"]["images_digest"] = "3 images 0123"
+    (tmp_path / "a.json").write_text(json.dumps(one))
+    with pytest.raises(UserError, match="are not of the same images"):
+        claims.measured(tmp_path, claim)
+
+
 @pytest.mark.parametrize(("claim", "published", "percent", "error", "words"), [
     ({}, -20, -15, 2, "as claimed"), ({}, -20, -5, 2, "as claimed, less"),
     ({}, -5, -15, 2, "as claimed, more"), ({}, -20, -3, 2, "open: within the noise"),
@@ -114,6 +128,9 @@ MISTAKES = [
     ({"published": {"this": "VTM"}}, "claim 1: published: other is missing"),
     ({"published": {"percent": "four", "source": "x"}}, "percent: 'four' is not a value"),
     ({"published": {"percent": 0, "source": "x"}}, "percent: 0 has no direction"),
+    ({"published": {"percent": True, "source": "x"}}, "percent: True is not a number"),
+    ({"within": True}, "within: True is not a number"),
+    ({"claim": "a | b"}, "claim: one line without |"),
     ({"ours": {"this": "a", "other": "b"}}, "claim 1: ours: budget is missing"),
     ({"within": "five"}, "claim 1: within: 'five' is not a value"),
     ({"unit": "costs"}, "unit: 'costs' is neither rate nor cost")]
@@ -131,7 +148,12 @@ def test_mistakes_in_claims_yaml_are_one_line(tmp_path, capsys, text, words):
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("{", "not JSON"), ("{}", 'has no "rows"'), ('{"rows": {"a": {"bpp": 1}}}', "row a needs bpp")])
+    ("{", "not JSON"), ("{}", 'has no "rows"'), ('{"rows": {"a": {"bpp": 1}}}', "row a needs bpp"),
+    ('{"rows": {"a": 3}}', "row a needs bpp"),
+    ('{"rows": {"a": {"J": "1", "bpp": 1}}}', "row a: J must be a positive number"),
+    ('{"rows": {"a": {"J": [1, NaN], "bpp": 1}}}', "row a: J must be a positive number"),
+    ('{"rows": {"a": {"J": [], "bpp": 1}}}', "row a: J must be a positive number"),
+    ('{"rows": {"a": {"J": 1, "bpp": 0}}}', "row a: bpp must be a positive number")])
 def test_results_of_the_wrong_form_are_named(tmp_path, text, words):
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(UserError, match=words):

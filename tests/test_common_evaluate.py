@@ -168,6 +168,26 @@ def test_save_json_is_strict_and_has_a_line_per_image(tmp_path):
         load_results(path)
 
 
+@pytest.mark.parametrize(("block", "key", "values", "words"), [
+    ("results", "bpp", [0.1, 0], "bpp: give at least one rate, and only positive ones"),
+    ("results", "bpp", [0.1, math.nan], "bpp: NaN is not a number"),
+    ("results", "psnr-rgb", [30], "psnr-rgb has 1 entries, bpp has 2"),
+    ("results", "ms-ssim-rgb", ["x", 1], 'ms-ssim-rgb: "x" is not a number'),
+    ("meta", "lmbda", [0.01], "lmbda has 1 entries, bpp has 2"),
+    ("meta", "lmbda", ["0.01", 0.02], 'lmbda: "0.01" is not a number'),
+    ("meta", "steps", True, "steps: true is not a number")])
+def test_wrong_values_of_a_results_json_are_named(block, key, values, words, tmp_path):
+    content = {"name": "x", "results": {"bpp": [0.1, 0.2], "psnr-rgb": [30, None]}, "meta": {}}
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(content))
+    load_results(path)
+    content[block][key] = values
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError) as error:
+        load_results(path)
+    assert words in str(error.value)
+
+
 def test_jpeg_through_the_same_measures(folder):
     paths = data.list_images(folder)
     result = classical.jpeg(paths, qualities=(90, 10))

@@ -26,7 +26,8 @@ from typing import Any
 from common import UserError, cli
 from common.comparison.deltas import delta_of_points
 from common.evaluation.curve_values import Results, cost, entry, markdown, rates_and_psnrs, repeated
-from common.evaluation.results import load_published, load_results
+from common.evaluation.image_sets import digest_of
+from common.evaluation.results import is_number, load_published, load_results
 from common.files import read_file
 from common.papers import ROOT
 from common.recipes.recipe_file import NUMBER, check
@@ -47,7 +48,8 @@ OURS = {"this": str, "other": str, "budget": str}, {"file": str}
 
 @dataclass(frozen=True)
 class Measured:
-    """A difference in percent, its standard error, and how many runs of each side it is from."""
+    """A difference in percent, its standard error, and how many runs of each side it is from; the
+    smaller number, if they differ."""
 
     percent: float
     error: float
@@ -79,8 +81,13 @@ def read_claims(path: Path) -> list[dict[str, Any]]:
         known = claim["published"]
         check(known, f"{where}: published", *((STATED,) if "percent" in known else CURVES))
         check(claim["ours"], f"{where}: ours", *OURS)
+        for key, block in (("percent", known), ("within", claim)):
+            if key in block and not is_number(block[key]):
+                raise UserError(f"{where}: {key}: {block[key]!r} is not a number")
         if known.get("percent") == 0:
             raise UserError(f"{where}: published: percent: 0 has no direction to compare with")
+        if {"|", "\n"} & set(claim["claim"].strip()):
+            raise UserError(f"{where}: claim: one line without |, as it goes into a table")
         if claim.get("unit", "rate") not in ("rate", "cost"):
             raise UserError(f"{where}: unit: {claim['unit']!r} is neither rate nor cost")
     return claims
@@ -106,15 +113,24 @@ def published_percent(root: Path, claim: Mapping[str, Any]) -> tuple[float, str]
 
 def measured(root: Path, claim: Mapping[str, Any]) -> Measured | None:
     """The difference that our results show; None if a results file does not exist yet."""
-    ours = claim["ours"]
-    names = [ours["file"]] if "file" in ours else [ours["this"], ours["other"]]
+    ours, names = claim["ours"], _files(claim)
     if not all((root / name).exists() for name in names):
         return None
     if "file" in ours:
         return _of_runs(claim, *(_run(root / names[0], ours[side]) for side in ("this", "other")))
     this, other = (load_results(root / name) for name in names)
+    if digest_of(this) != digest_of(other):
+        raise UserError(f"claims.yaml: {names[0]} and {names[1]} are not of the same images")
     runs = [run for run in map(_repetitions, (this, other)) if run]
-    return _of_runs(claim, *runs) if len(runs) == 2 else _of_curves(ours, this, other)
+    if len(runs) == 2 and _lmbda(this, 0) == _lmbda(other, 0):
+        return _of_runs(claim, *runs)
+    return _of_curves(ours, this, other)
+
+
+def _files(claim: Mapping[str, Any]) -> list[str]:
+    """The results files that a claim compares."""
+    ours = claim["ours"]
+    return [ours["file"]] if "file" in ours else [ours["this"], ours["other"]]
 
 
 def _of_runs(claim: Mapping[str, Any], this: Run, other: Run) -> Measured:
@@ -122,7 +138,8 @@ def _of_runs(claim: Mapping[str, Any], this: Run, other: Run) -> Measured:
     scale = 1 / (other.rate if claim.get("unit") != "cost" else statistics.mean(other.costs))
     difference = statistics.mean(this.costs) - statistics.mean(other.costs)
     error = math.hypot(_error(this.costs), _error(other.costs))
-    return Measured(100 * scale * difference, 100 * scale * error, len(this.costs))
+    return Measured(100 * scale * difference, 100 * scale * error,
+                    min(len(this.costs), len(other.costs)))
 
 
 def _of_curves(ours: Mapping[str, Any], this: Results, other: Results) -> Measured:
@@ -163,15 +180,17 @@ def _run(path: Path, name: str) -> Run:
         raise UserError(f'{path}: has no "rows" to compare')
     if name not in rows:
         raise UserError(f"claims.yaml: {path.name} has no row {name}; it has {', '.join(rows)}")
-    row = rows[name]
-    costs = next((row[key] for key in COSTS if key in row), None)
-    if costs is None or "bpp" not in row:
+    row = rows[name] if isinstance(rows[name], dict) else {}
+    key = next((key for key in COSTS if key in row), None)
+    if key is None or "bpp" not in row:
         raise UserError(f"{path}: row {name} needs bpp and one of {', '.join(COSTS)}")
-    return Run(costs if isinstance(costs, list) else [costs], _mean(row["bpp"]))
-
-
-def _mean(values: float | list[float]) -> float:
-    return statistics.mean(values) if isinstance(values, list) else values
+    values = {}
+    for column in (key, "bpp"):
+        values[column] = row[column] if isinstance(row[column], list) else [row[column]]
+        if not values[column] or not all(is_number(v) and v > 0 for v in values[column]):
+            raise UserError(f"{path}: row {name}: {column} must be a positive number, or a list of "
+                            "them")
+    return Run(values[key], statistics.mean(values["bpp"]))
 
 
 def _error(costs: list[float]) -> float:
@@ -205,7 +224,7 @@ def table(root: Path) -> str:
         percent, _ = published_percent(root, claim)
         ours = measured(root, claim)
         if ours is None:
-            missing.append(claim["claim"])
+            missing.append(f"{claim['claim']} ({', '.join(_files(claim))})")
             continue
         runs = f"{ours.runs} seeds" if ours.runs > 1 else "one run each"
         unit = " of the cost" if claim.get("unit") == "cost" else ""

@@ -17,8 +17,8 @@ from common.comparison import gather, plot, style, table
 from common.comparison.gather import Curve
 from common.evaluation import image_sets
 from common.evaluation.classical import CODECS
-from common.evaluation.curve_values import entry, markdown, number, psnr_at
-from common.evaluation.results import format_json, load_published, load_results
+from common.evaluation.curve_values import markdown, number, psnr_at
+from common.evaluation.results import format_json, load_published
 from common.files import write_atomic
 from common.papers import papers
 from common.recipes.tables import write_table
@@ -51,7 +51,8 @@ def curves_of(root: Path, problems: list[str]) -> list[Curve]:
     """The curves of the front page."""
     digest = image_sets.KNOWN[DATASET]
     measured = [Curve(table.classical_name(curve["name"]), "classical", curve)
-                for curve in load_published(_classical(root))]
+                for curve in load_published(_classical(root))
+                if gather.take_if_of(digest, curve, curve["name"], problems)]
     return [*gather.own_results(root, digest, problems), *measured,
             *gather.published(root, digest, problems)]
 
@@ -70,24 +71,29 @@ def text_of(curves: Sequence[Curve]) -> str:
                                           for line in lines)])
 
 
-def at_equal_rate(root: Path) -> str:
-    """PSNR at RATE of the bundled weights of each paper, and of its published reference."""
+def at_equal_rate(root: Path, curves: Sequence[Curve]) -> str:
+    """PSNR at RATE of the bundled weights of each paper, and of its published reference.
+
+    curves: those of `curves_of`, which are all of the same images.
+    """
     rows = [["folder", "widths N, M", "steps", "PSNR", "reference (published)"]]
+    by_name = {curve.name: curve for curve in curves if curve.kind == "ours"}
     for folder in (root / paper for paper in papers(root)):
-        if not (folder / "results" / "small.json").exists():
+        ours = by_name.get(f"{folder.name}, small")
+        if ours is None:
             continue
-        ours = load_results(folder / "results" / "small.json")
         reference = load_published(folder / "results" / "published.json")[0]
-        points = [[entry(ours["meta"], key, i) for key in ("N", "M", "steps")]
-                  for i in range(len(ours["results"]["bpp"]))]
-        widths = sorted({f"{N}, {M}" for N, M, _ in points})
-        steps = sorted({n for _, _, n in points})
+        same = image_sets.digest_of(reference) == image_sets.digest_of(ours.results)
+        widths = sorted({f"{N}, {M}" for N, M in zip(ours.meta("N"), ours.meta("M"), strict=True)
+                         if N})
+        steps = sorted({n for n in ours.meta("steps") if n})
         rows.append([f"[{folder.name}]({folder.name})", "; ".join(widths),
-                     " to ".join(f"{n:,}" for n in dict.fromkeys((steps[0], steps[-1]))),
-                     number(psnr_at(ours, RATE), ".2f"), number(psnr_at(reference, RATE), ".2f")])
-    for curve in load_published(_classical(root)):
-        if (psnr := psnr_at(curve, RATE)) is not None:
-            rows.append([table.classical_name(curve["name"]), "", "", number(psnr, ".2f"), ""])
+                     " to ".join(f"{n:,}" for n in dict.fromkeys((*steps[:1], *steps[-1:]))),
+                     number(psnr_at(ours.results, RATE), ".2f"),
+                     number(psnr_at(reference, RATE) if same else None, ".2f")])
+    for curve in curves:
+        if curve.kind == "classical" and (psnr := psnr_at(curve.results, RATE)) is not None:
+            rows.append([curve.name, "", "", number(psnr, ".2f"), ""])
     return markdown(rows)
 
 
@@ -95,8 +101,9 @@ def write(root: Path) -> list[str]:
     """Write tables and plot; returns what was left out and why."""
     problems: list[str] = []
     curves = curves_of(root, problems)
-    write_table(root / "RESULTS.md", NAME, text_of(curves))
-    write_table(root / "README.md", EQUAL, at_equal_rate(root))
+    rows, equal = text_of(curves), at_equal_rate(root, curves)  # both, before anything is written
+    write_table(root / "RESULTS.md", NAME, rows)
+    write_table(root / "README.md", EQUAL, equal)
     plot.plot(curves, style.styles(curves), f"{image_sets.title(image_sets.KNOWN[DATASET])}, mean",
               root / "common" / "results" / f"{NAME}.png")
     return problems

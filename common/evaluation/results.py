@@ -123,18 +123,43 @@ def _parse(path: str | Path) -> Any:
 
 
 def _checked(curve: Any, path: str | Path) -> dict[str, Any]:
-    """Return `curve` if it has a name, and lists of rates and PSNRs of equal length."""
-    try:
-        name, lists = curve["name"], [curve["results"][key] for key in ("bpp", "psnr-rgb")]
-        numbers = [v for values in lists for v in values if v is not None]
-        good = (isinstance(name, str) and all(isinstance(v, (int, float)) for v in numbers)
-                and len(lists[0]) == len(lists[1]) > 0 and None not in lists[0])
-    except (TypeError, KeyError, AttributeError):
-        good = False
-    if not good:
-        raise UserError(f"{path}: not a results JSON: it needs a name, and bpp and psnr-rgb as "
-                        "lists of equal length (published.json goes to --published)")
-    return curve
+    """Return `curve` if it is a results JSON; UserError says what is wrong with it."""
+    if wrong := _fault(curve):
+        raise UserError(f"{path}: not a results JSON: {wrong}")
+    checked: dict[str, Any] = curve
+    return checked
+
+
+def _fault(curve: Any) -> str:
+    """What a results JSON lacks, in words: the form of its lists, or numbers; "" for nothing."""
+    form = ("it needs a name, and bpp and psnr-rgb as lists of equal length "
+            "(published.json goes to --published)")
+    if not isinstance(curve, dict) or not isinstance(curve.get("name"), str):
+        return form
+    results, meta = curve.get("results"), curve.get("meta", {})
+    if not isinstance(results, dict) or not all(
+            isinstance(results.get(key), list) for key in ("bpp", "psnr-rgb")):
+        return form
+    if not isinstance(meta, dict):
+        return '"meta" must hold "key: values" pairs'
+    count = len(results["bpp"])
+    for key, values in [*results.items(), *meta.items()]:
+        if isinstance(values, list) and len(values) != count:
+            return f"{key} has {len(values)} entries, bpp has {count}"
+    numbers = results | {key: meta[key] for key in ("lmbda", "N", "M", "steps") if key in meta}
+    for key, values in numbers.items():
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and not is_number(value):
+                return f"{key}: {json.dumps(value)} is not a number"
+    if not count or not all(rate and rate > 0 for rate in results["bpp"]):
+        return "bpp: give at least one rate, and only positive ones"
+    return ""
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a file is a finite number."""
+    return (isinstance(value, (int, float)) and not isinstance(value, bool)
+            and math.isfinite(value))
 
 
 def mean(values: list[float | None]) -> float | None:

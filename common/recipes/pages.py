@@ -123,13 +123,13 @@ def publish(root: Path, paper: str, results: dict[str, Any], into: Path | None,
     published, jpeg, note = compare.others([results], official / "published.json", images)
     if note:
         print(note.replace(f"{root}/", ""))
+    points = cells(results, published[0] if published else None, jpeg)
     save_results(into / f"{curve}.json", results)
     compare.plot([results], published, jpeg, into / f"{curve}.png")
     if output:
         picture.write(into / f"{curve}-picture.webp", results, output, images)
     if into.resolve() != official.resolve():
         return into
-    points = cells(results, published[0] if published else None, jpeg)
     readme = root / paper / "README.md"
     places = [(readme, marker(readme.read_text(), curve), curve,
                [f"{curve}, lmbda {point['lmbda']}" if point["lmbda"] else curve
