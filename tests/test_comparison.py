@@ -11,7 +11,7 @@ from common.comparison import deltas, front_page, gather, own, style, table, vie
 from common.comparison.gather import Curve
 from common.evaluation import further_metrics, image_sets
 from common.evaluation.classical import CODECS
-from common.evaluation.results import load_published, save_results
+from common.evaluation.results import load_published, load_results, save_results
 from common.papers import ROOT, papers
 from common.recipes.tables import table_of
 
@@ -73,6 +73,24 @@ def test_bundled_results_of_all_papers_are_gathered():
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.parametrize("paper", papers())
+def test_results_are_those_of_the_bundled_weights(paper):
+    """If not: make report-PAPER"""
+    results = load_results(ROOT / paper / "results" / "small.json")
+    models = map(loader(paper), sorted((ROOT / paper / "weights").glob("*.pth")))
+    assert set(results["meta"]["fingerprint"]) == {bitstream.fingerprint(m).hex() for m in models}
+
+
+def test_results_of_other_weights_are_named():
+    bundled = [own.Bundled("a", "small", [], curve([0.1], [25.0], fingerprint=["00"]).results, [])]
+    ours = [Curve(name, "ours", curve([0.1], [25.0], fingerprint=[mark]).results, "a")
+            for name, mark in (("a, small", "00"), ("a, quick", "01"))]
+    assert own.of_other_weights(ours, bundled) == []
+    ours[0].results["meta"]["fingerprint"] = ["01"]
+    line, = own.of_other_weights(ours, bundled)
+    assert line.startswith("a, small: its results are of other weights") and "report-a" in line
+
+
 def test_files_of_the_wrong_form_are_left_out_and_named(tmp_path):
     paper = tmp_path / "new"
     (paper / "results").mkdir(parents=True)
@@ -85,12 +103,13 @@ def test_files_of_the_wrong_form_are_left_out_and_named(tmp_path):
     (paper / "results/broken.json").write_text('{"name": "x", ')
     (paper / "results/short.json").write_text(json.dumps(
         good | {"results": {"bpp": [1, 2], "psnr-rgb": [30]}}))
+    (paper / "results/text.json").write_text(json.dumps(good | {"meta": {"steps": "many"}}))
     (paper / "results/table.json").write_text('{"name": "variants", "rows": []}')  # no curve
     (paper / "results/published.json").write_text('{"curves": 3}')
     problems = []
     assert [c.name for c in gather.own_results(tmp_path, KODAK, problems)] == ["new, small"]
     assert [p.partition(": left out")[0] for p in problems] == [
-        f"new/results/{name}.json" for name in ("broken", "other", "short")]
+        f"new/results/{name}.json" for name in ("broken", "other", "short", "text")]
     problems = []
     assert gather.published(tmp_path, KODAK, problems)
     assert problems == ['new/results/published.json: left out: not published curves, there are no '
@@ -305,7 +324,25 @@ def test_the_front_page_is_up_to_date():
     curves = front_page.curves_of(ROOT, [])
     results, front = ((ROOT / name).read_text() for name in ("RESULTS.md", "README.md"))
     assert table_of(results, front_page.NAME) == front_page.text_of(curves)
-    assert table_of(front, front_page.EQUAL) == front_page.at_equal_rate(ROOT)
+    assert table_of(front, front_page.EQUAL) == front_page.at_equal_rate(ROOT, curves)
+
+
+def test_results_of_other_images_are_not_on_the_front_page(tmp_path):
+    paper = tmp_path / "new"
+    (paper / "results").mkdir(parents=True)
+    for name in ("model.py", "train.py"):
+        (paper / name).touch()
+    reference = curve([0.3, 0.4], [29.0, 31.0], "theirs").results
+    (paper / "results/published.json").write_text(json.dumps(
+        {"reference": "theirs", "dataset": "Kodak", "curves": [reference]}))
+    for digest in (KODAK, None, "3 images 0123"):
+        ours = curve([0.3, 0.4], [27.0, 28.0], "small", N=8, M=12, images_digest=digest).results
+        save_results(paper / "results/small.json", ours)  # without steps
+        problems = []
+        curves = gather.own_results(tmp_path, KODAK, problems)
+        shown = re.search(r"8, 12 \| +\| 27.00 \| +29.00 \|",
+                          front_page.at_equal_rate(tmp_path, curves))
+        assert (shown is not None, len(problems)) == ((True, 0) if digest == KODAK else (False, 1))
 
 
 def test_the_front_page_is_written_from_files(tmp_path):

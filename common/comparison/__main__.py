@@ -188,6 +188,7 @@ def own_curves(found: Comparison, results: list[Path] | None) -> list[Curve]:
         curves = gather.own_results(found.root, found.digest, found.problems)
     else:
         curves = [own.as_curve(curve) for curve in found.bundled]
+    found.problems += own.of_other_weights(curves, found.bundled)
     costs = own.costs(found.root, found.bundled, found.cache, found.problems)
     for curve in curves:
         known = [costs[f] for f in curve.meta("fingerprint") if f in costs]

@@ -94,7 +94,7 @@ def _code(root: Path, paper: str, curve: str, files: list[Path], flags: list[Any
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
     folder = folder / f"{curve}-{digest}"
     found = sorted((folder / "results").glob("*.json"))
-    if len(found) != 1:
+    if len(found) != 1 or not _complete(found[0], folder):
         shutil.rmtree(folder, ignore_errors=True)
         run(["eval.py", *flags, "--checkpoint", *files, "--resultdir",
              (folder / "results").resolve(), "--outdir", (folder / "output").resolve(),
@@ -104,6 +104,27 @@ def _code(root: Path, paper: str, curve: str, files: list[Path], flags: list[Any
             raise UserError(f"eval.py wrote {len(found)} results files, one is expected")
     results = load_results(found[0])
     return Bundled(paper, curve, files, results, folders_of_points(results, folder))
+
+
+def _complete(results: Path, folder: Path) -> bool:
+    """Whether all files and decoded images of results that an earlier call has left are there."""
+    curve = load_results(results)
+    try:
+        points = folders_of_points(curve, folder)
+    except KeyError:
+        return False
+    return all((point / f"{row['image']}{suffix}").exists()
+               for point, rows in zip(points, curve["per_image"], strict=True)
+               for row in rows for suffix in (".bin", ".png"))
+
+
+def of_other_weights(curves: Sequence[Curve], bundled: Sequence[Bundled]) -> list[str]:
+    """A line for each of our curves whose results are not those of the bundled weights."""
+    coded = {f"{b.paper}, {b.curve}": as_curve(b).meta("fingerprint") for b in bundled}
+    return [f"{curve.name}: its results are of other weights than those of {curve.paper}/weights, "
+            f"which the viewer shows: run make report-{curve.paper}"
+            for curve in curves if curve.kind == "ours" and curve.name in coded
+            and set(curve.meta("fingerprint")) != set(coded[curve.name])]
 
 
 def add_metrics(bundled: Sequence[Bundled], paths: Sequence[Path], further: Sequence[str]) -> None:
