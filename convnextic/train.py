@@ -352,6 +352,12 @@ def load_weights(model: ConvNeXTIC, path: str) -> int:
     those of v5. Returns the number of steps that led to the weights.
     """
     state = load_checkpoint(path)
+    hidden = ["decoder_dw", *["lambda_input"] * model.variable_rate]  # shapes do not tell these
+    for name in hidden:
+        trained = (state.get("config") or {}).get(name)
+        if trained not in (None, getattr(model, name)):
+            raise UserError(f"{path}: was trained with --{name} {trained}, not "
+                            f"{getattr(model, name)}")
     scales = {n: t for n, t in model.state_dict().items() if n.startswith("scale_")}
     weights = scales | {n: t for n, t in state["model"].items()
                         if n in scales or not n.startswith("scale_")}

@@ -52,7 +52,13 @@ def load_weights(model: QVRF, path: Path, single: bool) -> tuple[int, int]:
     Returns their number of training steps and their stage (0: not trained here).
     """
     state = load_checkpoint(path)
-    weights = dict(state["model"])
+    weights, config = dict(state["model"]), state.get("config") or {}
+    if config.get("gdn_variant") not in (None, "paper"):  # the same shapes, another network
+        raise UserError(f"{path}: was trained with --gdn_variant {config['gdn_variant']}; the "
+                        "transforms of --model minnen are those of paper")
+    if not single and "Gain" not in weights:
+        raise UserError(f"{path}: has no Gain: if it is a fixed-rate codec, add "
+                        "--loadFromPretrainedSinglemodel 1")
     if single:
         if "Gain" in weights:
             raise UserError(f"{path}: has a Gain already, it is no fixed-rate model: leave "
@@ -63,7 +69,6 @@ def load_weights(model: QVRF, path: Path, single: bool) -> tuple[int, int]:
     except (RuntimeError, KeyError) as e:
         raise UserError(f"{path}: not weights of --model {model.model} --levels {model.levels} "
                         f"--N {model.N} --M {model.M}: {load_error(e)}") from None
-    config = state.get("config", {})
     return config.get("steps_before", 0) + state.get("step", 0), config.get("stage", 0)
 
 

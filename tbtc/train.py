@@ -283,6 +283,9 @@ def check(args: argparse.Namespace, given: Iterable[str] = ()) -> argparse.Names
     if args.checkpoint_to_resume and args.resume:
         raise UserError("--resume continues the newest version, --checkpoint_to_resume names a "
                         "checkpoint: give one of them")
+    if args.checkpoint_to_resume and args.init_ckpt:
+        raise UserError("--checkpoint_to_resume continues a run, --init_ckpt names the weights "
+                        "that a new one starts from: give one of them")
     return args
 
 
@@ -371,14 +374,17 @@ def start_from(model: SliceCoder, path: Path) -> int:
     Returns the number of steps that led to the weights.
     """
     trained = load(path)
-    if trained.name != model.name and shapes(trained.g_a) == shapes(model.g_a):
+    if trained.name != model.name and all(
+            shapes(trained.get_submodule(part)) == shapes(model.get_submodule(part))
+            for part in ("g_a", "g_s")):
         take_parts(model, trained)
     else:
         try:
             model.load_state_dict(trained.state_dict())
         except RuntimeError as e:
-            raise UserError(f"{path}: holds weights of another {trained.name}, or of another "
-                            f"model: {load_error(e)}") from None
+            raise UserError(f"{path}: these weights of {trained.name} do not fit this "
+                            f"{model.name} (--model, --quality, --split): {load_error(e)}"
+                            ) from None
     return trained.provenance.total_steps or 0
 
 

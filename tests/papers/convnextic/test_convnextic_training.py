@@ -55,6 +55,15 @@ def test_resumed_run_is_the_run(run, monkeypatch):
     assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
 
 
+@pytest.mark.parametrize("name, value", [("decoder_dw", "convtranspose"), ("lambda_input", "raw")])
+def test_resume_from_a_network_of_the_same_shapes(name, value, tmp_path):
+    model = build("v5_vr", 16, 24)
+    state = {"model": model.state_dict(), "config": {"variant": "v5_vr", name: value}}
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=f"was trained with --{name} {value}, not "):
+        train.load_weights(model, str(tmp_path / "other.pt"))
+
+
 def test_resume_from_a_file_takes_weights(run):
     """As in the source: fixed rate to variable rate, first epoch as told; and back."""
     folder = run("--name", "fixed", "--variant", "v3_scctx", "--latent_dim", 24)

@@ -151,6 +151,19 @@ def test_from_a_fixed_rate_model(run, tmp_path):
     assert torch.allclose(state["model"]["Gain"], initial_gain(8), atol=1e-6)
 
 
+def test_weights_without_a_gain_or_of_other_transforms(run, tmp_path):
+    fixed = JointAutoregressiveHierarchicalPriors(4, 6)
+    fixed.update(force=True)
+    torch.save(fixed.state_dict(), tmp_path / "mbt2018.pth.tar")
+    torch.save({"model": fixed.state_dict(), "config": {"gdn_variant": "seminar"}},
+               tmp_path / "seminar.pth")
+    with pytest.raises(UserError, match="add --loadFromPretrainedSinglemodel 1"):
+        run("--stage", 2, "--checkpoint", "mbt2018.pth.tar", "--refresh", 1)
+    with pytest.raises(UserError, match="was trained with --gdn_variant seminar"):
+        run("--stage", 2, "--checkpoint", "seminar.pth", "--refresh", 1,
+            "--loadFromPretrainedSinglemodel", 1)
+
+
 def test_start_gain_needs_a_known_stage(run, capsys):
     run("--stage", 1)
     update.main(["checkpoint_best_loss.pth.tar", "-n", "S1"])

@@ -200,6 +200,7 @@ def test_the_command_line_chooses_between_lmbda_and_beta(tmp_path):
     (["--checkpoint_to_resume", "no.ckpt"], "no such checkpoint"),
     (["--init_ckpt", "no.ckpt"], "no such checkpoint"), (["--net_lr", "-1"], "net_lr"),
     (["--resume", "--checkpoint_to_resume", "a"], "one of them"),
+    (["--init_ckpt", "a", "--checkpoint_to_resume", "b"], "one of them"),
     (["--valid_patch_size", "32"], "give 64 or more")])
 def test_training_mistakes(flags, message, run, capsys):
     try:

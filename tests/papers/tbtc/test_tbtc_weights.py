@@ -104,7 +104,7 @@ def test_checkpoints_of_the_source(name, tmp_path):
         train.start_from(fresh, tmp_path / "plain.ckpt")
         assert torch.equal(fresh.g_a[0].conv1.weight, model.g_a[0].conv1.weight)
     else:
-        with pytest.raises(UserError, match="another"):  # another size
+        with pytest.raises(UserError, match="do not fit"):  # another size
             train.start_from(fresh, tmp_path / "plain.ckpt")
     torch.save({"state_dict": weights, "ema_state_dict": {"shadow_params": shadow[1:]}},
                tmp_path / "short.ckpt")
@@ -122,8 +122,15 @@ def test_start_from_another_prior(tmp_path, capsys):
     for key, value in conv.named_parameters():
         assert torch.equal(value, charm.get_parameter(key))
     train.start_from(charm, tmp_path / "charm.pt")
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match="of zyc2022-conv-charm do not fit this zyc2022-swint-hyp"):
         train.start_from(swin, tmp_path / "charm.pt")
+
+
+def test_a_start_needs_both_transforms(tmp_path):
+    """g_a of SwinT has the same shapes with --split post, g_s has not."""
+    torch.save(build("zyc2022-swint-charm", "XS").state_dict(), tmp_path / "pre.pt")
+    with pytest.raises(UserError, match="do not fit this zyc2022-swint-hyperprior .*--split"):
+        train.start_from(build("zyc2022-swint-hyperprior", "XS", split="post"), tmp_path / "pre.pt")
 
 
 def test_wrong_names_and_weights(tmp_path):
