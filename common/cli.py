@@ -196,7 +196,7 @@ def _convert(action: argparse.Action, value: Any, where: str) -> Any:
             ok = all(action.choices is None or v in action.choices for v in converted)
         except ValueError:
             ok = False
-        if ok and action.nargs is None:
+        if ok and action.nargs in (None, "?"):
             ok, converted = len(converted) == 1, converted[0]
     if not ok:
         choices = f" (choose from {', '.join(map(str, action.choices))})" if action.choices else ""

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import cli
+from common import UserError, cli
 from common.coding import image_file
 from common.coding.model_file import load_checkpoint
 
@@ -220,6 +220,10 @@ def test_export_makes_weights_that_code_alike(images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.main([*TINY, "--dataset", str(images), "--test_dataset", str(images / "test")])
     export.main(["hyperprior", "ckpts/Hyperprior/0/epoch_0.pth", "-o", "small.pth", "--steps", "7"])
+    checkpoint = "ckpts/Hyperprior/0/epoch_0.pth"
+    for output, words in ((checkpoint, "would replace the checkpoint"), (".", "it is a folder")):
+        with pytest.raises(UserError, match=words):
+            export.main(["hyperprior", checkpoint, "-o", output])
     weights = model.load("small.pth")
     assert weights.provenance.step == 7 and weights.provenance.config["lmbda"] == 0.01
     x = data.to_float(data.read_image(images / "photo.png"))
@@ -270,6 +274,8 @@ def test_training_curves_of_two_runs(tmp_path, capsys, monkeypatch):
     assert rows == [f"| {name} | 20 | {loss:.4f} | 0.5000 | 1.5000 | 0.4000 | 27.25 |"
                     for name, loss in (("a", 2.0), ("b", 1.0))]
     assert Image.open("c.png").width > 500
+    with pytest.raises(UserError, match="--names: give 2 different names"):
+        curves.main(["a", "b", "--names", "a", "a", "b"])
     curves.main([str(tmp_path / "b"), "--plot", "c.png"])  # not in the folder of a paper
     assert capsys.readouterr().out.splitlines()[2].startswith(f"| {tmp_path / 'b'} |")
 

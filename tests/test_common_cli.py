@@ -60,6 +60,11 @@ def test_keys_with_dashes_or_underscores_and_empty_values(tmp_path):
     assert (args.aux_lr, args.clip_max_norm, args.batch_size, args.dataset) == (0.5, 2.0, 3, None)
 
 
+def test_a_flag_that_may_stand_alone_has_one_value_in_yaml(tmp_path):
+    (tmp_path / "c.yaml").write_text("resume: auto\n")
+    assert cli.parse(flags(), ["--config", str(tmp_path / "c.yaml")]).resume == "auto"
+
+
 @pytest.mark.parametrize("name", ["FactorizedPrior", "Factorized", "factorized_prior"])
 def test_all_spellings_of_a_model_are_one_model(name, tmp_path):
     assert cli.parse(flags(), ["--model_name", name]).model_name == "Factorized"

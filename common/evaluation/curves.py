@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     args = flags().parse_args(argv)
     if args.html and (need := html_page.missing()):
         raise UserError(f"--html needs Plotly: {need}")
-    if args.names and len({*args.names}) != len(args.folders):
+    if args.names and not len({*args.names}) == len(args.names) == len(args.folders):
         raise UserError(f"--names: give {len(args.folders)} different names, one for each run")
     names = args.names or compare.distinct(
         [paper_of(f, {}) or str(f) for f in args.folders], [str(f) for f in args.folders])

@@ -18,9 +18,10 @@ from common.files import read_file
 from common.papers import papers
 from common.training.checkpoints import contents
 
-LINE = re.compile(r"epoch (\d+)  step (\d+)  train loss ([\d.]+) bpp ([\d.]+)"
-                  r"(?:  (?:test|valid|eval) loss ([\d.]+)(?: \(sum\))? bpp ([\d.]+) "
-                  r"psnr ([\d.]+))?")
+NUMBER = r"(\d+(?:\.\d+)?)(?![\d.])"
+LINE = re.compile(rf"epoch (\d+)  step (\d+)  train loss {NUMBER} bpp {NUMBER}"
+                  rf"(?:  (?:test|valid|eval) loss {NUMBER}(?: \(sum\))? bpp {NUMBER} "
+                  rf"psnr {NUMBER})?")
 KINDS = {"train": "train", "test": "validation", "valid": "validation", "eval": "validation"}
 # names that papers give to the same flag
 BATCH, PATCH = (("batch_size", "batchsize", "train_batch_size"),

@@ -19,7 +19,7 @@ from common import UserError, cli, data
 from common.coding import exact
 from common.coding.contract import Codec
 from common.coding.model_file import coding_state
-from common.files import write_atomic
+from common.files import refuse_folder, write_atomic
 from common.layers import mask_of
 from common.papers import papers
 
@@ -116,6 +116,10 @@ def main(argv: list[str] | None = None) -> None:
                         help="number of training steps, those of earlier runs included; "
                         "the checkpoint's if not given")
     args = parser.parse_args(argv)
+    refuse_folder(args.output)
+    if args.output.resolve() == args.checkpoint.resolve():
+        raise UserError(f"-o {args.output}: this would replace the checkpoint, which the training "
+                        "could not continue then; give another name")
     model = importlib.import_module(f"{args.paper}.model").load(args.checkpoint)
     provenance = model.provenance
     if not provenance.config or provenance.step is None:
