@@ -130,9 +130,11 @@ def test_preprocessing(tmp_path):
 
 def test_plot_wants_results_of_eval(tmp_path):
     curve = {"name": "a", "description": "", "results": {"bpp": [1, 2], "psnr-rgb": [30, 31]}}
-    for meta in (None, {}, {"level": [0]}, {"level": [0, None]}):
+    for meta, words in (({}, "holds no level of its points"),
+                        ({"level": [0, None]}, "holds no level of its points"),
+                        (None, '"meta" must hold'), ({"level": [0]}, "level has 1 entries")):
         (tmp_path / "a.json").write_text(json.dumps(curve | {"meta": meta}))
-        with pytest.raises(UserError, match="holds no level of its points"):
+        with pytest.raises(UserError, match=words):
             plot.main([str(tmp_path / "a.json"), str(tmp_path / "a.json")])
 
 
