@@ -24,7 +24,7 @@ from common import UserError, cli, data, processes
 from common.coding.model_file import load_checkpoint, load_error
 from common.files import write_atomic
 from common.loss import RateDistortionLoss, check_size
-from common.training.checkpoints import Checkpoints, check_resume, steps_of
+from common.training.checkpoints import Checkpoints, check_options, check_resume, steps_of
 from common.training.cuda_graph import Recorded
 from common.training.images import find_images
 from common.training.log import Log
@@ -353,11 +353,7 @@ def load_weights(model: ConvNeXTIC, path: str) -> int:
     """
     state = load_checkpoint(path)
     hidden = ["decoder_dw", *["lambda_input"] * model.variable_rate]  # shapes do not tell these
-    for name in hidden:
-        trained = (state.get("config") or {}).get(name)
-        if trained not in (None, getattr(model, name)):
-            raise UserError(f"{path}: was trained with --{name} {trained}, not "
-                            f"{getattr(model, name)}")
+    check_options(model, state, path, hidden)
     scales = {n: t for n, t in model.state_dict().items() if n.startswith("scale_")}
     weights = scales | {n: t for n, t in state["model"].items()
                         if n in scales or not n.startswith("scale_")}

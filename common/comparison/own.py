@@ -93,29 +93,32 @@ def _code(root: Path, paper: str, curve: str, files: list[Path], flags: list[Any
     """Code the images with the weights of one curve, or take what an earlier call has left."""
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
     folder = folder / f"{curve}-{digest}"
-    found = sorted((folder / "results").glob("*.json"))
-    if len(found) != 1 or not _complete(found[0], folder):
+    points = _points(folder)
+    if points is None:
         shutil.rmtree(folder, ignore_errors=True)
         run(["eval.py", *flags, "--checkpoint", *files, "--resultdir",
              (folder / "results").resolve(), "--outdir", (folder / "output").resolve(),
              "--threads", threads], root / paper, root, curve, quiet=True)
-        found = sorted((folder / "results").glob("*.json"))
-        if len(found) != 1:
-            raise UserError(f"eval.py wrote {len(found)} results files, one is expected")
+        points = _points(folder)
+        if points is None:
+            raise UserError("eval.py did not write one results file with all its images")
+    return Bundled(paper, curve, files, *points)
+
+
+def _points(folder: Path) -> tuple[dict[str, Any], list[Path]] | None:
+    """Results in a folder of `_code` and the folders of their points; None if a file is missing."""
+    found = sorted((folder / "results").glob("*.json"))
+    if len(found) != 1:
+        return None
     results = load_results(found[0])
-    return Bundled(paper, curve, files, results, folders_of_points(results, folder))
-
-
-def _complete(results: Path, folder: Path) -> bool:
-    """Whether all files and decoded images of results that an earlier call has left are there."""
-    curve = load_results(results)
     try:
-        points = folders_of_points(curve, folder)
+        points = folders_of_points(results, folder)
     except KeyError:
-        return False
-    return all((point / f"{row['image']}{suffix}").exists()
-               for point, rows in zip(points, curve["per_image"], strict=True)
-               for row in rows for suffix in (".bin", ".png"))
+        return None
+    files = [point / f"{row['image']}{suffix}"
+             for point, rows in zip(points, results["per_image"], strict=True)
+             for row in rows for suffix in (".bin", ".png")]
+    return (results, points) if all(file.exists() for file in files) else None
 
 
 def of_other_weights(curves: Sequence[Curve], bundled: Sequence[Bundled]) -> list[str]:

@@ -26,16 +26,22 @@ def load_weights(model: Codec, path: str | Path) -> int:
     Returns the number of steps that led to them.
     """
     state = load_checkpoint(path)
-    for name in model.options:
-        trained = (state.get("config") or {}).get(name)
-        if trained is not None and trained != getattr(model, name):
-            raise UserError(f"{path}: was trained with --{name} {trained}, not "
-                            f"{getattr(model, name)}")
+    check_options(model, state, path, model.options)
     try:
         model.load_state_dict(state["model"])
     except (RuntimeError, KeyError) as e:  # KeyError: CompressAI, on CDF tables
         raise UserError(f"{path}: not weights of this model: {load_error(e)}") from None
     return steps_of(state)
+
+
+def check_options(model: Codec, state: dict[str, Any], path: str | Path, names: Iterable[str]
+                  ) -> None:
+    """Raise UserError if the weights were trained with other values of these options of `model`."""
+    for name in names:
+        trained = (state.get("config") or {}).get(name)
+        if trained is not None and trained != getattr(model, name):
+            raise UserError(f"{path}: was trained with --{name} {trained}, not "
+                            f"{getattr(model, name)}")
 
 
 def steps_of(state: dict[str, Any]) -> int:
