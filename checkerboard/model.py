@@ -252,7 +252,8 @@ class Checkerboard(Codec):
         key = "context_prediction.mask"
         mask = self.context_prediction.mask
         if key in state_dict and state_dict[key].shape == mask.shape:
-            weight = state_dict["context_prediction.weight"] * (state_dict[key].to(mask) * mask)
+            used = state_dict[key].to(mask) * mask
+            weight = state_dict["context_prediction.weight"].to(mask) * used
             state_dict = {**state_dict, "context_prediction.weight": weight, key: mask}
         return super().load_state_dict(state_dict, strict)
 

@@ -227,6 +227,15 @@ def test_exact_h_s_costs_no_rate():
 
 
 @pytest.mark.gpu
+def test_weights_load_into_a_model_on_a_gpu(paper):
+    """As a training does, which moves its network first. checkerboard also takes joint_ar's."""
+    for source in (paper, "joint_ar") if paper == "checkerboard" else (paper,):
+        trained, model = tiny(source), MODELS[paper].build(N=8, M=12).to("cuda")
+        model.load_state_dict(trained.state_dict())
+        assert torch.equal(model.g_s[0].weight.cpu(), trained.g_s[0].weight)
+
+
+@pytest.mark.gpu
 def test_files_cross_devices(paper):
     """A file made on the CPU decodes on a GPU, and the reverse: the same latents on both."""
     module = MODELS[paper]
