@@ -64,7 +64,8 @@ def check(values: Any, where: Any, required: dict[str, Any], optional: dict[str,
     for key, value in values.items():
         if key not in known:
             raise UserError(f"{where}: there is no key {key} (known: {', '.join(known)})")
-        if not isinstance(value, known[key]):
+        kinds = known[key] if isinstance(known[key], tuple) else (known[key],)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise UserError(f"{where}: {key}: {value!r} is not a value for this key")
     for key in required:
         if key not in values:
