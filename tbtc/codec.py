@@ -16,7 +16,7 @@ from common.coding import codec_cli
 
 from tbtc.model import SliceCoder, load
 
-BUNDLED = "conv-charm-"
+BUNDLED = "swint-charm-"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -90,7 +90,7 @@ def choose(folder: Path, name: str | None = None, lmbda: float | None = None, pr
 
 
 def _lmbda(name: str) -> float:
-    """The number at the end of the name of bundled weights: 0.0035 of conv-charm-0.0035."""
+    """The number at the end of the name of bundled weights: 0.0035 of swint-charm-0.0035."""
     try:
         return float(name.rpartition("-")[2])
     except ValueError:

@@ -21,6 +21,7 @@ from common.evaluation.curve_values import markdown, number, psnr_at
 from common.evaluation.results import format_json, load_published
 from common.files import write_atomic
 from common.papers import papers
+from common.recipes.pages import labels
 from common.recipes.tables import write_table
 
 NAME, EQUAL, DATASET = "compare", "equal", "Kodak"
@@ -72,22 +73,27 @@ def text_of(curves: Sequence[Curve]) -> str:
 
 
 def at_equal_rate(root: Path, curves: Sequence[Curve]) -> str:
-    """PSNR at RATE of the bundled weights of each paper, and of its published reference.
+    """PSNR at RATE of one codec of each paper, and of its published reference.
 
-    curves: those of `curves_of`, which are all of the same images.
+    curves: those of `curves_of`, which are all of the same images. The codec is that of the bundled
+    weights if their curve reaches RATE, else the first of the others that does.
     """
     rows = [["folder", "widths N, M", "steps", "PSNR", "reference (published)"]]
-    by_name = {curve.name: curve for curve in curves if curve.kind == "ours"}
     for folder in (root / paper for paper in papers(root)):
-        ours = by_name.get(f"{folder.name}, small")
-        if ours is None:
+        small = [curve for curve in curves if curve.kind == "ours" and curve.paper == folder.name
+                 and curve.results["name"].startswith("small")]  # the bundled weights are the first
+        if not small:
             continue
+        ours = next((curve for curve in small if psnr_at(curve.results, RATE) is not None),
+                    small[0])
         reference = load_published(folder / "results" / "published.json")[0]
         same = image_sets.digest_of(reference) == image_sets.digest_of(ours.results)
         widths = sorted({f"{N}, {M}" for N, M in zip(ours.meta("N"), ours.meta("M"), strict=True)
                          if N})
         steps = sorted({n for n in ours.meta("steps") if n})
-        rows.append([f"[{folder.name}]({folder.name})", "; ".join(widths),
+        name = labels(folder / "weights.yaml", folder.name, ours.results)[0]
+        which = "" if ours is small[0] else name.removeprefix(folder.name)
+        rows.append([f"[{folder.name}]({folder.name}){which}", "; ".join(widths),
                      " to ".join(f"{n:,}" for n in dict.fromkeys((*steps[:1], *steps[-1:]))),
                      number(psnr_at(ours.results, RATE), ".2f"),
                      number(psnr_at(reference, RATE) if same else None, ".2f")])
