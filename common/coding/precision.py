@@ -30,7 +30,7 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
     """Add --precision."""
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS,
                         help="precision of g_a and g_s; bf16 is faster on GPUs and CPUs with "
-                        "bfloat16 products, and encodes with up to 0.2 percent more bits")
+                        "bfloat16 products, and encodes with up to 0.3 percent more bits")
 
 
 def of(model: Codec) -> str:
