@@ -85,6 +85,14 @@ def test_results_of_seeds_and_of_curves(tmp_path):
     assert claims.measured(tmp_path, claim).percent == pytest.approx(-10, abs=0.01)
 
 
+def test_one_point_is_compared_at_its_lmbda(tmp_path):
+    """With the point of a curve that was trained at the same lmbda, not with the whole curve."""
+    claim = {"ours": {"this": "a.json", "other": "b.json"}}
+    (tmp_path / "a.json").write_text(json.dumps(curve([0.02], [(0.4, 31.0)])))
+    (tmp_path / "b.json").write_text(json.dumps(curve([0.01, 0.02], [(0.2, 28.0), (0.5, 31.0)])))
+    assert claims.measured(tmp_path, claim).percent == pytest.approx(-20)
+
+
 def test_only_comparable_curves_are_compared(tmp_path):
     """Of the same images; costs at one lmbda only."""
     claim = {"ours": {"this": "a.json", "other": "b.json"}}
@@ -128,8 +136,8 @@ MISTAKES = [
     ({"published": {"this": "VTM"}}, "claim 1: published: other is missing"),
     ({"published": {"percent": "four", "source": "x"}}, "percent: 'four' is not a value"),
     ({"published": {"percent": 0, "source": "x"}}, "percent: 0 has no direction"),
-    ({"published": {"percent": True, "source": "x"}}, "percent: True is not a number"),
-    ({"within": True}, "within: True is not a number"),
+    ({"published": {"percent": True, "source": "x"}}, "percent: True is not a value"),
+    ({"within": True}, "within: True is not a value"),
     ({"claim": "a | b"}, "claim: one line without |"),
     ({"ours": {"this": "a", "other": "b"}}, "claim 1: ours: budget is missing"),
     ({"within": "five"}, "claim 1: within: 'five' is not a value"),

@@ -121,9 +121,10 @@ def measured(root: Path, claim: Mapping[str, Any]) -> Measured | None:
     this, other = (load_results(root / name) for name in names)
     if digest_of(this) != digest_of(other):
         raise UserError(f"claims.yaml: {names[0]} and {names[1]} are not of the same images")
-    runs = [run for run in map(_repetitions, (this, other)) if run]
-    if len(runs) == 2 and _lmbda(this, 0) == _lmbda(other, 0):
-        return _of_runs(claim, *runs)
+    first = _repetitions(this)
+    second = first and _repetitions(other, _lmbda(this, 0))
+    if first and second:
+        return _of_runs(claim, first, second)
     return _of_curves(ours, this, other)
 
 
@@ -152,14 +153,19 @@ def _of_curves(ours: Mapping[str, Any], this: Results, other: Results) -> Measur
     return Measured(found.rate, 100 * math.sqrt(2) * SPREAD * statistics.mean(ratios), 1)
 
 
-def _repetitions(curve: Results) -> Run | None:
-    """The costs of a results JSON, if its points are one point or its repetitions; else None."""
-    rates, psnrs = rates_and_psnrs(curve)
-    lmbda = _lmbda(curve, 0)
-    if len(rates) != 1 and not repeated(curve):
+def _repetitions(curve: Results, lmbda: float | None = None) -> Run | None:
+    """The costs of a results JSON, if its points are one point or its repetitions; else None.
+
+    lmbda: instead those of the one point with this lmbda, or of its repetitions.
+    """
+    points = list(zip(*rates_and_psnrs(curve), strict=True))
+    if lmbda is not None and not repeated(curve):
+        points = [point for i, point in enumerate(points) if _lmbda(curve, i) == lmbda]
+    lmbda = _lmbda(curve, 0) if lmbda is None else lmbda
+    if len(points) != 1 and not (repeated(curve) and _lmbda(curve, 0) == lmbda):
         return None
-    return Run([cost(*point, lmbda) for point in zip(rates, psnrs, strict=True)],
-               statistics.mean(rates))
+    return Run([cost(*point, lmbda) for point in points],
+               statistics.mean(rate for rate, _ in points))
 
 
 def _lmbda(curve: Results, i: int) -> float:
