@@ -81,9 +81,10 @@ def at_equal_rate(root: Path, curves: Sequence[Curve]) -> str:
     rows = [["folder", "widths N, M", "steps", "PSNR", "reference (published)"]]
     for folder in (root / paper for paper in papers(root)):
         small = [curve for curve in curves if curve.kind == "ours" and curve.paper == folder.name
-                 and curve.results["name"].startswith("small")]  # the bundled weights are the first
+                 and curve.results["name"].startswith("small")]
         if not small:
             continue
+        small.sort(key=lambda curve: curve.results["name"])  # "small": the bundled weights
         ours = next((curve for curve in small if psnr_at(curve.results, RATE) is not None),
                     small[0])
         reference = load_published(folder / "results" / "published.json")[0]
