@@ -75,7 +75,7 @@ def test_hyperprior_interrupted_at_five_moments(tmp_path):
     kodak.crop((200, 100, 296, 196)).save(tmp_path / "images" / "a.png")
     content = yaml.safe_load((ROOT / "hyperprior" / "weights.yaml").read_text())
     content["stages"] = {"0.013": content["stages"]["0.013"]}
-    content["curves"]["small"]["files"] = {"small-0.013.pth": "0.013"}
+    content["curves"] = {"small": {"files": {"small-0.013.pth": "0.013"}}}
     content["short"]["steps"] = 18
     content["short"]["flags"]["epoch"] = 6
     for name in ("straight", "killed"):
