@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError
+from common.evaluation.results import is_number
 
 import yaml
 
@@ -64,8 +65,8 @@ def check(values: Any, where: Any, required: dict[str, Any], optional: dict[str,
     for key, value in values.items():
         if key not in known:
             raise UserError(f"{where}: there is no key {key} (known: {', '.join(known)})")
-        kinds = known[key] if isinstance(known[key], tuple) else (known[key],)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        number = isinstance(value, (int, float)) and known[key] is not bool
+        if not isinstance(value, known[key]) or (number and not is_number(value)):
             raise UserError(f"{where}: {key}: {value!r} is not a value for this key")
     for key in required:
         if key not in values:

@@ -73,6 +73,7 @@ def test_stage_of_another_process(root, make, monkeypatch):
     ('small-0.013.pth: "0.013"', 'small-0.013.pth: "0.13"', "there is no stage 0.13"),
     ("resume: [--resume]", "resume: 3", "train: resume: 3"),
     ("steps: 30", "steps: 0", "give 1 or more"), ("steps: 30", "steps: true", "steps: True is not"),
+    ("hours: 0.1", "hours: .nan", "hours: nan is not"),
     ("checkpoint: epoch_*.pth\n", "checkpoint: /epoch_*.pth\n", "below the paper's folder"),
     ('small-0.013.pth: "0.013"', 'small-0.013.pth: ["0.013"]', "there is no stage"),
     ('small-0.013.pth: "0.013"', '../small.pth: "0.013"', "name of a file in weights/")])
