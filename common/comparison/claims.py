@@ -81,9 +81,6 @@ def read_claims(path: Path) -> list[dict[str, Any]]:
         known = claim["published"]
         check(known, f"{where}: published", *((STATED,) if "percent" in known else CURVES))
         check(claim["ours"], f"{where}: ours", *OURS)
-        for key, block in (("percent", known), ("within", claim)):
-            if key in block and not is_number(block[key]):
-                raise UserError(f"{where}: {key}: {block[key]!r} is not a number")
         if known.get("percent") == 0:
             raise UserError(f"{where}: published: percent: 0 has no direction to compare with")
         if {"|", "\n"} & set(claim["claim"].strip()):
@@ -156,16 +153,14 @@ def _of_curves(ours: Mapping[str, Any], this: Results, other: Results) -> Measur
 def _repetitions(curve: Results, lmbda: float | None = None) -> Run | None:
     """The costs of a results JSON, if its points are one point or its repetitions; else None.
 
-    lmbda: instead those of the one point with this lmbda, or of its repetitions.
+    lmbda: of its points, only those with this lmbda count.
     """
-    points = list(zip(*rates_and_psnrs(curve), strict=True))
-    if lmbda is not None and not repeated(curve):
-        points = [point for i, point in enumerate(points) if _lmbda(curve, i) == lmbda]
-    lmbda = _lmbda(curve, 0) if lmbda is None else lmbda
-    if len(points) != 1 and not (repeated(curve) and _lmbda(curve, 0) == lmbda):
+    rates, psnrs = rates_and_psnrs(curve)
+    kept = [i for i in range(len(rates)) if lmbda in (None, _lmbda(curve, i))]
+    if len(kept) != 1 and not (kept and repeated(curve)):
         return None
-    return Run([cost(*point, lmbda) for point in points],
-               statistics.mean(rate for rate, _ in points))
+    return Run([cost(rates[i], psnrs[i], _lmbda(curve, i)) for i in kept],
+               statistics.mean(rates[i] for i in kept))
 
 
 def _lmbda(curve: Results, i: int) -> float:
