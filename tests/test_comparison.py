@@ -69,6 +69,8 @@ def test_bundled_results_of_all_papers_are_gathered():
     problems = []
     found = gather.own_results(ROOT, KODAK, problems)
     assert {c.paper for c in found} == set(papers()) and not problems
+    first = {c.paper: c.name for c in reversed(found)}
+    assert first == {paper: f"{paper}, small" for paper in papers()}  # the bundled weights
     names = [c.name for c in found]
     assert len(set(names)) == len(names)
 

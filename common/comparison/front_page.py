@@ -81,10 +81,9 @@ def at_equal_rate(root: Path, curves: Sequence[Curve]) -> str:
     rows = [["folder", "widths N, M", "steps", "PSNR", "reference (published)"]]
     for folder in (root / paper for paper in papers(root)):
         small = [curve for curve in curves if curve.kind == "ours" and curve.paper == folder.name
-                 and curve.results["name"].startswith("small")]
+                 and curve.results["name"].startswith("small")]  # the bundled weights first
         if not small:
             continue
-        small.sort(key=lambda curve: curve.results["name"])  # "small": the bundled weights
         ours = next((curve for curve in small if psnr_at(curve.results, RATE) is not None),
                     small[0])
         reference = load_published(folder / "results" / "published.json")[0]
@@ -92,8 +91,8 @@ def at_equal_rate(root: Path, curves: Sequence[Curve]) -> str:
         widths = sorted({f"{N}, {M}" for N, M in zip(ours.meta("N"), ours.meta("M"), strict=True)
                          if N})
         steps = sorted({n for n in ours.meta("steps") if n})
-        name = labels(folder / "weights.yaml", folder.name, ours.results)[0]
-        which = "" if ours is small[0] else name.removeprefix(folder.name)
+        which = "" if ours is small[0] else labels(
+            folder / "weights.yaml", folder.name, ours.results)[0].removeprefix(folder.name)
         rows.append([f"[{folder.name}]({folder.name}){which}", "; ".join(widths),
                      " to ".join(f"{n:,}" for n in dict.fromkeys((*steps[:1], *steps[-1:]))),
                      number(psnr_at(ours.results, RATE), ".2f"),

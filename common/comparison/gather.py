@@ -179,7 +179,7 @@ def find(curves: Sequence[Curve], name: str) -> Curve:
 
 
 def _bundled_first(path: Path) -> tuple[bool, str]:
-    return not path.name.startswith("small"), path.name
+    return not path.stem.startswith("small"), path.stem
 
 
 def _named(path: Path, root: Path, error: Exception) -> str:
